@@ -1,0 +1,244 @@
+"""Cut each user's clicks into windows and write them as TFRecord shards, split by user.
+
+Reads   DATA_DIR/click_seq/*.json[.gz]   {"uid": "u1", "click_seq": ["v1", "v2_c7"]}, oldest click first
+        WORK_DIR/indexing/
+Writes  WORK_DIR/tfrecord/{train,val,test}-*.tfrecord   one tf.train.SequenceExample per window
+        WORK_DIR/tfrecord/part-*.json                   what is in the shards of one byte range of the input
+        WORK_DIR/tfrecord/manifest.json                 last: what all shards hold and what they were made from
+
+    python get_tfrecord.py
+
+A window is one record with its clicks stored once; every column click in it that has a history is a training target.
+"""
+
+import collections
+import contextlib
+import functools
+import hashlib
+import os
+from pathlib import Path
+
+import numpy as np
+
+from get_indexing import (
+    DATA_DIR,
+    UNKNOWN,
+    WORK_DIR,
+    InputError,
+    Tally,
+    file_fingerprint,
+    file_ranges,
+    find_files,
+    fingerprint,
+    load_index,
+    map_files,
+    parse_clicks,
+    read_json,
+    read_records,
+    replacing,
+    run_script,
+    split_click,
+    write_json,
+)
+
+USER_MAX_LEN = 50  # clicks in a window, and the most that the user tower reads
+WINDOW_OVERLAP = 16  # clicks that a window repeats from the one before it: the history of its first target
+MIN_HISTORY = 1  # clicks that a target must have before it
+VAL_RATIO = 0.05  # of the users
+TEST_RATIO = 0.05  # of the users
+SPLITS = ("train", "val", "test")
+FORMAT = 1  # of records and manifest
+MEMO_SIZE = 1 << 20  # distinct clicks that an encoder remembers
+
+
+def get_tfrecord(data_dir=DATA_DIR, work_dir=WORK_DIR, user_max_len=USER_MAX_LEN, window_overlap=WINDOW_OVERLAP,
+                 min_history=MIN_HISTORY, val_ratio=VAL_RATIO, test_ratio=TEST_RATIO, **how):  # fmt: skip
+    """Write the shards and their manifest, which is returned; shards that still stand for their input are kept."""
+    constants = dict(USER_MAX_LEN=user_max_len, WINDOW_OVERLAP=window_overlap, MIN_HISTORY=min_history,
+                     VAL_RATIO=val_ratio, TEST_RATIO=test_ratio)  # fmt: skip
+    if not 1 <= min_history <= window_overlap < user_max_len:
+        raise InputError(f"1 <= MIN_HISTORY <= WINDOW_OVERLAP < USER_MAX_LEN must hold, not {constants}")
+    index, folder = load_index(work_dir), Path(work_dir, "tfrecord")
+    tasks = []
+    for number, (path, start, end) in enumerate(file_ranges(find_files(Path(data_dir, "click_seq")))):
+        state = os.stat(path)
+        key = fingerprint(FORMAT, constants, index.fingerprint(), path, start, end, state.st_size, state.st_mtime_ns)
+        tasks.append((folder, f"{number:05d}-{key[:16]}", work_dir, path, start, end, constants))
+
+    tallies, parts = {}, []
+    for task, part in zip(tasks, map_files(write_shards, tasks, desc="write records", **how), strict=True):
+        parts.append(part)
+        tallies.setdefault(task[3], Tally(task[3])).append(Tally(**part["tally"]))
+    for tally in tallies.values():
+        tally.check()
+    manifest = {"format": FORMAT, "index": index.fingerprint(), "constants": constants, **summarize(parts)}
+    check_enough(manifest, constants)
+    write_json(folder / "manifest.json", manifest)
+    current = {"manifest.json", *manifest["shards"], *(f"part-{task[1]}.json" for task in tasks)}
+    for path in folder.iterdir():  # shards of former input, and what a killed run left
+        if path.name not in current:
+            path.unlink()
+    print_report(manifest)
+    return manifest
+
+
+def write_shards(task):
+    """Write the shards of one byte range of a click file, then their part file, and return what it says."""
+    folder, name, work_dir, path, start, end, constants = task
+    part_file = folder / f"part-{name}.json"
+    shards = {split: folder / f"{split}-{name}.tfrecord" for split in SPLITS}
+    if part_file.exists() and all(shard.exists() for shard in shards.values()):
+        return read_json(part_file, "get_tfrecord.py")
+    from tensorflow.io import TFRecordWriter
+
+    encoder, tally = load_encoder(work_dir, name), Tally(path)
+    report = collections.Counter(clicks=0, unknown_videos=0, column_clicks=0)
+    lengths = collections.Counter()
+    splits = {s: {"users": 0, "targets": 0, "windows": [0] * (constants["USER_MAX_LEN"] + 1)} for s in SPLITS}
+    with contextlib.ExitStack() as stack:
+        writers = {
+            split: stack.enter_context(TFRecordWriter(str(stack.enter_context(replacing(shard)))))
+            for split, shard in shards.items()
+        }
+        for uid, clicks in read_records(tally, parse_clicks, start, end):
+            videos, columns = encoder.encode(clicks)
+            split = split_of(uid, constants["VAL_RATIO"], constants["TEST_RATIO"])
+            for window in cut_windows(uid, videos, columns, constants):
+                writers[split].write(serialize(window))
+                splits[split]["windows"][len(window["label"])] += 1
+                splits[split]["targets"] += int(window["label"].sum())
+            splits[split]["users"] += 1
+            lengths[len(clicks)] += 1
+            report.update(
+                clicks=len(clicks),
+                unknown_videos=int((videos == UNKNOWN).sum()),
+                column_clicks=int((columns > 0).sum()),
+            )
+    sums = {shard.name: {"bytes": shard.stat().st_size, "sha256": file_fingerprint(shard)} for shard in shards.values()}
+    part = {"tally": vars(tally), "report": report, "lengths": sorted(lengths.items()), "splits": splits, "shards": sums}
+    write_json(part_file, part)
+    return part
+
+
+@functools.lru_cache(maxsize=1)
+def load_encoder(work_dir, name):
+    """Return the ClickEncoder of work_dir's index, once per worker process and run (the name tells runs apart)."""
+    return ClickEncoder(load_index(work_dir))
+
+
+class ClickEncoder(dict):
+    """Raw clicks -> model input: the one way in, for training and for serving. It remembers the clicks it has seen."""
+
+    def __init__(self, index):
+        self.videos = index.videos
+        self.columns = {cid: number for number, cid in enumerate(index.columns, start=1)}
+
+    def __missing__(self, click):
+        vid, cid = split_click(click, self.videos, self.columns)
+        code = self.videos.get(vid, UNKNOWN) << 32 | self.columns.get(cid, 0)
+        if len(self) >= MEMO_SIZE:
+            self.clear()
+        self[click] = code
+        return code
+
+    def encode(self, clicks):
+        """[click, ...] -> (video numbers [n], column numbers [n]), int64; a column is 0 where the click was in none."""
+        codes = np.fromiter(map(self.__getitem__, clicks), np.int64, len(clicks))
+        return codes >> 32, codes & 0xFFFFFFFF
+
+
+def split_of(uid, val_ratio=VAL_RATIO, test_ratio=TEST_RATIO):
+    """Return "train", "val" or "test": always the same for the same uid, whatever other users there are."""
+    draw = int.from_bytes(hashlib.blake2b(uid.encode(), digest_size=8).digest(), "big") / 2**64
+    return "val" if draw < val_ratio else "test" if draw < val_ratio + test_ratio else "train"
+
+
+def cut_windows(uid, videos, columns, constants):
+    """Yield a user's windows as {"uid", "start", "user_feature" [n], "user_column" [n], "label" [n]}.
+
+    label is 1.0 where the next click of the window is a target: made in a column, with at least MIN_HISTORY clicks
+    before it, and not a target of the window before. `start` is the window's place in the history.
+    """
+    max_len, overlap = constants["USER_MAX_LEN"], constants["WINDOW_OVERLAP"]
+    for start in range(0, max(len(videos) - overlap, 1), max_len - overlap):
+        window_columns = columns[start : start + max_len]
+        label = np.zeros(len(window_columns), np.float32)
+        first = overlap if start else constants["MIN_HISTORY"]
+        label[first - 1 : -1] = window_columns[first:] > 0
+        if len(label) > 1:
+            yield {"uid": uid, "start": start, "user_feature": videos[start : start + max_len],
+                   "user_column": window_columns, "label": label}  # fmt: skip
+
+
+def serialize(window):
+    """Return a window as a serialized tf.train.SequenceExample, each list packed into one Feature."""
+    from tensorflow.train import SequenceExample
+
+    example = SequenceExample()
+    example.context.feature["uid"].bytes_list.value.append(window["uid"].encode())
+    example.context.feature["start"].int64_list.value.append(window["start"])
+    lists = example.feature_lists.feature_list
+    lists["user_feature"].feature.add().int64_list.value.extend(window["user_feature"].tolist())
+    lists["user_column"].feature.add().int64_list.value.extend(window["user_column"].tolist())
+    lists["label"].feature.add().float_list.value.extend(window["label"].tolist())
+    return example.SerializeToString(deterministic=True)
+
+
+def summarize(parts):
+    """Add up the parts: {"shards", "splits", "report"} of the manifest."""
+    splits, shards, report, lengths, skipped = {}, {}, collections.Counter(), collections.Counter(), collections.Counter()
+    for part in parts:
+        shards |= part["shards"]
+        report.update(lines=part["tally"]["lines"], **part["report"])
+        skipped.update(part["tally"]["skipped"])
+        lengths.update(dict(part["lengths"]))
+        for split, counts in part["splits"].items():
+            splits.setdefault(split, []).append(counts)
+    for split, counts in splits.items():
+        splits[split] = {key: np.sum([c[key] for c in counts], axis=0).tolist() for key in counts[0]}
+    history = np.repeat(*np.array(sorted(lengths.items()), int).reshape(-1, 2).T) if lengths else np.zeros(1, int)
+    at = {"p50": 50, "p90": 90, "max": 100}
+    report["targets"] = sum(split["targets"] for split in splits.values())
+    return {
+        "shards": shards,
+        "splits": splits,
+        "report": {
+            **report,
+            "skipped": skipped,
+            "history": {name: int(np.percentile(history, q, method="lower")) for name, q in at.items()},
+        },
+    }
+
+
+def check_enough(manifest, constants):
+    """Refuse records that cannot train: no click in any column, or no target for validation or test."""
+    if not manifest["report"]["column_clicks"]:
+        raise InputError(
+            "no click was made in a known column; clicks look like <vid>_<cid>, with the cids of cid2vids*.json"
+        )
+    for split, ratio in zip(SPLITS[1:], ("VAL_RATIO", "TEST_RATIO"), strict=True):
+        if not manifest["splits"][split]["targets"]:
+            users = sum(counts["users"] for counts in manifest["splits"].values())
+            enough = int(np.ceil(np.log(0.01) / np.log1p(-constants[ratio]))) if 0 < constants[ratio] < 1 else "any"
+            raise InputError(
+                f"none of {users:,} users is left for {split}; it needs about {enough} users with targets, or a larger {ratio}"
+            )
+
+
+def print_report(manifest):
+    """Print the data report: what was read, skipped and kept."""
+    report, history = manifest["report"], manifest["report"]["history"]
+    skipped = ", ".join(f"{count:,} {reason}" for reason, count in report["skipped"].items()) or "none"
+    print(f"{report['lines']:,} lines (skipped: {skipped}), {report['clicks']:,} clicks, "
+          f"{report['unknown_videos']:,} of unknown videos, {report['column_clicks']:,} in columns; "
+          f"history p50 {history['p50']}, p90 {history['p90']}, max {history['max']}")  # fmt: skip
+    for split, counts in manifest["splits"].items():
+        print(f"{split}: {counts['users']:,} users -> {counts['targets']:,} targets in {sum(counts['windows']):,} windows")
+
+
+def main():
+    get_tfrecord()
+
+
+if __name__ == "__main__":
+    run_script(main)

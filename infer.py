@@ -1,0 +1,179 @@
+"""Rank the columns for every user of the click files.
+
+Reads   DATA_DIR/click_seq/*.json[.gz], WORK_DIR/indexing/, WORK_DIR/model/
+Writes  WORK_DIR/ranking/<input name>.json.gz   a line per user, in the order of the input:
+        {"uid": "u1", "columns": ["c3", ...], "scores": [-0.7, ...], "source": "model"}
+
+    python infer.py
+
+Scores are log probabilities that the user's next column click is in the column. A user without any known click gets
+the columns by popularity, "source": "popular". Finished files are not computed again unless something changed.
+"""
+
+import functools
+import gzip
+import itertools
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import tensorflow as tf
+
+from get_dataset import column_table
+from get_indexing import (
+    DATA_DIR,
+    UNKNOWN,
+    WORK_DIR,
+    Tally,
+    file_ranges,
+    find_files,
+    fingerprint,
+    input_name,
+    load_index,
+    map_files,
+    parse_clicks,
+    read_json,
+    read_names,
+    read_records,
+    replacing,
+    run_script,
+    write_json,
+)
+from get_tfrecord import ClickEncoder
+from model_tf2 import MEMORY_CLICKS, mix
+from train import load_model
+
+CLICKS_DIR = f"{DATA_DIR}/click_seq"  # the users to rank for; name another folder to rank for others
+TOP_K = 0  # columns for each user; 0: all
+BATCH_USERS = 512
+FORMAT = 1
+GZIP_LEVEL = 1  # level 9 takes 70 times as long for 12 % less
+DECIMALS = 4  # of the scores; equal ones go by the order of the columns
+
+def infer(clicks_dir=CLICKS_DIR, work_dir=WORK_DIR, top_k=TOP_K, **how):
+    """Write the rankings of clicks_dir's users, a file at a time, and return the paths; those still good are kept."""
+    paths, folder = find_files(clicks_dir), Path(work_dir, "ranking")
+    folder.mkdir(parents=True, exist_ok=True)
+    for leftover in folder.glob(".*.tmp"):
+        leftover.unlink()
+    model_json = read_json(Path(work_dir, "model/model.json"), "train.py")
+    ranker = fingerprint(FORMAT, model_json, load_index(work_dir), top_k, DECIMALS)
+    done_file = folder / "manifest.json"
+    done = read_json(done_file, "infer.py") if done_file.exists() else {}
+    outputs, tasks = {}, []
+    for path in paths:
+        output, state = folder / f"{input_name(path)}.json.gz", os.stat(path)
+        made_from = fingerprint(ranker, path, state.st_size, state.st_mtime_ns)
+        outputs[path] = output, made_from
+        if not output.exists() or done.get(output.name) != made_from:
+            tasks += [(folder / f".{output.name}.{start}.tmp", ranker, work_dir, top_k, path, start, end)
+                      for path, start, end in file_ranges([path])]  # fmt: skip
+
+    users = 0
+    results = map_files(rank_range, tasks, desc="rank", **how)
+    for path, of_file in itertools.groupby(zip(tasks, results, strict=True), key=lambda pair: pair[0][4]):
+        parts, tally = [], Tally(path)
+        for (part, *_), range_tally in of_file:
+            parts.append(part)
+            tally.append(range_tally)
+        tally.check()
+        output, made_from = outputs[path]
+        with replacing(output) as temporary, open(temporary, "wb") as whole:
+            for part in parts:  # gzip files in a row are one gzip file
+                with open(part, "rb") as ranked:
+                    shutil.copyfileobj(ranked, whole)
+                part.unlink()
+        done[output.name] = made_from
+        write_json(done_file, done)
+        users += tally.lines - sum(tally.skipped.values())
+    print(f"{users:,} users ranked in {len({task[4] for task in tasks}):,} files, {len(paths):,} files stand in {folder}")
+    return [output for output, _ in outputs.values()]
+
+
+def rank_range(task):
+    """Rank the users of one byte range of a click file into its part file; return the tally of its lines."""
+    part, key, work_dir, top_k, path, start, end = task
+    ranker, tally = load_ranker(work_dir, key), Tally(path)
+    users = read_records(tally, parse_clicks, start, end)
+    with open(part, "wb") as file, gzip.GzipFile("", "wb", GZIP_LEVEL, file, mtime=0) as packed:
+        while block := list(itertools.islice(users, BATCH_USERS)):
+            packed.write("".join(ranker.lines(block, top_k)).encode())
+    return tally
+
+
+@functools.lru_cache(maxsize=1)
+def load_ranker(work_dir, key):
+    """Return the Ranker of work_dir, once per worker process and run (the key tells runs apart)."""
+    return Ranker(work_dir)
+
+
+class Ranker:
+    """The trained model and the current columns: raw clicks in, ranked columns out."""
+
+    def __init__(self, work_dir=WORK_DIR):
+        self.model, self.memory, self.chosen, saved = load_model(work_dir)
+        index = load_index(work_dir)
+        self.encoder, self.user_max_len = ClickEncoder(index), saved["user_max_len"]
+        numbers = np.array([number for number, videos in enumerate(index.columns.values(), start=1) if videos])
+        self.columns = numbers - 1  # the current ones, in the order of the index
+        self.cids = np.array(list(index.columns), object)[self.columns]
+        videos = column_table(index, self.memory.video_clicks, saved["item_max_len"])[numbers]
+        self.column_vectors = self.model.column_vectors(videos, numbers, training=False)
+        clicks = self.of_current(self.memory.column_clicks[None, 1:])[0] + 0.5
+        self.popularity = np.log(clicks / clicks.sum())
+
+        @tf.function(reduce_retracing=True)
+        def logits(videos, columns, last):
+            users = self.model.user_vectors(videos, columns, training=False)
+            return self.model.logits(tf.gather(users, last, batch_dims=1), self.column_vectors)
+
+        self.logits = logits
+
+    def of_current(self, scores):
+        """Scores [n, columns the memory knows] -> [n, current columns]; a newer column scores 0."""
+        newer = self.columns[-1] + 1 - scores.shape[1]
+        return np.pad(scores, [(0, 0), (0, max(newer, 0))])[:, self.columns]
+
+    def scores(self, histories):
+        """Return log probabilities float64 [n, current columns] of encoded histories, n pairs (videos, columns)."""
+        lengths = np.array([min(len(videos), self.user_max_len) for videos, _ in histories])
+        padded = np.zeros([2, len(histories), max(1, lengths.max())], np.int32)
+        for user, (history, length) in enumerate(zip(histories, lengths, strict=True)):
+            for row, numbers in zip(padded[:, user], history, strict=True):
+                row[:length] = numbers[len(numbers) - length :]
+        logits = self.logits(*padded, np.maximum(lengths - 1, 0)).numpy()
+        places = lengths[:, None] - 1 - np.arange(MEMORY_CLICKS)
+        latest = np.where(places >= 0, np.take_along_axis(padded, np.maximum(places, 0)[None], axis=2), 0)
+        remembered = self.of_current(self.memory.scores(*latest, self.chosen.own_weight))
+        return mix(logits, remembered, self.chosen.memory_weight, self.chosen.temperature)
+
+    def lines(self, users, top_k=0):
+        """Yield the output line of each of users, a list of (uid, clicks)."""
+        histories = [self.encoder.encode(clicks) for _, clicks in users]
+        known = [bool(((videos != UNKNOWN) | (columns > 0)).any()) for videos, columns in histories]
+        scores = np.where(np.array(known)[:, None], self.scores(histories), self.popularity).round(DECIMALS)
+        order = np.argsort(-scores, axis=1, kind="stable")[:, : top_k or None]
+        scores, columns = np.take_along_axis(scores, order, axis=1).tolist(), self.cids[order].tolist()
+        for (uid, _), of_user, user_scores, is_known in zip(users, columns, scores, known, strict=True):
+            line = {"uid": uid, "columns": of_user, "scores": user_scores, "source": "model" if is_known else "popular"}
+            yield json.dumps(line, ensure_ascii=False) + "\n"
+
+
+def print_example(output, path, data_dir=DATA_DIR):
+    """Print in words what the first user of a click file clicked last and which columns come first in the output."""
+    titles, names = read_names(data_dir)
+    encoder = ClickEncoder(load_index())
+    with gzip.open(output, "rt", encoding="utf-8") as ranked:
+        line = json.loads(ranked.readline())
+    uid, clicks = next(read_records(Tally(path), parse_clicks))
+    ...
+
+
+def main():
+    infer()
+
+
+if __name__ == "__main__":
+    run_script(main)

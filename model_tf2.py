@@ -1,0 +1,404 @@
+"""BST + DSSM: two Behaviour Sequence Transformer towers that meet in a scaled cosine.
+
+The user tower reads the videos that a user clicked, the column tower the videos that stand for a column. Both end in
+vectors of length one, whose cosine ranks, as in DSSM (Huang et al. 2013, "Learning deep structured semantic models for
+web search using clickthrough data"); in between they are transformers, as in BST (Chen et al. 2019, "Behavior sequence
+transformer for e-commerce recommendation in Alibaba").
+
+    python model_tf2.py          prints a summary on random input; nothing is read or written
+"""
+
+import itertools
+from typing import NamedTuple
+
+import keras
+import numpy as np
+import tensorflow as tf
+from keras import layers, ops
+
+from get_dataset import ITEM_MAX_LEN, NUM_NEGATIVES, first_seen
+from get_indexing import FIRST_VIDEO, PAD, UNKNOWN, run_script
+from get_tfrecord import USER_MAX_LEN
+
+EMB_DIM = 64  # of the embeddings and of both towers' vectors
+NUM_HEADS = 2
+USER_BLOCKS = 1  # transformer blocks of the user tower
+ITEM_BLOCKS = 1  # transformer blocks of the column tower
+FFN_RATIO = 2  # width of a block's feed-forward layer, in EMB_DIM
+DROPOUT = 0.3
+INIT_STDDEV = 0.02  # of embeddings and kernels; Glorot trained slower and ended lower
+INIT_SCALE = 20.0  # of the cosine, learned from there: a bare cosine is too flat for a softmax
+AUX_WEIGHT = 0.5  # of the auxiliary loss: the next video among random ones
+VIDEO_DECAY = 0.7  # memory: weight of a click against the next later one
+OWN_DECAY = 0.8  # the same for the user's own columns
+VIDEO_BACKOFF = 40.0  # counts that a video's column stands for
+COLUMN_BACKOFF = 50.0  # counts that popularity stands for
+POPULARITY_WEIGHT = 0.1
+MEMORY_CLICKS = 30  # last clicks that the memory reads
+MEMORY_WIDTH = 64  # columns remembered for a video
+COLUMN_WIDTH = 1024  # columns remembered for a column
+NEGLIGIBLE = 0.02  # decayed counts below it are left out
+MERGE_PAIRS = 4_000_000  # pairs counted between two merges
+LOSS = "softmax"  # over the candidates; or "bce": binary cross-entropy of each candidate
+
+
+class Block(layers.Layer):
+    """A post-norm transformer block (Vaswani et al. 2017), over a sequence or over a set.
+
+    max_age makes it causal, with a learned bias for how many clicks back each head looks (ages above max_age share the
+    last): a position means the same however long the window. Without max_age the inputs are a set.
+    """
+
+    def __init__(self, dim, num_heads, ffn_ratio, dropout, max_age=None):
+        super().__init__()
+        self.dim, self.num_heads, self.max_age = dim, num_heads, max_age
+        self.query_key_value, self.output_projection = dense(3 * dim), dense(dim)
+        self.expand, self.contract = dense(ffn_ratio * dim, activation="gelu"), dense(dim)
+        self.attention_norm, self.ffn_norm = layers.LayerNormalization(), layers.LayerNormalization()
+        self.attention_dropout, self.ffn_dropout = layers.Dropout(dropout), layers.Dropout(dropout)
+
+    def build(self, input_shape):
+        if self.max_age is not None:
+            self.age_bias = self.add_weight(shape=(self.num_heads, self.max_age + 1), initializer="zeros", name="age_bias")
+
+    def call(self, states, mask, training=None):
+        """States [batch, len, dim], mask [batch, len] (True = real) -> states [batch, len, dim]."""
+        attended = self.attention_dropout(self.attend(states, mask), training=training)
+        states = self.attention_norm(states + attended)
+        return self.ffn_norm(states + self.ffn_dropout(self.contract(self.expand(states)), training=training))
+
+    def attend(self, states, mask):
+        """Multi-head self-attention in which no query sees padding nor, in a sequence, what comes later."""
+        length, head_dim = ops.shape(states)[1], self.dim // self.num_heads
+        heads = ops.reshape(self.query_key_value(states), (-1, length, 3, self.num_heads, head_dim))
+        query, key, value = ops.unstack(ops.transpose(heads, (2, 0, 3, 1, 4)), axis=0)
+        logits = ops.matmul(query, ops.swapaxes(key, 2, 3)) / head_dim**0.5  # [batch, head, query, key]
+        visible = mask[:, None, None, :]
+        if self.max_age is not None:
+            age = ops.arange(length)[:, None] - ops.arange(length)
+            logits += ops.take(self.age_bias, ops.clip(age, 0, self.max_age), axis=1)
+            visible = ops.logical_and(visible, age >= 0)
+        weights = tf.nn.softmax(tf.where(visible, logits, -1e9))
+        mixed = ops.transpose(ops.matmul(weights, value), (0, 2, 1, 3))
+        return self.output_projection(ops.reshape(mixed, (-1, length, self.dim)))
+
+
+class Tower(layers.Layer):
+    """Embeddings -> layer norm -> transformer blocks. Both towers are one of these; they differ in pooling."""
+
+    def __init__(self, num_blocks, dropout, **block):
+        super().__init__()
+        self.norm, self.dropout = layers.LayerNormalization(), layers.Dropout(dropout)
+        self.blocks = [Block(dropout=dropout, **block) for _ in range(num_blocks)]
+
+    def call(self, states, mask, training=None):
+        """Embeddings [batch, len, dim], mask [batch, len] -> states [batch, len, dim], zero where there is padding."""
+        states = self.dropout(self.norm(states), training=training)
+        for block in self.blocks:
+            states = block(states, mask, training=training)
+        return states * ops.cast(mask, states.dtype)[..., None]
+
+
+class BST_DSSM(keras.Model):
+    """Both towers over shared embeddings; num_videos and num_columns are the sizes of the index.
+
+    The keyword arguments are kept in `arguments`, from which BST_DSSM(**arguments) builds the same model. Numbers beyond
+    the index are safe: such a video is an unknown one, such a column has no embedding of its own.
+    """
+
+    def __init__(self, num_videos, num_columns, emb_dim=EMB_DIM, num_heads=NUM_HEADS, user_blocks=USER_BLOCKS,
+                 item_blocks=ITEM_BLOCKS, ffn_ratio=FFN_RATIO, dropout=DROPOUT, max_age=USER_MAX_LEN - 2):  # fmt: skip
+        super().__init__()
+        self.arguments = dict(
+            num_videos=num_videos, num_columns=num_columns, emb_dim=emb_dim, num_heads=num_heads, user_blocks=user_blocks,
+            item_blocks=item_blocks, ffn_ratio=ffn_ratio, dropout=dropout, max_age=max_age,
+        )  # fmt: skip
+        self.num_videos, self.num_columns = num_videos, num_columns
+        self.video_embedding = layers.Embedding(FIRST_VIDEO + num_videos, emb_dim, small_normal())
+        self.column_embedding = layers.Embedding(1 + num_columns, emb_dim, small_normal())
+        block = dict(dim=emb_dim, num_heads=num_heads, ffn_ratio=ffn_ratio, dropout=dropout)
+        self.user_tower = Tower(user_blocks, max_age=max_age, **block)
+        self.column_tower = Tower(item_blocks, **block)
+        self.scale = self.add_weight(shape=(), initializer=keras.initializers.Constant(INIT_SCALE), name="scale")
+
+    def call(self, inputs, training=None):
+        """A batch of get_dataset.py -> logits [batch, len, candidates], at each click for the next one."""
+        users = self.user_vectors(inputs["user_feature"], inputs["user_column"], training=training)
+        columns = self.column_vectors(inputs["item_feature"], inputs["item_column"], training=training)
+        return self.logits(users, columns)
+
+    def user_vectors(self, videos, columns, training=None):
+        """Clicked videos and their columns [batch, len] -> vectors [batch, len, dim]: the user after each click."""
+        states = self.embed_videos(videos) + self.embed_columns(columns)
+        return tf.math.l2_normalize(self.user_tower(states, videos != PAD, training=training), axis=-1)
+
+    def column_vectors(self, videos, columns, training=None):
+        """Each column's videos [columns, len] and own numbers [columns] -> vectors [columns, dim].
+
+        The mean over the videos' states plus the column's own embedding, which a column newer than the model lacks.
+        """
+        mask = videos != PAD
+        states = self.column_tower(self.embed_videos(videos), mask, training=training)
+        mean = ops.sum(states, axis=1) / ops.maximum(ops.sum(ops.cast(mask, states.dtype), axis=1, keepdims=True), 1)
+        return tf.math.l2_normalize(mean + self.embed_columns(columns), axis=-1)
+
+    def logits(self, users, columns):
+        """User vectors [..., dim] and column vectors [columns, dim] -> scaled cosines [..., columns]."""
+        return self.scale * ops.matmul(users, ops.transpose(columns))
+
+    def embed_videos(self, videos):
+        """Video numbers -> embeddings; one beyond the vocabulary counts as unknown."""
+        return self.video_embedding(ops.where(videos < FIRST_VIDEO + self.num_videos, videos, UNKNOWN))
+
+    def embed_columns(self, columns):
+        """Column numbers -> embeddings; zeros for no column and for one newer than the model."""
+        known = ops.logical_and(columns > 0, columns <= self.num_columns)
+        embedded = self.column_embedding(ops.where(known, columns, 0))
+        return embedded * ops.cast(known, embedded.dtype)[..., None]
+
+
+def build_model(**arguments):
+    """Return a BST_DSSM with all its weights, which Keras makes only when a model first sees a batch."""
+    model = BST_DSSM(**arguments)
+    number = tf.ones([1, 1], tf.int32)
+    model({"user_feature": number, "user_column": number, "item_feature": number, "item_column": number[0]})
+    return model
+
+
+def small_normal():
+    """Return the initializer of embeddings and kernels."""
+    return keras.initializers.RandomNormal(stddev=INIT_STDDEV)
+
+
+def dense(units, **options):
+    """Return a dense layer of this model."""
+    return layers.Dense(units, kernel_initializer=small_normal(), **options)
+
+
+def training_loss(model, batch, kind=LOSS, aux_weight=AUX_WEIGHT, training=True):
+    """Return (the loss to minimise, its part for the columns) of a training batch of get_dataset.py: two scalars."""
+    users = model.user_vectors(batch["user_feature"], batch["user_column"], training=training)
+
+    is_target = batch["label"] > 0
+    columns = model.column_vectors(batch["item_feature"], batch["item_column"], training=training)
+    logits = model.logits(tf.boolean_mask(users, is_target), columns)
+    targets = tf.searchsorted(batch["item_column"], tf.boolean_mask(batch["target_column"], is_target))
+    of_columns = candidate_loss(logits, targets, batch["item_log_prob"], kind)
+
+    # Auxiliary: the video clicked next, taken as a column of that one video, among random videos.
+    has_next = batch["target_video"] >= FIRST_VIDEO
+    next_video, random_video = tf.boolean_mask(batch["target_video"], has_next), batch["negative_video"]
+    next_vector, random_vector = (one_video_columns(model, videos, training) for videos in (next_video, random_video))
+    users = tf.boolean_mask(users, has_next)
+    own = model.scale * tf.reduce_sum(users * next_vector, axis=1)
+    others = tf.where(next_video[:, None] == random_video, -1e9, model.logits(users, random_vector))
+    log_prob = tf.fill(tf.shape(random_video), np.float32(np.log(NUM_NEGATIVES / model.num_videos)))
+    of_videos = candidate_loss(
+        tf.concat([own[:, None], others], 1), tf.zeros_like(next_video), tf.concat([[0.0], log_prob], 0), kind
+    )
+    return of_columns + aux_weight * of_videos, of_columns
+
+
+def one_video_columns(model, videos, training):
+    """Return the vectors [n, dim] of columns that hold one of the videos [n] each and have no number."""
+    return model.column_vectors(videos[:, None], tf.zeros_like(videos), training=training)
+
+
+def candidate_loss(logits, targets, log_prob, kind=LOSS):
+    """Return the mean loss of logits [n, candidates] whose target is candidate targets [n], a scalar; of none, 0.
+
+    log_prob [candidates] is the log probability of being drawn as a candidate. Each one but the target is weighted by
+    the inverse of that probability, so that a sample stands for all (Bengio and Senecal 2008). "softmax" is cross-entropy
+    over the candidates, "bce" the sum of their binary cross-entropies.
+    """
+    labels = tf.one_hot(targets, tf.shape(logits)[1])
+    log_prob = log_prob * (1 - labels)
+    if kind == "softmax":
+        losses = tf.nn.softmax_cross_entropy_with_logits(labels, logits - log_prob)
+    else:
+        losses = tf.nn.sigmoid_cross_entropy_with_logits(labels, logits) * tf.exp(-log_prob)
+        losses = tf.reduce_sum(losses, axis=1)
+    return tf.math.divide_no_nan(tf.reduce_sum(losses), tf.cast(tf.size(targets), tf.float32))
+
+
+# ---------------------------------------------------------------- the memory: what was clicked near what
+
+
+class Mix(NamedTuple):
+    """How memory and towers are put together; chosen on validation."""
+
+    decay: float  # of the memory's counts, per click between two that are near
+    own_weight: float  # of the user's own columns in the memory
+    memory_weight: float  # 0 leaves the plain towers
+    temperature: float  # of the towers' softmax
+
+
+PLAIN_TOWERS = Mix(decay=0.6, own_weight=0.0, memory_weight=0.0, temperature=1.0)
+
+
+def mix(logits, remembered, memory_weight, temperature):
+    """Return log((1 - w) softmax(logits / temperature) + w remembered / sum), [n, columns]; with w = 0 of the towers alone."""
+    exponent = (logits - logits.max(axis=1, keepdims=True)) / temperature
+    towers = np.exp(exponent)
+    if memory_weight == 0:
+        return exponent - np.log(towers.sum(axis=1, keepdims=True))
+    remembered = np.maximum(remembered, 1e-9)
+    towers *= (1 - memory_weight) / towers.sum(axis=1, keepdims=True)
+    return np.log(towers + remembered * (memory_weight / remembered.sum(axis=1, keepdims=True)))
+
+
+class Memory:
+    """A counted ranking beside the towers, in the spirit of kNN language models (Khandelwal et al. 2020).
+
+    A column scores by how often it was clicked near the user's last videos, by the user's own clicks in it and by its
+    popularity. A video seen rarely backs off to the column it was clicked in most, and that column to popularity.
+    """
+
+    def __init__(self, video_clicks, column_clicks, video_column, by_video, by_column):
+        self.video_clicks, self.column_clicks = video_clicks, column_clicks  # int [videos], [columns + 1]
+        self.video_column = video_column  # int [videos]: the column that each was clicked in most, 0 = in none
+        self.by_video, self.by_column = by_video, by_column  # CountTables: what was clicked near it
+        self.popularity = column_clicks[1:] / column_clicks.sum()
+
+    def scores(self, videos, columns, own_weight):
+        """Return scores float64 [n, columns] of histories [n, h]: numbers of videos and columns, latest first, 0 padded."""
+        return self.near(videos, columns) + own_weight * self.own(columns)
+
+    def near(self, videos, columns):
+        """Return the part of the scores that comes from other users and from popularity."""
+        videos = np.where(videos < len(self.video_column), videos, UNKNOWN)
+        weights = np.where(videos != PAD, VIDEO_DECAY ** np.arange(videos.shape[1]), 0)
+        share = weights / (self.by_video.totals[videos] + VIDEO_BACKOFF)
+        scores = self.by_video.weighted_rows(videos, share)
+        column = np.where(self.video_column[videos] > 0, self.video_column[videos], self.known(columns))
+        share *= VIDEO_BACKOFF / (self.by_column.totals[column] + COLUMN_BACKOFF)
+        scores += self.by_column.weighted_rows(column, share)
+        return scores + (COLUMN_BACKOFF * share.sum(axis=1, keepdims=True) + POPULARITY_WEIGHT) * self.popularity
+
+    def own(self, columns):
+        """Return how recently and often the user clicked in each column."""
+        size = 1 + len(self.popularity)
+        places = self.known(columns) + size * np.arange(len(columns))[:, None]
+        weights = np.broadcast_to(OWN_DECAY ** np.arange(columns.shape[1]), columns.shape)
+        return np.bincount(places.ravel(), weights.ravel(), size * len(columns)).reshape(-1, size)[:, 1:]
+
+    def known(self, columns):
+        """Column numbers, 0 for those newer than the memory."""
+        return np.where(columns <= len(self.popularity), columns, 0)
+
+    def save(self, path):
+        """Write the memory as one .npz file."""
+        np.savez(path, video_clicks=self.video_clicks, column_clicks=self.column_clicks, video_column=self.video_column,
+                 **{f"{name}_{key}": getattr(table, key) for name, table in (("video", self.by_video), ("column", self.by_column)) for key in ("totals", "keys", "values")})
+
+    @classmethod
+    def load(cls, path):
+        """Return the Memory that save() wrote."""
+        with np.load(path) as saved:
+            tables = [CountTable.of(len(saved["column_clicks"]) - 1, *(saved[f"{name}_{key}"] for key in ("totals", "keys", "values"))) for name in ("video", "column")]
+            return cls(saved["video_clicks"], saved["column_clicks"], saved["video_column"], *tables)
+
+
+def count_memories(manifest, index, decays, work_dir):
+    """Return {decay: Memory}, counted on the training split."""
+    num_videos, num_columns = FIRST_VIDEO + len(index.videos), len(index.columns)
+    video_clicks, column_clicks = np.zeros(num_videos, int), np.zeros(1 + num_columns, int)
+    homes = CountTable(num_videos, num_columns, width=1)
+    for videos, columns, new in first_seen(manifest, "train", work_dir):
+        video_clicks += np.bincount(videos[new], minlength=num_videos)
+        column_clicks += np.bincount(columns[new], minlength=1 + num_columns)
+        inside = new & (columns > 0)
+        homes.add(videos[inside], columns[inside] - 1, 1.0)
+    homes.merge()
+    video_clicks[:FIRST_VIDEO] = column_clicks[0] = 0
+    video_column = np.zeros(num_videos, int)
+    for number, numbers in reversed(list(enumerate(index.columns.values(), start=1))):
+        video_column[numbers] = number
+    video_column[homes.keys // num_columns] = 1 + homes.keys % num_columns
+    video_column[:FIRST_VIDEO] = 0
+
+    tables = {
+        decay: (CountTable(num_videos, num_columns, MEMORY_WIDTH), CountTable(1 + num_columns, num_columns, COLUMN_WIDTH))
+        for decay in decays
+    }
+    for videos, columns, new in first_seen(manifest, "train", work_dir):
+        for lag in range(1, min(videos.shape[1], 1 + manifest["constants"]["WINDOW_OVERLAP"])):
+            pairs = [near_pairs(videos[:, :-lag], columns[:, lag:], new[:, lag:]), near_pairs(videos[:, lag:], columns[:, :-lag], new[:, lag:])]
+            near, clicked = map(np.concatenate, zip(*pairs))
+            backed = video_column[near] > 0
+            for decay, (by_video, by_column) in tables.items():
+                if decay ** (lag - 1) >= NEGLIGIBLE:
+                    by_video.add(near, clicked, decay ** (lag - 1))
+                    by_column.add(video_column[near[backed]], clicked[backed], decay ** (lag - 1))
+    for table in itertools.chain(*tables.values()):
+        table.merge()
+    return {decay: Memory(video_clicks, column_clicks, video_column, *tables[decay]) for decay in decays}
+
+
+def near_pairs(videos, columns, new):
+    chosen = new & (columns > 0) & (videos >= FIRST_VIDEO)
+    return videos[chosen].astype(int), columns[chosen] - 1
+
+
+class CountTable:
+    """Weighted counts of pairs (row, column): of each row the total and, bounded, its `width` strongest columns."""
+
+    def __init__(self, num_rows, num_columns, width):
+        self.num_columns, self.width = num_columns, width
+        self.totals = np.zeros(num_rows)
+        self.keys, self.values, self.waiting = np.zeros(0, np.int64), np.zeros(0), []  # key = row * num_columns + column
+
+    @classmethod
+    def of(cls, num_columns, totals, keys, values):
+        """Return the table with these totals and entries."""
+        table = cls(len(totals), num_columns, len(keys))
+        table.totals, table.keys, table.values = totals, keys, values
+        table.merge()
+        return table
+
+    def add(self, rows, columns, weight):
+        """Count pairs, two arrays [n] of numbers, with a weight each."""
+        self.totals += weight * np.bincount(rows, minlength=len(self.totals))
+        self.waiting.append((rows * self.num_columns + columns, np.full(len(rows), weight)))
+        if sum(len(keys) for keys, _ in self.waiting) > MERGE_PAIRS:
+            self.merge()
+
+    def merge(self):
+        """Add up what waits and keep the strongest entries of each row."""
+        keys, values = map(np.concatenate, zip((self.keys, self.values), *self.waiting, strict=True))
+        keys, place = np.unique(keys, return_inverse=True)
+        values, rows = np.bincount(place, values, len(keys)), keys // self.num_columns
+        strongest = np.lexsort((-values, rows))
+        rank = np.arange(len(keys)) - np.searchsorted(rows, rows)
+        kept = np.sort(strongest[rank < self.width])
+        self.keys, self.values, self.waiting = keys[kept], values[kept], []
+        self.offsets = np.searchsorted(self.keys, self.num_columns * np.arange(len(self.totals) + 1))
+
+    def weighted_rows(self, rows, weights):
+        """Return sum_j weights[i, j] * row(rows[i, j]), float64 [n, columns], of rows and weights [n, h]."""
+        ends = self.offsets[rows.ravel() + 1]
+        counts = ends - self.offsets[rows.ravel()]
+        entries = np.repeat(ends - np.cumsum(counts), counts) + np.arange(counts.sum())
+        users = np.repeat(np.arange(rows.size) // rows.shape[1], counts)
+        places = users * self.num_columns + self.keys[entries] % self.num_columns
+        added = self.values[entries] * np.repeat(weights.ravel(), counts)
+        return np.bincount(places, added, len(rows) * self.num_columns).reshape(len(rows), self.num_columns)
+
+
+def main():
+    rng = np.random.default_rng(0)
+    model = build_model(num_videos=1000, num_columns=50)
+    batch = {
+        "user_feature": tf.constant(rng.integers(FIRST_VIDEO, 1000, [4, USER_MAX_LEN]), tf.int32),
+        "user_column": tf.constant(rng.integers(0, 51, [4, USER_MAX_LEN]), tf.int32),
+        "item_feature": tf.constant(rng.integers(FIRST_VIDEO, 1000, [50, ITEM_MAX_LEN]), tf.int32),
+        "item_column": tf.range(1, 51),
+    }
+    logits = model(batch)
+    model.summary()
+    print(f"logits [users, clicks, columns]: {list(logits.shape)}, "
+          f"from {float(tf.reduce_min(logits)):.1f} to {float(tf.reduce_max(logits)):.1f}")  # fmt: skip
+
+
+if __name__ == "__main__":
+    run_script(main)

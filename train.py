@@ -1,0 +1,377 @@
+"""Train the towers, count the memory, choose how to mix them, and measure it all beside simple baselines.
+
+Reads   WORK_DIR/tfrecord/, WORK_DIR/indexing/
+Writes  WORK_DIR/model/<hash>.weights.h5   the towers' best weights so far
+        WORK_DIR/model/<hash>.memory.npz   the memory
+        WORK_DIR/model/model.json          last: which of them belong together and how to rebuild the model
+        WORK_DIR/model/history.csv         one line an epoch
+        WORK_DIR/model/metrics.json        the table that is printed at the end, on the test split
+        WORK_DIR/model/checkpoint.npz      where a run that was killed goes on
+        WORK_DIR/model/logs/               for TensorBoard, where it is installed
+
+    python train.py
+"""
+
+import csv
+import importlib.util
+import itertools
+import json
+import platform
+import time
+import zipfile
+from pathlib import Path
+
+import keras
+import numpy as np
+import tensorflow as tf
+from tqdm import tqdm
+
+from get_dataset import ITEM_MAX_LEN, add_candidates, column_table, first_seen, load_manifest, make_dataset
+from get_indexing import (
+    WORK_DIR,
+    InputError,
+    file_fingerprint,
+    fingerprint,
+    load_index,
+    read_json,
+    replacing,
+    run_script,
+    write_json,
+)
+from model_tf2 import (
+    LOSS,
+    MEMORY_CLICKS,
+    PLAIN_TOWERS,
+    CountTable,
+    Memory,
+    Mix,
+    build_model,
+    count_memories,
+    mix,
+    training_loss,
+)
+
+EPOCHS = 40  # at most
+PATIENCE = 4  # epochs without a better validation NDCG@10 before training ends
+LEARNING_RATE = 2e-3  # of Adam
+SEED = 1  # of weights, dropout, shuffling and negatives
+MEMORY = True  # False leaves the plain two towers
+MEMORY_DECAYS = (0.6, 0.3, 0.9)  # per click between two that are counted as near; chosen on validation
+OWN_WEIGHTS = (0.05, 0.0, 0.02, 0.1, 0.2, -0.05)  # of the user's own columns in the memory; chosen on validation
+MEMORY_WEIGHTS = tuple(np.arange(9) / 10)  # of the memory in the mix; chosen on validation
+TEMPERATURES = (1.0, 1.5)  # of the towers' softmax in the mix; chosen on validation
+SCORES_AT_ONCE = 4_000_000  # numbers in a block of evaluated scores: bounds the memory needed
+MODEL_FORMAT = 1  # of model.json
+
+
+def train(work_dir=WORK_DIR, epochs=EPOCHS, patience=PATIENCE, learning_rate=LEARNING_RATE, loss=LOSS, memory=MEMORY,
+          seed=SEED, **arguments):  # fmt: skip
+    """Train on the records under work_dir and return the metrics of the test split, {ranking: {metric: value}}.
+
+    arguments are BST_DSSM's. A run that was killed goes on after its last finished epoch and ends with the same weights.
+    """
+    keras.utils.set_random_seed(seed)
+    tf.config.experimental.enable_op_determinism()
+    manifest, index = load_manifest(work_dir)
+    folder = Path(work_dir, "model")
+    memories = count_memories(manifest, index, MEMORY_DECAYS if memory else MEMORY_DECAYS[:1], work_dir)
+    clicks = memories[MEMORY_DECAYS[0]]
+    column_videos = column_table(index, clicks.video_clicks)
+    model = build_model(num_videos=len(index.videos), num_columns=len(index.columns), **arguments)
+    optimizer = keras.optimizers.Adam(learning_rate)
+    optimizer.build(model.trainable_variables)
+    score = target_scorer(model, column_videos)
+    validation = make_dataset(manifest, "val", work_dir)
+
+    run = fingerprint(manifest, index.columns, learning_rate, loss, seed, model.arguments, versions())
+    history = restore_checkpoint(folder, model, optimizer, run)
+    train_step = None
+    while len(history) < epochs and len(history) < best_epoch(history) + patience:
+        epoch, started = len(history) + 1, time.time()
+        draw = seed * 1_000_000 + epoch
+        batches = make_dataset(manifest, "train", work_dir, seed=draw)
+        batches = add_candidates(batches, column_videos, clicks.column_clicks, len(index.videos), seed=draw)
+        train_step = train_step or make_train_step(model, optimizer, batches.element_spec, loss)
+        losses = train_epoch(train_step, batches, epoch)
+        metrics = evaluate(validation, score, lambda logits, *_: [("towers", logits)])["towers"]
+        history.append({"epoch": epoch, **losses, **metrics, "seconds": round(time.time() - started, 1)})
+        if best_epoch(history) == epoch:
+            save_model(folder, model, clicks, PLAIN_TOWERS, manifest, index, metrics)
+        write_history(folder, history)
+        save_checkpoint(folder, model, optimizer, run, history)
+        print(", ".join(f"{name} {value:.4g}" for name, value in history[-1].items()))
+
+    saved = read_json(folder / "model.json", "train.py")
+    model.load_weights(folder / saved["weights"]["file"])
+    chosen = choose_mix(validation, score, memories) if memory else PLAIN_TOWERS
+    clicks = memories[chosen.decay]
+    test = evaluate(make_dataset(manifest, "test", work_dir), score, all_rankings(manifest, clicks, chosen, work_dir))
+    save_model(folder, model, clicks, chosen, manifest, index, saved["validation"])
+    write_json(folder / "metrics.json", {"test": test, "validation": saved["validation"], "mix": chosen._asdict()})
+    print_table(test, chosen)
+    return test
+
+
+# ---------------------------------------------------------------- one epoch
+
+
+def make_train_step(model, optimizer, batch_spec, loss):
+    """Return train_step(batch) -> (loss, loss of the columns), which updates the model once."""
+
+    @tf.function(input_signature=[batch_spec])
+    def train_step(batch):
+        with tf.GradientTape() as tape:
+            total, of_columns = training_loss(model, batch, loss)
+        gradients = tape.gradient(total, model.trainable_variables)
+        optimizer.apply_gradients(zip(gradients, model.trainable_variables, strict=True))
+        return total, of_columns
+
+    return train_step
+
+
+def train_epoch(train_step, batches, epoch):
+    """Run an epoch and return its mean losses; a loss that is not finite raises InputError."""
+    sums = np.zeros(2)
+    bar = tqdm(batches, total=len(batches), desc=f"epoch {epoch}", unit="batch", disable=None)
+    for step, batch in enumerate(bar, start=1):
+        losses = np.array(train_step(batch))
+        if not np.isfinite(losses).all():
+            raise InputError(
+                f"the loss is {losses[0]} at step {step} of epoch {epoch} (learning rate {LEARNING_RATE}); the best "
+                "weights so far are kept; lower LEARNING_RATE and run train.py again"
+            )
+        sums += losses
+    return dict(zip(("loss", "column_loss"), sums / step, strict=True))
+
+
+def best_epoch(history):
+    """Return the number of the epoch with the best validation NDCG, 0 before the first."""
+    return max(history, key=lambda row: row["NDCG@10"], default={"epoch": 0})["epoch"]
+
+
+# ---------------------------------------------------------------- evaluation: every column is ranked for every target
+
+
+def target_scorer(model, column_videos):
+    """Return a function from batches to blocks of their targets: (logits [n, columns], videos [n, h], columns [n, h],
+    targets [n]), where the histories [n, h] before each target are as Memory.scores() takes them."""
+
+    @tf.function(reduce_retracing=True)
+    def target_logits(batch, columns):
+        users = model.user_vectors(batch["user_feature"], batch["user_column"], training=False)
+        return model.logits(tf.boolean_mask(users, batch["label"] > 0), columns)
+
+    def score(batches):
+        columns = model.column_vectors(column_videos[1:], np.arange(1, len(column_videos)), training=False)
+        for batch in batches:
+            rows, at = np.nonzero(batch["label"].numpy())
+            places = at[:, None] - np.arange(MEMORY_CLICKS)
+            videos, clicked = (
+                np.where(places >= 0, batch[name].numpy()[rows[:, None], np.maximum(places, 0)], 0)
+                for name in ("user_feature", "user_column")
+            )
+            outputs = target_logits(batch, columns).numpy(), videos, clicked, batch["target_column"].numpy()[rows, at]
+            yield from zip(*(np.array_split(x, 1 + len(rows) * len(columns) // SCORES_AT_ONCE) for x in outputs), strict=True)
+
+    return score
+
+
+def evaluate(batches, score, rankings):
+    """Return {name: metrics} of what rankings(logits, videos, columns) yields for every block: (name, scores)."""
+    ranks = {}
+    for *inputs, targets in score(batches):
+        for name, scores in rankings(*inputs):
+            ranks.setdefault(name, []).append(rank_of(scores, targets))
+    return {name: metrics_of(np.concatenate(of_blocks), scores.shape[1]) for name, of_blocks in ranks.items()}
+
+
+def rank_of(scores, targets):
+    """Return the rank, from 1, of column number targets[i] among scores[i]; of equal scores the first column wins."""
+    own = np.take_along_axis(scores, targets[:, None] - 1, axis=1)
+    earlier = np.arange(scores.shape[1]) < targets[:, None] - 1
+    return 1 + ((scores > own) | ((scores == own) & earlier)).sum(axis=1)
+
+
+def metrics_of(ranks, num_columns):
+    """Return HR@10, NDCG@10, MRR and GAUC of ranks [n], means over the targets.
+
+    GAUC (Zhou et al. 2018): the AUC of each ranked list, averaged over a user's lists and then over users weighted by
+    their number of lists, which is the mean over all lists.
+    """
+    top = ranks <= 10
+    return {
+        "HR@10": float(np.mean(top)),
+        "NDCG@10": float(np.mean(top / np.log2(ranks + 1))),
+        "MRR": float(np.mean(1 / ranks)),
+        "GAUC": float(np.mean((num_columns - ranks) / max(num_columns - 1, 1))),
+    }
+
+
+def choose_mix(batches, score, memories):
+    """Return the Mix with the best NDCG@10 on batches: first of the memory's own constants, then of its weight."""
+
+    def memory_alone(_, videos, columns):
+        for decay, memory in memories.items():
+            near, own = memory.near(videos, columns), memory.own(columns)
+            for own_weight in OWN_WEIGHTS:
+                yield Mix(decay, own_weight, 1.0, 1.0), near + own_weight * own
+
+    def mixed(logits, videos, columns):
+        remembered = memories[best.decay].scores(videos, columns, best.own_weight)
+        for memory_weight, temperature in itertools.product(MEMORY_WEIGHTS, TEMPERATURES):
+            choice = Mix(best.decay, best.own_weight, memory_weight, temperature)
+            yield choice, mix(logits, remembered, memory_weight, temperature)
+
+    for rankings in (memory_alone, mixed):
+        results = evaluate(batches, score, rankings)
+        best = max(results, key=lambda choice: results[choice]["NDCG@10"])
+    return best
+
+
+def all_rankings(manifest, memory, chosen, work_dir):
+    """Return what ranks the test split, for evaluate(): baselines of the training split, the model's parts, their mix."""
+    rng, chain = np.random.default_rng(0), count_chain(manifest, len(memory.popularity), work_dir)
+    nudge = 1e-6 * memory.popularity  # of columns that are equal otherwise, the popular one first
+
+    def rankings(logits, videos, columns):
+        yield "random", rng.random(logits.shape)
+        yield "popularity", np.broadcast_to(memory.popularity, logits.shape)
+        yield "own columns", memory.own(columns) + nudge
+        recency = np.where(columns > 0, 0.8 ** (np.cumsum(columns > 0, axis=1) - 1), 0)  # the last column click first
+        yield "chain", chain.weighted_rows(columns, recency / np.maximum(chain.totals[columns], 1)) + nudge
+        yield "towers", logits
+        if chosen != PLAIN_TOWERS:
+            remembered = memory.scores(videos, columns, chosen.own_weight)
+            yield "memory", remembered
+            yield "mix", mix(logits, remembered, chosen.memory_weight, chosen.temperature)
+
+    return rankings
+
+
+def count_chain(manifest, num_columns, work_dir):
+    """Return the CountTable of which column was clicked next after which, in the training split."""
+    chain = CountTable(1 + num_columns, num_columns, num_columns)
+    for _, columns, new in first_seen(manifest, "train", work_dir):
+        rows, at = np.nonzero(columns)
+        clicked = columns[rows, at]
+        follows = (rows[1:] == rows[:-1]) & new[rows, at][1:]
+        chain.add(clicked[:-1][follows], clicked[1:][follows] - 1, 1.0)
+    chain.merge()
+    return chain
+
+
+def print_table(test, chosen):
+    """Print the metrics of every ranking, and where a baseline beats the model."""
+    names = list(next(iter(test.values())))
+    print(f"\n{'test split':12}" + "".join(f"{name:>9}" for name in names))
+    for ranking, values in test.items():
+        print(f"{ranking:12}" + "".join(f"{values[name]:9.4f}" for name in names))
+    final = list(test)[-1]
+    print(f"The model ranks by {final!r}: {chosen}")
+    for name in names:
+        best = max(test, key=lambda ranking: test[ranking][name])
+        if test[best][name] > test[final][name]:
+            print(f"Note: {best!r} is better than {final!r} in {name}.")
+
+
+# ---------------------------------------------------------------- what is kept
+
+
+def save_model(folder, model, memory, chosen, manifest, index, metrics):
+    """Write weights and memory under names of their own hash, then model.json, which vouches for them."""
+    weights = save_by_hash(folder, ".weights.h5", model.save_weights)
+    remembered = save_by_hash(folder, ".memory.npz", memory.save)
+    write_json(
+        folder / "model.json",
+        {
+            "format": MODEL_FORMAT,
+            "weights": weights,
+            "memory": remembered,
+            "mix": chosen._asdict(),
+            "arguments": model.arguments,
+            "user_max_len": manifest["constants"]["USER_MAX_LEN"],
+            "item_max_len": ITEM_MAX_LEN,
+            "index": index.fingerprint(),
+            "records": fingerprint(manifest),
+            "validation": metrics,
+            "versions": versions(),
+        },
+    )
+    for path in [*folder.glob("*.weights.h5"), *folder.glob("*.memory.npz"), *folder.glob(".*.tmp*")]:
+        if path.name not in (weights["file"], remembered["file"]):
+            path.unlink()
+
+
+def save_by_hash(folder, suffix, write):
+    """Write a file by write(path), name it by its SHA-256 and return {"file": name, "sha256": hash}."""
+    folder.mkdir(parents=True, exist_ok=True)
+    new = folder / f".new{suffix}"
+    write(new)
+    sha256 = file_fingerprint(new)
+    name = f"{sha256[:16]}{suffix}"
+    with replacing(folder / name) as temporary:
+        new.rename(temporary)
+    return {"file": name, "sha256": sha256}
+
+
+def load_model(work_dir=WORK_DIR):
+    """Return (model, memory, mix, what model.json says), after checking that they and the index belong together."""
+    folder, index = Path(work_dir, "model").absolute(), load_index(work_dir)
+    path = folder / "model.json"
+    saved = read_json(path, "train.py")
+    if saved.get("format") != MODEL_FORMAT:
+        raise InputError(f"{path}: format {saved.get('format')}, not {MODEL_FORMAT}; run train.py again")
+    index.check(saved["index"], path, "get_tfrecord.py and train.py")
+    for part in (saved["weights"], saved["memory"]):
+        if not (folder / part["file"]).exists() or file_fingerprint(folder / part["file"]) != part["sha256"]:
+            raise InputError(f"{folder / part['file']}: not the file that {path} was written with; run train.py again")
+    model = build_model(**saved["arguments"])
+    model.load_weights(folder / saved["weights"]["file"])
+    return model, Memory.load(folder / saved["memory"]["file"]), Mix(**saved["mix"]), saved
+
+
+def save_checkpoint(folder, model, optimizer, run, history):
+    """Write all that a run needs to go on after its last epoch."""
+    arrays = {f"{i:04}": v.numpy() for i, v in enumerate(model.variables + optimizer.variables)}
+    with replacing(folder / "checkpoint.npz") as temporary, open(temporary, "wb") as file:
+        np.savez(file, state=json.dumps({"run": run, "history": history}), **arrays)
+
+
+def restore_checkpoint(folder, model, optimizer, run):
+    """Set the variables as the same run's last finished epoch left them; return its history, [] if there is none."""
+    path = folder / "checkpoint.npz"
+    if not path.exists() or not (folder / "model.json").exists():
+        return []
+    try:
+        with np.load(path) as saved:
+            state = json.loads(str(saved["state"]))
+            if state["run"] == run:
+                for i, variable in enumerate(model.variables + optimizer.variables):
+                    variable.assign(saved[f"{i:04}"])
+    except (ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path}: damaged ({error}); remove it and run train.py again") from error
+    if state["run"] != run:
+        return []
+    print(f"going on after epoch {len(state['history'])} of {path}")
+    return state["history"]
+
+
+def write_history(folder, history):
+    """Write history.csv, a line for each epoch."""
+    with replacing(folder / "history.csv") as temporary, open(temporary, "w", newline="") as file:
+        writer = csv.DictWriter(file, history[0])
+        writer.writeheader()
+        writer.writerows(history)
+
+
+def versions():
+    """Return the versions of what the weights depend on."""
+    return {"python": platform.python_version(), "tensorflow": tf.__version__, "keras": keras.__version__, "numpy": np.__version__}
+
+
+def main():
+    train()
+
+
+if __name__ == "__main__":
+    run_script(main)
