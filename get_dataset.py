@@ -44,6 +44,8 @@ PARSE_BLOCK = 256  # records parsed in one go
 ITEM_MAX_LEN = 16  # videos that stand for a column: its most clicked
 MAX_CANDIDATES = 2048  # columns to train against; of more, the batch's own and random ones
 NUM_NEGATIVES = 512  # random columns, and random videos, of a batch
+COUNT_POSITIONS = 1 << 18  # clicks in a batch that is only counted
+MERGE_PAIRS = 4_000_000  # pairs that wait to be added up: bounds the memory needed
 
 LISTS = {"user_feature": tf.int32, "user_column": tf.int32, "label": tf.float32}
 WINDOW_SPEC = {name: tf.TensorSpec([None], dtype) for name, dtype in LISTS.items()}
@@ -192,10 +194,67 @@ def column_table(index, video_clicks, max_len=ITEM_MAX_LEN):
 def first_seen(manifest, split, work_dir=WORK_DIR):
     """Yield (videos, columns, new), numpy [batch, len]: a split's clicks, each `new` in just one of its windows."""
     overlap = manifest["constants"]["WINDOW_OVERLAP"]
-    for batch in make_dataset(manifest, split, work_dir, batch_positions=1 << 18).as_numpy_iterator():
+    for batch in make_dataset(manifest, split, work_dir, batch_positions=COUNT_POSITIONS).as_numpy_iterator():
         repeated = np.where(batch["start"] > 0, overlap, 0)[:, None]
         new = (np.arange(batch["label"].shape[1]) >= repeated) & (batch["user_feature"] > 0)
         yield batch["user_feature"], batch["user_column"], new
+
+
+class PairCounter:
+    """Adds up the weights of pairs (row number, column number), keeping the `width` strongest columns of each row."""
+
+    def __init__(self, num_rows, num_columns, width):
+        self.num_columns, self.width = num_columns, width
+        self.totals, self.keys, self.values = np.zeros(num_rows), np.zeros(0, np.int64), np.zeros(0)
+        self.waiting = []
+
+    def add(self, rows, columns, weight):
+        """Count pairs, two arrays [n], with one weight each."""
+        self.totals += weight * np.bincount(rows, minlength=len(self.totals))
+        self.waiting.append((rows.astype(np.int64) * self.num_columns + columns - 1, np.full(len(rows), weight)))
+        if sum(len(keys) for keys, _ in self.waiting) > MERGE_PAIRS:
+            self.merge()
+
+    def merge(self):
+        """Add up the pairs that wait, and drop what is beyond the width."""
+        keys, values = map(np.concatenate, zip((self.keys, self.values), *self.waiting, strict=True))
+        keys, place = np.unique(keys, return_inverse=True)
+        values, rows = np.bincount(place, values, len(keys)), keys // self.num_columns
+        by_strength = np.lexsort((-values, rows))
+        kept = np.sort(by_strength[np.arange(len(rows)) - np.searchsorted(rows, rows) < self.width])
+        self.keys, self.values, self.waiting = keys[kept], values[kept], []
+
+    def table(self):
+        """Return the CountTable of the pairs so far."""
+        self.merge()
+        return CountTable(self.totals, self.keys, self.values, self.num_columns)
+
+
+class CountTable:
+    """A sparse matrix [rows, columns] of counts: rising keys row * num_columns + column - 1, their values, and each
+    row's total, which counts also what the table dropped."""
+
+    def __init__(self, totals, keys, values, num_columns):
+        self.totals, self.keys, self.values, self.num_columns = totals, keys, values, num_columns
+        self.offsets = np.searchsorted(keys, num_columns * np.arange(len(totals) + 1))
+
+    def arrays(self):
+        """Return what the table is made of, by name."""
+        return {"totals": self.totals, "keys": self.keys, "values": self.values}
+
+    def pairs(self):
+        """Return the row and the column number of each entry."""
+        return self.keys // self.num_columns, 1 + self.keys % self.num_columns
+
+    def weighted_rows(self, rows, weights):
+        """Return sum_j weights[i, j] * row(rows[i, j]), float64 [n, columns], of rows and weights [n, h]."""
+        ends = self.offsets[rows.ravel() + 1]
+        counts = ends - self.offsets[rows.ravel()]
+        entries = np.repeat(ends - np.cumsum(counts), counts) + np.arange(counts.sum())
+        outputs = np.repeat(np.arange(rows.size) // rows.shape[1], counts) * self.num_columns
+        added = self.values[entries] * np.repeat(weights.ravel(), counts)
+        sums = np.bincount(outputs + self.keys[entries] % self.num_columns, added, len(rows) * self.num_columns)
+        return sums.reshape(len(rows), self.num_columns)
 
 
 def main():

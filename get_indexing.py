@@ -11,10 +11,12 @@ Writes  WORK_DIR/indexing/vid2idx.json  {"v1": 2, ...}        0 is padding, 1 an
 Numbers are for life: a later run keeps every number given, appends what is new and empties the columns that went.
 """
 
+import collections
 import contextlib
 import fcntl
 import gzip
 import hashlib
+import itertools
 import json
 import os
 import signal
@@ -30,7 +32,7 @@ WORK_DIR = "data/work"  # everything that the scripts write; a path that every m
 MIN_CLICKS = 5  # clicks that put a video into the vocabulary where there is no catalogue
 MAX_BAD_FRACTION = 0.01  # of a file's lines; more bad lines stop the run
 MAX_LINE_BYTES = 32 << 20  # a longer line is skipped: about 2.5 million clicks of one user
-MAX_ID_CHARS = 1000  # a column or video of the catalogue with a longer id is a bad line
+MAX_ID_CHARS = 1000  # of a user, video or column; a line with a longer id is skipped
 RANGE_BYTES = 16 << 20  # of an input file: the work of one task
 NUM_WORKERS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
@@ -40,7 +42,7 @@ PAD, UNKNOWN, FIRST_VIDEO = 0, 1, 2  # video numbers; as a column number 0 means
 def get_indexing(data_dir=DATA_DIR, work_dir=WORK_DIR, min_clicks=MIN_CLICKS):
     """Write the index of data_dir's videos and columns, continuing the one that stands, and return it."""
     data_dir = Path(data_dir)
-    columns, catalogue = read_columns(data_dir), read_catalogue(data_dir)
+    columns, catalogue = read_columns(data_dir), dict(read_all(data_dir, "vid2title*", parse_title))
     shelved = dict.fromkeys(vid for vids in columns.values() for vid in vids)
     found = [*shelved, *catalogue] if catalogue else [*shelved, *clicked_videos(data_dir, shelved, columns, min_clicks)]
 
@@ -69,28 +71,25 @@ def read_columns(data_dir):
     for cid, vids, _ in read_all(data_dir, "cid2vids*", parse_column):
         columns.setdefault(cid, {}).update(dict.fromkeys(vids))
     if not columns:
-        raise InputError(f"{Path(data_dir).absolute()}: no columns; it needs cid2vids*.json[.gz] files, as README.md says")
+        raise InputError(
+            f"{Path(data_dir).absolute()}: no columns; it needs cid2vids*.json[.gz] files, as README.md says"
+        )
     return {cid: list(vids) for cid, vids in columns.items()}
 
 
-def read_catalogue(data_dir):
-    """Return {vid: title} of the vid2title files, {} where there are none."""
-    return dict(read_all(data_dir, "vid2title*", parse_title))
-
-
 def read_names(data_dir):
-    """Return ({vid: title}, {cid: name}), as far as the raw data names them."""
-    return read_catalogue(data_dir), {cid: name for cid, _, name in read_all(data_dir, "cid2vids*", parse_column) if name}
+    """Return ({vid: title}, {cid: name}) as far as the raw data names them."""
+    columns = read_all(data_dir, "cid2vids*", parse_column)
+    return dict(read_all(data_dir, "vid2title*", parse_title)), {cid: name for cid, _, name in columns if name}
 
 
 def clicked_videos(data_dir, shelved, columns, min_clicks):
     """Return the videos with at least min_clicks clicks, most clicked first."""
     tasks = [(*task, shelved, columns) for task in file_ranges(find_files(Path(data_dir, "click_seq")))]
-    totals, tallies = {}, {}
-    for (path, *_), (counts, tally) in zip(tasks, map_files(count_videos, tasks, desc="count clicks"), strict=True):
-        tallies.setdefault(path, Tally(path)).append(tally)
-        for vid, clicks in counts.items():
-            totals[vid] = totals.get(vid, 0) + clicks
+    totals, tallies = collections.Counter(), {}
+    for task, (counts, tally) in zip(tasks, map_files(count_videos, tasks, desc="count clicks"), strict=True):
+        totals.update(counts)
+        tallies.setdefault(task[0], Tally(task[0])).append(tally)
     for tally in tallies.values():
         tally.check()
     enough = [vid for vid, clicks in totals.items() if clicks >= min_clicks and 0 < len(vid) <= MAX_ID_CHARS]
@@ -98,14 +97,11 @@ def clicked_videos(data_dir, shelved, columns, min_clicks):
 
 
 def count_videos(task):
-    """Return ({vid: clicks}, tally) of one byte range of a click file."""
+    """Return (clicks of each video, tally) of one byte range of a click file."""
     path, start, end, shelved, columns = task
-    counts, tally = {}, Tally(path)
-    for _, clicks in read_records(tally, parse_clicks, start, end):
-        for click in clicks:
-            vid, _ = split_click(click, shelved, columns)
-            counts[vid] = counts.get(vid, 0) + 1
-    return counts, tally
+    tally = Tally(path)
+    clicks = itertools.chain.from_iterable(seq for _, seq in read_records(tally, parse_clicks, start, end))
+    return collections.Counter(split_click(click, shelved, columns)[0] for click in clicks), tally
 
 
 def split_click(click, videos, columns):
@@ -139,7 +135,7 @@ def parse_column(record):
     if type(vids) is not list:
         raise BadLine("wrong type")
     name = record.get("name")
-    return catalogue_id(record["cid"]), [catalogue_id(v) for v in vids if v != ""], name if type(name) is str else None
+    return text_id(record["cid"]), [text_id(v) for v in vids if v != ""], name if type(name) is str else None
 
 
 def parse_title(record):
@@ -147,7 +143,7 @@ def parse_title(record):
     title = record["title"]
     if type(title) is not str:
         raise BadLine("wrong type")
-    return catalogue_id(record["vid"]), title
+    return text_id(record["vid"]), title
 
 
 def parse_clicks(record):
@@ -167,16 +163,9 @@ def text_id(value):
         return str(value)
     if type(value) is not str:
         raise BadLine("wrong type")
-    if not value:
-        raise BadLine("empty id")
+    if not 0 < len(value) <= MAX_ID_CHARS:
+        raise BadLine("empty id" if not value else "id too long")
     return value
-
-
-def catalogue_id(value):
-    """Return the id of a video or column as text, refusing one that is absurdly long."""
-    if len(text := text_id(value)) > MAX_ID_CHARS:
-        raise BadLine("id too long")
-    return text
 
 
 # ---------------------------------------------------------------- helpers of the whole chain: the index
@@ -355,14 +344,18 @@ def replacing(path):
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         yield temporary
-        for synced in (temporary, path.parent):
-            if synced == path.parent:
-                os.replace(temporary, path)
-            descriptor = os.open(synced, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
+        sync(temporary)
+        os.replace(temporary, path)
+        sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sync(path):
+    """Wait until a file or folder is on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
 
 
 def write_json(path, value):
@@ -376,12 +369,12 @@ def read_json(path, script):
     path = Path(path).absolute()
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
+        if type(value) is not dict:
+            raise ValueError("not an object")
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path}: no such file; run {script} first") from error
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not JSON ({error}); remove it and run {script} again") from error
-    if type(value) is not dict:
-        raise InputError(f"{path}: not a JSON object; remove it and run {script} again")
+        raise InputError(f"{path}: damaged ({error}); remove it and run {script} again") from error
     return value
 
 
@@ -441,7 +434,9 @@ def run_script(main, work_dir=WORK_DIR):
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                raise InputError(f"another {name} is at work in {Path(work_dir).absolute()}; let it end first") from error
+                raise InputError(
+                    f"another {name} is at work in {Path(work_dir).absolute()}; let it end first"
+                ) from error
             main()
     except (InputError, OSError) as error:
         sys.exit(f"{name}: {error}")

@@ -115,7 +115,13 @@ def write_shards(task):
                 column_clicks=int((columns > 0).sum()),
             )
     sums = {shard.name: {"bytes": shard.stat().st_size, "sha256": file_fingerprint(shard)} for shard in shards.values()}
-    part = {"tally": vars(tally), "report": report, "lengths": sorted(lengths.items()), "splits": splits, "shards": sums}
+    part = {
+        "tally": vars(tally),
+        "report": report,
+        "lengths": sorted(lengths.items()),
+        "splits": splits,
+        "shards": sums,
+    }
     write_json(part_file, part)
     return part
 
@@ -186,7 +192,13 @@ def serialize(window):
 
 def summarize(parts):
     """Add up the parts: {"shards", "splits", "report"} of the manifest."""
-    splits, shards, report, lengths, skipped = {}, {}, collections.Counter(), collections.Counter(), collections.Counter()
+    splits, shards, report, lengths, skipped = (
+        {},
+        {},
+        collections.Counter(),
+        collections.Counter(),
+        collections.Counter(),
+    )
     for part in parts:
         shards |= part["shards"]
         report.update(lines=part["tally"]["lines"], **part["report"])
@@ -233,7 +245,9 @@ def print_report(manifest):
           f"{report['unknown_videos']:,} of unknown videos, {report['column_clicks']:,} in columns; "
           f"history p50 {history['p50']}, p90 {history['p90']}, max {history['max']}")  # fmt: skip
     for split, counts in manifest["splits"].items():
-        print(f"{split}: {counts['users']:,} users -> {counts['targets']:,} targets in {sum(counts['windows']):,} windows")
+        print(
+            f"{split}: {counts['users']:,} users -> {counts['targets']:,} targets in {sum(counts['windows']):,} windows"
+        )
 
 
 def main():

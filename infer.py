@@ -39,6 +39,7 @@ from get_indexing import (
     read_records,
     replacing,
     run_script,
+    split_click,
     write_json,
 )
 from get_tfrecord import ClickEncoder
@@ -51,6 +52,7 @@ BATCH_USERS = 512
 FORMAT = 1
 GZIP_LEVEL = 1  # level 9 takes 70 times as long for 12 % less
 DECIMALS = 4  # of the scores; equal ones go by the order of the columns
+
 
 def infer(clicks_dir=CLICKS_DIR, work_dir=WORK_DIR, top_k=TOP_K, **how):
     """Write the rankings of clicks_dir's users, a file at a time, and return the paths; those still good are kept."""
@@ -88,7 +90,9 @@ def infer(clicks_dir=CLICKS_DIR, work_dir=WORK_DIR, top_k=TOP_K, **how):
         done[output.name] = made_from
         write_json(done_file, done)
         users += tally.lines - sum(tally.skipped.values())
-    print(f"{users:,} users ranked in {len({task[4] for task in tasks}):,} files, {len(paths):,} files stand in {folder}")
+    print(
+        f"{users:,} users ranked in {len({task[4] for task in tasks}):,} files, {len(paths):,} files stand in {folder}"
+    )
     return [output for output, _ in outputs.values()]
 
 
@@ -161,18 +165,25 @@ class Ranker:
             yield json.dumps(line, ensure_ascii=False) + "\n"
 
 
-def print_example(output, path, data_dir=DATA_DIR):
-    """Print in words what the first user of a click file clicked last and which columns come first in the output."""
+def print_example(output, clicks_path, data_dir=DATA_DIR):
+    """Print in words what the first ranked user of a file clicked last, and the columns that come first for them."""
     titles, names = read_names(data_dir)
-    encoder = ClickEncoder(load_index())
+    index = load_index()
     with gzip.open(output, "rt", encoding="utf-8") as ranked:
         line = json.loads(ranked.readline())
-    uid, clicks = next(read_records(Tally(path), parse_clicks))
-    ...
+    _, clicks = next(read_records(Tally(clicks_path), parse_clicks))
+    print(f"user {line['uid']} clicked last:")
+    for click in clicks[-5:]:
+        vid, cid = split_click(click, index.videos, index.columns)
+        print(f"  {titles.get(vid, vid)}" + (f"  in {names.get(cid, cid)}" if cid else ""))
+    print(f"and is shown first ({line['source']}):")
+    for cid, score in list(zip(line["columns"], line["scores"], strict=True))[:5]:
+        print(f"  {np.exp(score):6.1%}  {names.get(cid, cid)}")
 
 
 def main():
-    infer()
+    outputs = infer()
+    print_example(outputs[0], find_files(CLICKS_DIR)[0])
 
 
 if __name__ == "__main__":

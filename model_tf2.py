@@ -8,7 +8,6 @@ transformer for e-commerce recommendation in Alibaba").
     python model_tf2.py          prints a summary on random input; nothing is read or written
 """
 
-import itertools
 from typing import NamedTuple
 
 import keras
@@ -16,7 +15,7 @@ import numpy as np
 import tensorflow as tf
 from keras import layers, ops
 
-from get_dataset import ITEM_MAX_LEN, NUM_NEGATIVES, first_seen
+from get_dataset import ITEM_MAX_LEN, NUM_NEGATIVES, CountTable, PairCounter, first_seen
 from get_indexing import FIRST_VIDEO, PAD, UNKNOWN, run_script
 from get_tfrecord import USER_MAX_LEN
 
@@ -38,7 +37,6 @@ MEMORY_CLICKS = 30  # last clicks that the memory reads
 MEMORY_WIDTH = 64  # columns remembered for a video
 COLUMN_WIDTH = 1024  # columns remembered for a column
 NEGLIGIBLE = 0.02  # decayed counts below it are left out
-MERGE_PAIRS = 4_000_000  # pairs counted between two merges
 LOSS = "softmax"  # over the candidates; or "bce": binary cross-entropy of each candidate
 
 
@@ -59,7 +57,9 @@ class Block(layers.Layer):
 
     def build(self, input_shape):
         if self.max_age is not None:
-            self.age_bias = self.add_weight(shape=(self.num_heads, self.max_age + 1), initializer="zeros", name="age_bias")
+            self.age_bias = self.add_weight(
+                shape=(self.num_heads, self.max_age + 1), initializer="zeros", name="age_bias"
+            )
 
     def call(self, states, mask, training=None):
         """States [batch, len, dim], mask [batch, len] (True = real) -> states [batch, len, dim]."""
@@ -288,101 +288,58 @@ class Memory:
 
     def save(self, path):
         """Write the memory as one .npz file."""
-        np.savez(path, video_clicks=self.video_clicks, column_clicks=self.column_clicks, video_column=self.video_column,
-                 **{f"{name}_{key}": getattr(table, key) for name, table in (("video", self.by_video), ("column", self.by_column)) for key in ("totals", "keys", "values")})
+        arrays = {name: getattr(self, name) for name in ("video_clicks", "column_clicks", "video_column")}
+        for name in ("by_video", "by_column"):
+            arrays |= {f"{name}.{key}": value for key, value in getattr(self, name).arrays().items()}
+        np.savez(path, **arrays)
 
     @classmethod
     def load(cls, path):
         """Return the Memory that save() wrote."""
         with np.load(path) as saved:
-            tables = [CountTable.of(len(saved["column_clicks"]) - 1, *(saved[f"{name}_{key}"] for key in ("totals", "keys", "values"))) for name in ("video", "column")]
-            return cls(saved["video_clicks"], saved["column_clicks"], saved["video_column"], *tables)
+            arrays, tables = {}, {"by_video": {}, "by_column": {}}
+            for name in saved:
+                table, _, key = name.rpartition(".")
+                (tables[table] if table else arrays)[key] = saved[name]
+        num_columns = len(arrays["column_clicks"]) - 1
+        return cls(**arrays, **{name: CountTable(num_columns=num_columns, **of) for name, of in tables.items()})
 
 
 def count_memories(manifest, index, decays, work_dir):
-    """Return {decay: Memory}, counted on the training split."""
+    """Return {decay: Memory} for each decay of the counts, counted on the training split in two passes."""
     num_videos, num_columns = FIRST_VIDEO + len(index.videos), len(index.columns)
     video_clicks, column_clicks = np.zeros(num_videos, int), np.zeros(1 + num_columns, int)
-    homes = CountTable(num_videos, num_columns, width=1)
+    homes = PairCounter(num_videos, num_columns, width=1)
     for videos, columns, new in first_seen(manifest, "train", work_dir):
         video_clicks += np.bincount(videos[new], minlength=num_videos)
         column_clicks += np.bincount(columns[new], minlength=1 + num_columns)
-        inside = new & (columns > 0)
-        homes.add(videos[inside], columns[inside] - 1, 1.0)
-    homes.merge()
+        in_column = new & (columns > 0)
+        homes.add(videos[in_column], columns[in_column], 1.0)
     video_clicks[:FIRST_VIDEO] = column_clicks[0] = 0
+
     video_column = np.zeros(num_videos, int)
-    for number, numbers in reversed(list(enumerate(index.columns.values(), start=1))):
-        video_column[numbers] = number
-    video_column[homes.keys // num_columns] = 1 + homes.keys % num_columns
+    for number, videos in reversed(list(enumerate(index.columns.values(), start=1))):
+        video_column[videos] = number  # of a video never clicked in a column, the first that shows it
+    rows, columns = homes.table().pairs()
+    video_column[rows] = columns
     video_column[:FIRST_VIDEO] = 0
 
-    tables = {
-        decay: (CountTable(num_videos, num_columns, MEMORY_WIDTH), CountTable(1 + num_columns, num_columns, COLUMN_WIDTH))
-        for decay in decays
-    }
+    by_video = {decay: PairCounter(num_videos, num_columns, MEMORY_WIDTH) for decay in decays}
+    by_column = {decay: PairCounter(1 + num_columns, num_columns, COLUMN_WIDTH) for decay in decays}
     for videos, columns, new in first_seen(manifest, "train", work_dir):
         for lag in range(1, min(videos.shape[1], 1 + manifest["constants"]["WINDOW_OVERLAP"])):
-            pairs = [near_pairs(videos[:, :-lag], columns[:, lag:], new[:, lag:]), near_pairs(videos[:, lag:], columns[:, :-lag], new[:, lag:])]
-            near, clicked = map(np.concatenate, zip(*pairs))
-            backed = video_column[near] > 0
-            for decay, (by_video, by_column) in tables.items():
-                if decay ** (lag - 1) >= NEGLIGIBLE:
-                    by_video.add(near, clicked, decay ** (lag - 1))
-                    by_column.add(video_column[near[backed]], clicked[backed], decay ** (lag - 1))
-    for table in itertools.chain(*tables.values()):
-        table.merge()
-    return {decay: Memory(video_clicks, column_clicks, video_column, *tables[decay]) for decay in decays}
-
-
-def near_pairs(videos, columns, new):
-    chosen = new & (columns > 0) & (videos >= FIRST_VIDEO)
-    return videos[chosen].astype(int), columns[chosen] - 1
-
-
-class CountTable:
-    """Weighted counts of pairs (row, column): of each row the total and, bounded, its `width` strongest columns."""
-
-    def __init__(self, num_rows, num_columns, width):
-        self.num_columns, self.width = num_columns, width
-        self.totals = np.zeros(num_rows)
-        self.keys, self.values, self.waiting = np.zeros(0, np.int64), np.zeros(0), []  # key = row * num_columns + column
-
-    @classmethod
-    def of(cls, num_columns, totals, keys, values):
-        """Return the table with these totals and entries."""
-        table = cls(len(totals), num_columns, len(keys))
-        table.totals, table.keys, table.values = totals, keys, values
-        table.merge()
-        return table
-
-    def add(self, rows, columns, weight):
-        """Count pairs, two arrays [n] of numbers, with a weight each."""
-        self.totals += weight * np.bincount(rows, minlength=len(self.totals))
-        self.waiting.append((rows * self.num_columns + columns, np.full(len(rows), weight)))
-        if sum(len(keys) for keys, _ in self.waiting) > MERGE_PAIRS:
-            self.merge()
-
-    def merge(self):
-        """Add up what waits and keep the strongest entries of each row."""
-        keys, values = map(np.concatenate, zip((self.keys, self.values), *self.waiting, strict=True))
-        keys, place = np.unique(keys, return_inverse=True)
-        values, rows = np.bincount(place, values, len(keys)), keys // self.num_columns
-        strongest = np.lexsort((-values, rows))
-        rank = np.arange(len(keys)) - np.searchsorted(rows, rows)
-        kept = np.sort(strongest[rank < self.width])
-        self.keys, self.values, self.waiting = keys[kept], values[kept], []
-        self.offsets = np.searchsorted(self.keys, self.num_columns * np.arange(len(self.totals) + 1))
-
-    def weighted_rows(self, rows, weights):
-        """Return sum_j weights[i, j] * row(rows[i, j]), float64 [n, columns], of rows and weights [n, h]."""
-        ends = self.offsets[rows.ravel() + 1]
-        counts = ends - self.offsets[rows.ravel()]
-        entries = np.repeat(ends - np.cumsum(counts), counts) + np.arange(counts.sum())
-        users = np.repeat(np.arange(rows.size) // rows.shape[1], counts)
-        places = users * self.num_columns + self.keys[entries] % self.num_columns
-        added = self.values[entries] * np.repeat(weights.ravel(), counts)
-        return np.bincount(places, added, len(rows) * self.num_columns).reshape(len(rows), self.num_columns)
+            for near, clicked in ((videos[:, :-lag], columns[:, lag:]), (videos[:, lag:], columns[:, :-lag])):
+                counted = new[:, lag:] & (clicked > 0) & (near >= FIRST_VIDEO)
+                rows, clicked = near[counted], clicked[counted]
+                homed = video_column[rows] > 0
+                for decay in decays:
+                    if (weight := decay ** (lag - 1)) >= NEGLIGIBLE:
+                        by_video[decay].add(rows, clicked, weight)
+                        by_column[decay].add(video_column[rows[homed]], clicked[homed], weight)
+    return {
+        decay: Memory(video_clicks, column_clicks, video_column, by_video[decay].table(), by_column[decay].table())
+        for decay in decays
+    }
 
 
 def main():

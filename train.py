@@ -13,7 +13,6 @@ Writes  WORK_DIR/model/<hash>.weights.h5   the towers' best weights so far
 """
 
 import csv
-import importlib.util
 import itertools
 import json
 import platform
@@ -26,7 +25,7 @@ import numpy as np
 import tensorflow as tf
 from tqdm import tqdm
 
-from get_dataset import ITEM_MAX_LEN, add_candidates, column_table, first_seen, load_manifest, make_dataset
+from get_dataset import ITEM_MAX_LEN, PairCounter, add_candidates, column_table, first_seen, load_manifest, make_dataset
 from get_indexing import (
     WORK_DIR,
     InputError,
@@ -42,7 +41,6 @@ from model_tf2 import (
     LOSS,
     MEMORY_CLICKS,
     PLAIN_TOWERS,
-    CountTable,
     Memory,
     Mix,
     build_model,
@@ -171,7 +169,9 @@ def target_scorer(model, column_videos):
                 for name in ("user_feature", "user_column")
             )
             outputs = target_logits(batch, columns).numpy(), videos, clicked, batch["target_column"].numpy()[rows, at]
-            yield from zip(*(np.array_split(x, 1 + len(rows) * len(columns) // SCORES_AT_ONCE) for x in outputs), strict=True)
+            yield from zip(
+                *(np.array_split(x, 1 + len(rows) * len(columns) // SCORES_AT_ONCE) for x in outputs), strict=True
+            )
 
     return score
 
@@ -250,14 +250,13 @@ def all_rankings(manifest, memory, chosen, work_dir):
 
 def count_chain(manifest, num_columns, work_dir):
     """Return the CountTable of which column was clicked next after which, in the training split."""
-    chain = CountTable(1 + num_columns, num_columns, num_columns)
+    chain = PairCounter(1 + num_columns, num_columns, num_columns)
     for _, columns, new in first_seen(manifest, "train", work_dir):
         rows, at = np.nonzero(columns)
         clicked = columns[rows, at]
         follows = (rows[1:] == rows[:-1]) & new[rows, at][1:]
-        chain.add(clicked[:-1][follows], clicked[1:][follows] - 1, 1.0)
-    chain.merge()
-    return chain
+        chain.add(clicked[:-1][follows], clicked[1:][follows], 1.0)
+    return chain.table()
 
 
 def print_table(test, chosen):
@@ -366,7 +365,12 @@ def write_history(folder, history):
 
 def versions():
     """Return the versions of what the weights depend on."""
-    return {"python": platform.python_version(), "tensorflow": tf.__version__, "keras": keras.__version__, "numpy": np.__version__}
+    return {
+        "python": platform.python_version(),
+        "tensorflow": tf.__version__,
+        "keras": keras.__version__,
+        "numpy": np.__version__,
+    }
 
 
 def main():

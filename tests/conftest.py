@@ -1,0 +1,79 @@
+"""Raw data for the tests: written as a user would have it, from plain Python values."""
+
+import gzip as gzip_module
+import json
+import os
+import random
+
+import pytest
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # before any test imports tensorflow
+
+
+@pytest.fixture
+def write_lines():
+    """A function that writes lines to a path (compressed if it ends in .gz) and returns the path."""
+    return _write_lines
+
+
+@pytest.fixture
+def raw():
+    """A function that writes raw data into a folder, made where it is missing, and returns the folder (a DATA_DIR).
+
+    raw(folder, columns={"c1": ["v1", "v2"]}, users=[("u1", ["v1", "v2_c1"])], titles={"v1": "One"}) writes
+    folder/cid2vids.json, folder/click_seq/clicks.json and folder/vid2title.json; each is left out where it is None.
+    names={"c1": "First"} adds column names; gzip=True writes .json.gz files; click_file is the click file's name.
+    """
+    return _raw
+
+
+@pytest.fixture
+def clicks_like_real():
+    """A function (num_users, seed) -> {"columns": ..., "users": ...}, as raw() takes them: always the same for a seed.
+
+    4 topics of 3 columns of 5 videos each ("t0a" holds "t0a-0" to "t0a-4"). A user has one topic: 7 of 10 clicks are made
+    in its columns, going round a, b, c, a ..., 1 of 10 in any column, and 2 of 10 are plain clicks on a video of the
+    topic. A history has 8 to 30 clicks. 200 users leave about 10 each for val and test.
+    """
+    return _clicks_like_real
+
+
+def _write_lines(path, lines):
+    """A line is written as it is where it is bytes or text, and as JSON where it is any other value."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [line if isinstance(line, bytes | str) else json.dumps(line, ensure_ascii=False) for line in lines]
+    data = b"".join((line if isinstance(line, bytes) else line.encode()) + b"\n" for line in lines)
+    path.write_bytes(gzip_module.compress(data, mtime=0) if path.name.endswith(".gz") else data)
+    return path
+
+
+def _raw(folder, columns=None, users=None, titles=None, names=None, gzip=False, click_file="clicks"):
+    end, names = ".json.gz" if gzip else ".json", names or {}
+    folder.mkdir(parents=True, exist_ok=True)
+    if columns is not None:
+        lines = [{"cid": c, "vids": v, **({"name": names[c]} if c in names else {})} for c, v in columns.items()]
+        _write_lines(folder / f"cid2vids{end}", lines)
+    if titles is not None:
+        _write_lines(folder / f"vid2title{end}", [{"vid": v, "title": title} for v, title in titles.items()])
+    if users is not None:
+        lines = [{"uid": uid, "click_seq": clicks} for uid, clicks in users]
+        _write_lines(folder / "click_seq" / f"{click_file}{end}", lines)
+    return folder
+
+
+def _clicks_like_real(num_users, seed):
+    rng = random.Random(seed)
+    topics = [[f"t{topic}{letter}" for letter in "abc"] for topic in range(4)]
+    columns = {cid: [f"{cid}-{i}" for i in range(5)] for cids in topics for cid in cids}
+    users = []
+    for user in range(num_users):
+        own, turn, clicks = rng.choice(topics), rng.randrange(3), []
+        for _ in range(rng.randint(8, 30)):
+            kind = rng.random()
+            if kind < 0.7:
+                turn = (turn + 1) % 3
+            cid = own[turn] if kind < 0.7 else rng.choice(list(columns) if kind < 0.8 else own)
+            vid = rng.choice(columns[cid])
+            clicks.append(f"{vid}_{cid}" if kind < 0.8 else vid)
+        users.append((f"user{user}", clicks))
+    return {"columns": columns, "users": users}
