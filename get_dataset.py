@@ -30,12 +30,13 @@ from get_indexing import (
     FIRST_VIDEO,
     WORK_DIR,
     InputError,
+    file_fingerprint,
     load_index,
     read_json,
     read_names,
     run_script,
 )
-from get_tfrecord import FORMAT, ClickEncoder, cut_windows
+from get_tfrecord import FORMAT, USER_MAX_LEN, ClickEncoder, cut_windows
 
 BATCH_POSITIONS = 4096  # clicks in a batch, padding included; windows of like length share a batch
 MIN_STEPS = 100  # batches in an epoch: small data gets smaller batches
@@ -53,17 +54,22 @@ WINDOW_SPEC |= {"uid": tf.TensorSpec([], tf.string), "start": tf.TensorSpec([], 
 PADDED_SHAPES = {name: spec.shape for name, spec in WINDOW_SPEC.items()}
 
 
-def load_manifest(work_dir=WORK_DIR):
-    """Return (manifest, index), refusing records of another format or index and missing or cut shards."""
+def load_manifest(work_dir=WORK_DIR, user_max_len=USER_MAX_LEN):
+    """Return (manifest, index), refusing records of another format, index or USER_MAX_LEN, and shards that changed."""
     path, index = Path(work_dir, "tfrecord/manifest.json").absolute(), load_index(work_dir)
     manifest = read_json(path, "get_tfrecord.py")
     if manifest.get("format") != FORMAT:
         raise InputError(f"{path}: format {manifest.get('format')}, not {FORMAT}; run get_tfrecord.py again")
     index.check(manifest["index"], path, "get_tfrecord.py")
+    if manifest["constants"]["USER_MAX_LEN"] != user_max_len:
+        raise InputError(
+            f"{path}: made with USER_MAX_LEN = {manifest['constants']['USER_MAX_LEN']}, which is {user_max_len} now; "
+            "run get_tfrecord.py again"
+        )
     for name, shard in manifest["shards"].items():
-        size = (path.parent / name).stat().st_size if (path.parent / name).exists() else 0
-        if size != shard["bytes"]:
-            raise InputError(f"{path.parent / name}: {size:,} bytes, not {shard['bytes']:,}; run get_tfrecord.py again")
+        shard_path = path.parent / name
+        if not shard_path.exists() or file_fingerprint(shard_path) != shard["sha256"]:
+            raise InputError(f"{shard_path}: not the file that {path.name} names; run get_tfrecord.py again")
     return manifest, index
 
 
@@ -150,7 +156,7 @@ def add_candidates(dataset, column_videos, column_clicks, num_videos, seed):
     MAX_CANDIDATES columns all are candidates; of more, the batch's own and NUM_NEGATIVES uniform draws.
     """
     num_columns = len(column_videos) - 1
-    popularity = tf.constant(column_clicks / column_clicks.sum(), tf.float32)
+    popularity = tf.constant(np.minimum(column_clicks / column_clicks.sum(), 0.999), tf.float32)
     column_videos = tf.constant(column_videos, tf.int32)
 
     def add(batch, draws):
@@ -254,7 +260,7 @@ class CountTable:
         outputs = np.repeat(np.arange(rows.size) // rows.shape[1], counts) * self.num_columns
         added = self.values[entries] * np.repeat(weights.ravel(), counts)
         sums = np.bincount(outputs + self.keys[entries] % self.num_columns, added, len(rows) * self.num_columns)
-        return sums.reshape(len(rows), self.num_columns)
+        return sums.reshape(len(rows), self.num_columns).astype(float)  # of no entries at all, bincount gives integers
 
 
 def main():

@@ -14,8 +14,10 @@ Numbers are for life: a later run keeps every number given, appends what is new 
 import collections
 import contextlib
 import fcntl
+import functools
 import gzip
 import hashlib
+import importlib
 import itertools
 import json
 import os
@@ -34,7 +36,7 @@ MAX_BAD_FRACTION = 0.01  # of a file's lines; more bad lines stop the run
 MAX_LINE_BYTES = 32 << 20  # a longer line is skipped: about 2.5 million clicks of one user
 MAX_ID_CHARS = 1000  # of a user, video or column; a line with a longer id is skipped
 RANGE_BYTES = 16 << 20  # of an input file: the work of one task
-NUM_WORKERS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+NUM_WORKERS = os.cpu_count()  # processes that work on files
 
 PAD, UNKNOWN, FIRST_VIDEO = 0, 1, 2  # video numbers; as a column number 0 means no column
 
@@ -44,11 +46,12 @@ def get_indexing(data_dir=DATA_DIR, work_dir=WORK_DIR, min_clicks=MIN_CLICKS):
     data_dir = Path(data_dir)
     columns, catalogue = read_columns(data_dir), dict(read_all(data_dir, "vid2title*", parse_title))
     shelved = dict.fromkeys(vid for vids in columns.values() for vid in vids)
-    found = [*shelved, *catalogue] if catalogue else [*shelved, *clicked_videos(data_dir, shelved, columns, min_clicks)]
+    if not find_files(data_dir, "vid2title*", required=False):
+        catalogue = dict.fromkeys(clicked_videos(data_dir, shelved, columns, min_clicks))
 
-    old = load_index(work_dir) if Path(work_dir, "indexing/vid2idx.json").exists() else Index({}, {})
+    old = load_index(work_dir, new=True)
     videos = dict(old.videos)
-    for vid in found:
+    for vid in itertools.chain(shelved, catalogue):
         videos.setdefault(vid, FIRST_VIDEO + len(videos))
     numbered = {cid: [videos[vid] for vid in columns.get(cid, ())] for cid in {**old.columns, **columns}}
 
@@ -56,7 +59,7 @@ def get_indexing(data_dir=DATA_DIR, work_dir=WORK_DIR, min_clicks=MIN_CLICKS):
     write_json(Path(work_dir, "indexing/vid2idx.json"), videos)
     write_json(Path(work_dir, "indexing/cid2vidx.json"), numbered)
     empty = sum(not vids for vids in numbered.values())
-    outside = sum(vid not in catalogue for vid in shelved) if catalogue else 0
+    outside = sum(vid not in catalogue for vid in shelved)
     print(
         f"{len(videos):,} videos ({len(videos) - len(old.videos):,} new), "
         f"{len(numbered):,} columns ({len(numbered) - len(old.columns):,} new, {empty:,} empty); "
@@ -85,11 +88,11 @@ def read_names(data_dir):
 
 def clicked_videos(data_dir, shelved, columns, min_clicks):
     """Return the videos with at least min_clicks clicks, most clicked first."""
-    tasks = [(*task, shelved, columns) for task in file_ranges(find_files(Path(data_dir, "click_seq")))]
+    tasks = [(where, shelved, columns) for where in file_ranges(find_files(Path(data_dir, "click_seq")))]
     totals, tallies = collections.Counter(), {}
-    for task, (counts, tally) in zip(tasks, map_files(count_videos, tasks, desc="count clicks"), strict=True):
+    for counts, tally in map_files(count_videos, tasks, desc="count clicks"):
         totals.update(counts)
-        tallies.setdefault(task[0], Tally(task[0])).append(tally)
+        tallies.setdefault(tally.path, Tally(tally.path)).append(tally)
     for tally in tallies.values():
         tally.check()
     enough = [vid for vid, clicks in totals.items() if clicks >= min_clicks and 0 < len(vid) <= MAX_ID_CHARS]
@@ -97,10 +100,10 @@ def clicked_videos(data_dir, shelved, columns, min_clicks):
 
 
 def count_videos(task):
-    """Return (clicks of each video, tally) of one byte range of a click file."""
-    path, start, end, shelved, columns = task
-    tally = Tally(path)
-    clicks = itertools.chain.from_iterable(seq for _, seq in read_records(tally, parse_clicks, start, end))
+    """Return (clicks of each video, tally) of one FileRange."""
+    where, shelved, columns = task
+    tally = Tally(where.path)
+    clicks = itertools.chain.from_iterable(clicks for _, clicks in read_records(tally, parse_clicks, *where[1:]))
     return collections.Counter(split_click(click, shelved, columns)[0] for click in clicks), tally
 
 
@@ -188,14 +191,13 @@ class Index(NamedTuple):
             raise InputError(f"{what} was made with another index than indexing/vid2idx.json; run {script} again")
 
 
-def load_index(work_dir=WORK_DIR):
-    """Return the Index under work_dir; FileNotFoundError names the script to run first."""
-    folder = Path(work_dir, "indexing").absolute()
-    videos = read_json(folder / "vid2idx.json", "get_indexing.py")
-    columns = read_json(folder / "cid2vidx.json", "get_indexing.py") if (folder / "cid2vidx.json").exists() else {}
-    if list(videos.values()) != list(range(FIRST_VIDEO, FIRST_VIDEO + len(videos))):
-        raise InputError(f"{folder / 'vid2idx.json'}: its numbers do not count up from {FIRST_VIDEO}; restore the file")
-    return Index(videos, columns)
+def load_index(work_dir=WORK_DIR, new=False):
+    """Return the Index under work_dir; a file that is missing is an error, or empty where the index may be new."""
+    paths = [Path(work_dir, "indexing", name).absolute() for name in ("vid2idx.json", "cid2vidx.json")]
+    index = Index(*({} if new and not path.exists() else read_json(path, "get_indexing.py") for path in paths))
+    if list(index.videos.values()) != list(range(FIRST_VIDEO, FIRST_VIDEO + len(index.videos))):
+        raise InputError(f"{paths[0]}: its numbers do not count up from {FIRST_VIDEO}; restore the file")
+    return index
 
 
 # ---------------------------------------------------------------- helpers: reading
@@ -268,14 +270,24 @@ def input_name(path):
     return Path(path).name.removesuffix(".gz").removesuffix(".json")
 
 
+class FileRange(NamedTuple):
+    """The lines that begin in bytes [start, end) of a file: the work of one task."""
+
+    path: str
+    start: int
+    end: int | None  # None: to the end, of a compressed file
+
+
 def file_ranges(paths, range_bytes=RANGE_BYTES):
-    """Return tasks (path, start, end) that cover the files; a compressed file is one task."""
-    tasks = []
+    """Return the FileRanges that cover the files; a compressed file cannot be cut."""
+    ranges = []
     for path in paths:
-        size = os.path.getsize(path)
-        step = range_bytes if not path.endswith(".gz") else max(size, 1)
-        tasks += [(path, start, start + step) for start in range(0, max(size, 1), step)]
-    return [(path, start, None if path.endswith(".gz") else end) for path, start, end in tasks]
+        if path.endswith(".gz"):
+            ranges.append(FileRange(path, 0, None))
+        else:
+            starts = range(0, max(os.path.getsize(path), 1), range_bytes)
+            ranges += [FileRange(path, start, start + range_bytes) for start in starts]
+    return ranges
 
 
 def read_records(tally, parse, start=0, end=None):
@@ -306,6 +318,8 @@ def read_records(tally, parse, start=0, end=None):
 
 def read_lines(path, start=0, end=None):
     """Yield the lines, as bytes, that begin in [start, end); of one over MAX_LINE_BYTES only its beginning."""
+    if path.endswith(".gz") and not os.path.getsize(path):
+        raise InputError(f"{path}: an empty gzip file; copy it again")
     try:
         with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as file:
             if start:  # the line under way at `start` belongs to the range before
@@ -380,34 +394,64 @@ def read_json(path, script):
 
 def fingerprint(*parts):
     """Return the SHA-256 of values as JSON."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=repr).encode()).hexdigest()
 
 
 def file_fingerprint(path):
     """Return the SHA-256 of a file's bytes."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while part := file.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def constants(*scripts):
+    """Return the constants of scripts, {name: value}: all that shapes their output, so no folders and worker counts."""
+    values = {name: value for script in scripts for name, value in vars(importlib.import_module(script)).items()}
+    return {name: values[name] for name in values if name.isupper() and not name.endswith(("_DIR", "_WORKERS"))}
 
 
 # ---------------------------------------------------------------- helpers: running
 
 
 def map_files(function, tasks, desc, num_workers=NUM_WORKERS):
-    """Yield function(task) of each task, in order, computed by spawned worker processes with a progress bar."""
+    """Yield function(task) of each task, in order, computed by spawned worker processes with a progress bar.
+
+    A task is a tuple that begins with its FileRange, by which InputError names the file at which a worker died.
+    """
+    import multiprocessing
+    from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+    from concurrent.futures.process import BrokenProcessPool
+    from queue import SimpleQueue
+
     from tqdm import tqdm
 
-    bar = dict(total=len(tasks), desc=desc, unit="file", disable=None)
-    if min(num_workers, len(tasks)) == 1:
-        yield from tqdm(map(function, tasks), **bar)
+    bar = functools.partial(tqdm, total=len(tasks), desc=desc, unit="part", disable=None)
+    num_workers = min(num_workers, len(tasks))
+    if num_workers <= 1:
+        yield from bar(map(function, tasks))
         return
-    import multiprocessing
-    from concurrent.futures import ProcessPoolExecutor
+    idle, spawn = SimpleQueue(), multiprocessing.get_context("spawn")
+    for _ in range(num_workers):  # a pool each, so that it is known which task a dead process had
+        idle.put(ProcessPoolExecutor(1, spawn, initializer=end_with_parent))
 
-    spawn = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(min(num_workers, len(tasks)), spawn, initializer=end_with_parent)
+    def run(task):
+        worker = idle.get()
+        try:
+            return worker.submit(function, task).result()
+        except BrokenProcessPool as error:
+            raise InputError(
+                f"{task[0].path}: the worker process died, for lack of memory perhaps; run again"
+            ) from error
+        finally:
+            idle.put(worker)
+
+    threads = ThreadPoolExecutor(num_workers)
     try:
-        yield from tqdm(pool.map(function, tasks), **bar)
+        yield from bar(threads.map(run, tasks))
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        threads.shutdown(wait=False, cancel_futures=True)
         for process in multiprocessing.active_children():
             process.terminate()
 

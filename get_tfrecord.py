@@ -15,7 +15,6 @@ import collections
 import contextlib
 import functools
 import hashlib
-import os
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +25,7 @@ from get_indexing import (
     WORK_DIR,
     InputError,
     Tally,
+    constants,
     file_fingerprint,
     file_ranges,
     find_files,
@@ -54,27 +54,29 @@ MEMO_SIZE = 1 << 20  # distinct clicks that an encoder remembers
 def get_tfrecord(data_dir=DATA_DIR, work_dir=WORK_DIR, user_max_len=USER_MAX_LEN, window_overlap=WINDOW_OVERLAP,
                  min_history=MIN_HISTORY, val_ratio=VAL_RATIO, test_ratio=TEST_RATIO, **how):  # fmt: skip
     """Write the shards and their manifest, which is returned; shards that still stand for their input are kept."""
-    constants = dict(USER_MAX_LEN=user_max_len, WINDOW_OVERLAP=window_overlap, MIN_HISTORY=min_history,
+    settings = dict(USER_MAX_LEN=user_max_len, WINDOW_OVERLAP=window_overlap, MIN_HISTORY=min_history,
                      VAL_RATIO=val_ratio, TEST_RATIO=test_ratio)  # fmt: skip
     if not 1 <= min_history <= window_overlap < user_max_len:
-        raise InputError(f"1 <= MIN_HISTORY <= WINDOW_OVERLAP < USER_MAX_LEN must hold, not {constants}")
+        raise InputError(f"1 <= MIN_HISTORY <= WINDOW_OVERLAP < USER_MAX_LEN must hold, not {settings}")
     index, folder = load_index(work_dir), Path(work_dir, "tfrecord")
-    tasks = []
-    for number, (path, start, end) in enumerate(file_ranges(find_files(Path(data_dir, "click_seq")))):
-        state = os.stat(path)
-        key = fingerprint(FORMAT, constants, index.fingerprint(), path, start, end, state.st_size, state.st_mtime_ns)
-        tasks.append((folder, f"{number:05d}-{key[:16]}", work_dir, path, start, end, constants))
-
+    made_with = fingerprint(constants("get_indexing", "get_tfrecord"), settings, index.fingerprint())
+    paths = find_files(Path(data_dir, "click_seq"))
+    ranges, inputs = file_ranges(paths), {path: file_fingerprint(path) for path in paths}
+    names = [
+        f"{number:05}-{fingerprint(made_with, inputs[where.path], where[1:])[:16]}"
+        for number, where in enumerate(ranges)
+    ]
+    tasks = [(where, name, folder, work_dir, settings, made_with) for where, name in zip(ranges, names, strict=True)]
     tallies, parts = {}, []
-    for task, part in zip(tasks, map_files(write_shards, tasks, desc="write records", **how), strict=True):
+    for where, part in zip(ranges, map_files(write_shards, tasks, desc="write records", **how), strict=True):
         parts.append(part)
-        tallies.setdefault(task[3], Tally(task[3])).append(Tally(**part["tally"]))
+        tallies.setdefault(where.path, Tally(where.path)).append(Tally(**part["tally"]))
     for tally in tallies.values():
         tally.check()
-    manifest = {"format": FORMAT, "index": index.fingerprint(), "constants": constants, **summarize(parts)}
-    check_enough(manifest, constants)
+    manifest = {"format": FORMAT, "index": index.fingerprint(), "constants": settings, **summarize(parts)}
+    check_enough(manifest, settings)
     write_json(folder / "manifest.json", manifest)
-    current = {"manifest.json", *manifest["shards"], *(f"part-{task[1]}.json" for task in tasks)}
+    current = {"manifest.json", *manifest["shards"], *(part["file"] for part in parts)}
     for path in folder.iterdir():  # shards of former input, and what a killed run left
         if path.name not in current:
             path.unlink()
@@ -83,27 +85,32 @@ def get_tfrecord(data_dir=DATA_DIR, work_dir=WORK_DIR, user_max_len=USER_MAX_LEN
 
 
 def write_shards(task):
-    """Write the shards of one byte range of a click file, then their part file, and return what it says."""
-    folder, name, work_dir, path, start, end, constants = task
+    """Write the shards of one FileRange, then their part file, and return what it says; what stands is kept."""
+    where, name, folder, work_dir, settings, made_with = task
     part_file = folder / f"part-{name}.json"
     shards = {split: folder / f"{split}-{name}.tfrecord" for split in SPLITS}
-    if part_file.exists() and all(shard.exists() for shard in shards.values()):
-        return read_json(part_file, "get_tfrecord.py")
+    if part_file.exists():
+        part = read_json(part_file, "get_tfrecord.py")
+        if all(
+            shard.exists() and file_fingerprint(shard) == part["shards"][shard.name]["sha256"]
+            for shard in shards.values()
+        ):
+            return part
     from tensorflow.io import TFRecordWriter
 
-    encoder, tally = load_encoder(work_dir, name), Tally(path)
+    encoder, tally = load_encoder(work_dir, made_with), Tally(where.path)
     report = collections.Counter(clicks=0, unknown_videos=0, column_clicks=0)
     lengths = collections.Counter()
-    splits = {s: {"users": 0, "targets": 0, "windows": [0] * (constants["USER_MAX_LEN"] + 1)} for s in SPLITS}
+    splits = {s: {"users": 0, "targets": 0, "windows": [0] * (settings["USER_MAX_LEN"] + 1)} for s in SPLITS}
     with contextlib.ExitStack() as stack:
         writers = {
             split: stack.enter_context(TFRecordWriter(str(stack.enter_context(replacing(shard)))))
             for split, shard in shards.items()
         }
-        for uid, clicks in read_records(tally, parse_clicks, start, end):
+        for uid, clicks in read_records(tally, parse_clicks, *where[1:]):
             videos, columns = encoder.encode(clicks)
-            split = split_of(uid, constants["VAL_RATIO"], constants["TEST_RATIO"])
-            for window in cut_windows(uid, videos, columns, constants):
+            split = split_of(uid, settings["VAL_RATIO"], settings["TEST_RATIO"])
+            for window in cut_windows(uid, videos, columns, settings):
                 writers[split].write(serialize(window))
                 splits[split]["windows"][len(window["label"])] += 1
                 splits[split]["targets"] += int(window["label"].sum())
@@ -116,6 +123,7 @@ def write_shards(task):
             )
     sums = {shard.name: {"bytes": shard.stat().st_size, "sha256": file_fingerprint(shard)} for shard in shards.values()}
     part = {
+        "file": part_file.name,
         "tally": vars(tally),
         "report": report,
         "lengths": sorted(lengths.items()),
@@ -127,8 +135,8 @@ def write_shards(task):
 
 
 @functools.lru_cache(maxsize=1)
-def load_encoder(work_dir, name):
-    """Return the ClickEncoder of work_dir's index, once per worker process and run (the name tells runs apart)."""
+def load_encoder(work_dir, made_with):
+    """Return the ClickEncoder of work_dir's index, once for a process and an index, which made_with tells apart."""
     return ClickEncoder(load_index(work_dir))
 
 
@@ -159,17 +167,17 @@ def split_of(uid, val_ratio=VAL_RATIO, test_ratio=TEST_RATIO):
     return "val" if draw < val_ratio else "test" if draw < val_ratio + test_ratio else "train"
 
 
-def cut_windows(uid, videos, columns, constants):
+def cut_windows(uid, videos, columns, settings):
     """Yield a user's windows as {"uid", "start", "user_feature" [n], "user_column" [n], "label" [n]}.
 
     label is 1.0 where the next click of the window is a target: made in a column, with at least MIN_HISTORY clicks
     before it, and not a target of the window before. `start` is the window's place in the history.
     """
-    max_len, overlap = constants["USER_MAX_LEN"], constants["WINDOW_OVERLAP"]
+    max_len, overlap = settings["USER_MAX_LEN"], settings["WINDOW_OVERLAP"]
     for start in range(0, max(len(videos) - overlap, 1), max_len - overlap):
         window_columns = columns[start : start + max_len]
         label = np.zeros(len(window_columns), np.float32)
-        first = overlap if start else constants["MIN_HISTORY"]
+        first = overlap if start else settings["MIN_HISTORY"]
         label[first - 1 : -1] = window_columns[first:] > 0
         if len(label) > 1:
             yield {"uid": uid, "start": start, "user_feature": videos[start : start + max_len],
@@ -222,19 +230,20 @@ def summarize(parts):
     }
 
 
-def check_enough(manifest, constants):
+def check_enough(manifest, settings):
     """Refuse records that cannot train: no click in any column, or no target for validation or test."""
     if not manifest["report"]["column_clicks"]:
         raise InputError(
             "no click was made in a known column; clicks look like <vid>_<cid>, with the cids of cid2vids*.json"
         )
-    for split, ratio in zip(SPLITS[1:], ("VAL_RATIO", "TEST_RATIO"), strict=True):
-        if not manifest["splits"][split]["targets"]:
-            users = sum(counts["users"] for counts in manifest["splits"].values())
-            enough = int(np.ceil(np.log(0.01) / np.log1p(-constants[ratio]))) if 0 < constants[ratio] < 1 else "any"
-            raise InputError(
-                f"none of {users:,} users is left for {split}; it needs about {enough} users with targets, or a larger {ratio}"
-            )
+    users = sum(counts["users"] for counts in manifest["splits"].values())
+    smallest = min(settings["VAL_RATIO"], settings["TEST_RATIO"], 1 - settings["VAL_RATIO"] - settings["TEST_RATIO"])
+    if smallest <= 0:
+        raise InputError(f"VAL_RATIO and TEST_RATIO must be positive and leave users for training, not {settings}")
+    for split, counts in manifest["splits"].items():
+        if not counts["targets"]:
+            enough = int(np.ceil(np.log(0.01) / np.log1p(-smallest)))
+            raise InputError(f"none of {users:,} users leaves a target for {split}; about {enough:,} users are needed")
 
 
 def print_report(manifest):

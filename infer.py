@@ -14,8 +14,6 @@ import functools
 import gzip
 import itertools
 import json
-import os
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +24,10 @@ from get_indexing import (
     DATA_DIR,
     UNKNOWN,
     WORK_DIR,
+    InputError,
     Tally,
+    constants,
+    file_fingerprint,
     file_ranges,
     find_files,
     fingerprint,
@@ -49,58 +50,49 @@ from train import load_model
 CLICKS_DIR = f"{DATA_DIR}/click_seq"  # the users to rank for; name another folder to rank for others
 TOP_K = 0  # columns for each user; 0: all
 BATCH_USERS = 512
-FORMAT = 1
 GZIP_LEVEL = 1  # level 9 takes 70 times as long for 12 % less
 DECIMALS = 4  # of the scores; equal ones go by the order of the columns
 
 
 def infer(clicks_dir=CLICKS_DIR, work_dir=WORK_DIR, top_k=TOP_K, **how):
-    """Write the rankings of clicks_dir's users, a file at a time, and return the paths; those still good are kept."""
-    paths, folder = find_files(clicks_dir), Path(work_dir, "ranking")
+    """Write the ranking of each click file as soon as it is whole, and return all paths; those still good are kept."""
+    folder = Path(work_dir, "ranking")
     folder.mkdir(parents=True, exist_ok=True)
     for leftover in folder.glob(".*.tmp"):
         leftover.unlink()
-    model_json = read_json(Path(work_dir, "model/model.json"), "train.py")
-    ranker = fingerprint(FORMAT, model_json, load_index(work_dir), top_k, DECIMALS)
-    done_file = folder / "manifest.json"
-    done = read_json(done_file, "infer.py") if done_file.exists() else {}
-    outputs, tasks = {}, []
-    for path in paths:
-        output, state = folder / f"{input_name(path)}.json.gz", os.stat(path)
-        made_from = fingerprint(ranker, path, state.st_size, state.st_mtime_ns)
-        outputs[path] = output, made_from
-        if not output.exists() or done.get(output.name) != made_from:
-            tasks += [(folder / f".{output.name}.{start}.tmp", ranker, work_dir, top_k, path, start, end)
-                      for path, start, end in file_ranges([path])]  # fmt: skip
+    manifest = read_json(folder / "manifest.json", "infer.py") if (folder / "manifest.json").exists() else {}
+    model = read_json(Path(work_dir, "model/model.json"), "train.py")
+    made_with = fingerprint(constants("get_indexing", "model_tf2", "infer"), model, load_index(work_dir), top_k)
+    outputs, made_from, tasks = {}, {}, []
+    for path in find_files(clicks_dir):
+        output = outputs[path] = folder / f"{input_name(path)}.json.gz"
+        made_from[path] = fingerprint(made_with, file_fingerprint(path))
+        if manifest.get(output.name) != made_from[path] or not output.exists():
+            parts = [(where, output.with_name(f".{output.name}.{where.start}.tmp")) for where in file_ranges([path])]
+            tasks += [(where, part, work_dir, made_with, top_k) for where, part in parts]
 
     users = 0
-    results = map_files(rank_range, tasks, desc="rank", **how)
-    for path, of_file in itertools.groupby(zip(tasks, results, strict=True), key=lambda pair: pair[0][4]):
-        parts, tally = [], Tally(path)
-        for (part, *_), range_tally in of_file:
-            parts.append(part)
-            tally.append(range_tally)
-        tally.check()
-        output, made_from = outputs[path]
-        with replacing(output) as temporary, open(temporary, "wb") as whole:
-            for part in parts:  # gzip files in a row are one gzip file
-                with open(part, "rb") as ranked:
-                    shutil.copyfileobj(ranked, whole)
+    results = zip(tasks, map_files(rank_range, tasks, desc="rank", **how), strict=True)
+    for path, of_file in itertools.groupby(results, key=lambda result: result[0][0].path):
+        tally = Tally(path)
+        with replacing(outputs[path]) as temporary, open(temporary, "wb") as whole:
+            for (_, part, *_), part_tally in of_file:  # gzip files in a row are one gzip file
+                whole.write(part.read_bytes())
                 part.unlink()
-        done[output.name] = made_from
-        write_json(done_file, done)
+                tally.append(part_tally)
+            tally.check()
+        write_json(folder / "manifest.json", manifest := {**manifest, outputs[path].name: made_from[path]})
         users += tally.lines - sum(tally.skipped.values())
-    print(
-        f"{users:,} users ranked in {len({task[4] for task in tasks}):,} files, {len(paths):,} files stand in {folder}"
-    )
-    return [output for output, _ in outputs.values()]
+    ranked = len({where.path for where, *_ in tasks})
+    print(f"{users:,} users ranked in {ranked:,} files; {len(outputs):,} files stand in {folder}")
+    return list(outputs.values())
 
 
 def rank_range(task):
-    """Rank the users of one byte range of a click file into its part file; return the tally of its lines."""
-    part, key, work_dir, top_k, path, start, end = task
-    ranker, tally = load_ranker(work_dir, key), Tally(path)
-    users = read_records(tally, parse_clicks, start, end)
+    """Rank the users of one FileRange into its part file and return the tally of its lines."""
+    where, part, work_dir, made_with, top_k = task
+    ranker, tally = load_ranker(work_dir, made_with), Tally(where.path)
+    users = read_records(tally, parse_clicks, *where[1:])
     with open(part, "wb") as file, gzip.GzipFile("", "wb", GZIP_LEVEL, file, mtime=0) as packed:
         while block := list(itertools.islice(users, BATCH_USERS)):
             packed.write("".join(ranker.lines(block, top_k)).encode())
@@ -108,8 +100,8 @@ def rank_range(task):
 
 
 @functools.lru_cache(maxsize=1)
-def load_ranker(work_dir, key):
-    """Return the Ranker of work_dir, once per worker process and run (the key tells runs apart)."""
+def load_ranker(work_dir, made_with):
+    """Return the Ranker of work_dir, once for a process and what it is made with."""
     return Ranker(work_dir)
 
 
@@ -121,6 +113,10 @@ class Ranker:
         index = load_index(work_dir)
         self.encoder, self.user_max_len = ClickEncoder(index), saved["user_max_len"]
         numbers = np.array([number for number, videos in enumerate(index.columns.values(), start=1) if videos])
+        if not len(numbers):
+            raise InputError(
+                "no column holds a video, so there is nothing to rank; run get_indexing.py on today's columns"
+            )
         self.columns = numbers - 1  # the current ones, in the order of the index
         self.cids = np.array(list(index.columns), object)[self.columns]
         videos = column_table(index, self.memory.video_clicks, saved["item_max_len"])[numbers]

@@ -13,6 +13,7 @@ Writes  WORK_DIR/model/<hash>.weights.h5   the towers' best weights so far
 """
 
 import csv
+import importlib.util
 import itertools
 import json
 import platform
@@ -29,6 +30,7 @@ from get_dataset import ITEM_MAX_LEN, PairCounter, add_candidates, column_table,
 from get_indexing import (
     WORK_DIR,
     InputError,
+    constants,
     file_fingerprint,
     fingerprint,
     load_index,
@@ -37,6 +39,7 @@ from get_indexing import (
     run_script,
     write_json,
 )
+from get_tfrecord import USER_MAX_LEN
 from model_tf2 import (
     LOSS,
     MEMORY_CLICKS,
@@ -49,20 +52,21 @@ from model_tf2 import (
     training_loss,
 )
 
-EPOCHS = 40  # at most
+EPOCHS = 12  # at most; the learning rate falls along a cosine over so many
 PATIENCE = 4  # epochs without a better validation NDCG@10 before training ends
-LEARNING_RATE = 2e-3  # of Adam
+LEARNING_RATE = 3e-3  # of Adam, at the start
+LOWEST_RATE = 0.02  # of LEARNING_RATE, at the end
 SEED = 1  # of weights, dropout, shuffling and negatives
 MEMORY = True  # False leaves the plain two towers
 MEMORY_DECAYS = (0.6, 0.3, 0.9)  # per click between two that are counted as near; chosen on validation
 OWN_WEIGHTS = (0.05, 0.0, 0.02, 0.1, 0.2, -0.05)  # of the user's own columns in the memory; chosen on validation
-MEMORY_WEIGHTS = tuple(np.arange(9) / 10)  # of the memory in the mix; chosen on validation
+MEMORY_WEIGHTS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)  # of the memory in the mix; chosen on validation
 TEMPERATURES = (1.0, 1.5)  # of the towers' softmax in the mix; chosen on validation
 SCORES_AT_ONCE = 4_000_000  # numbers in a block of evaluated scores: bounds the memory needed
 MODEL_FORMAT = 1  # of model.json
 
 
-def train(work_dir=WORK_DIR, epochs=EPOCHS, patience=PATIENCE, learning_rate=LEARNING_RATE, loss=LOSS, memory=MEMORY,
+def train(work_dir=WORK_DIR, user_max_len=USER_MAX_LEN, epochs=EPOCHS, patience=PATIENCE, learning_rate=LEARNING_RATE, loss=LOSS, memory=MEMORY,
           seed=SEED, **arguments):  # fmt: skip
     """Train on the records under work_dir and return the metrics of the test split, {ranking: {metric: value}}.
 
@@ -70,18 +74,22 @@ def train(work_dir=WORK_DIR, epochs=EPOCHS, patience=PATIENCE, learning_rate=LEA
     """
     keras.utils.set_random_seed(seed)
     tf.config.experimental.enable_op_determinism()
-    manifest, index = load_manifest(work_dir)
+    manifest, index = load_manifest(work_dir, user_max_len)
     folder = Path(work_dir, "model")
     memories = count_memories(manifest, index, MEMORY_DECAYS if memory else MEMORY_DECAYS[:1], work_dir)
     clicks = memories[MEMORY_DECAYS[0]]
     column_videos = column_table(index, clicks.video_clicks)
     model = build_model(num_videos=len(index.videos), num_columns=len(index.columns), **arguments)
-    optimizer = keras.optimizers.Adam(learning_rate)
+    steps = len(make_dataset(manifest, "train", work_dir))
+    optimizer = keras.optimizers.Adam(
+        keras.optimizers.schedules.CosineDecay(learning_rate, epochs * steps, LOWEST_RATE)
+    )
     optimizer.build(model.trainable_variables)
     score = target_scorer(model, column_videos)
     validation = make_dataset(manifest, "val", work_dir)
 
-    run = fingerprint(manifest, index.columns, learning_rate, loss, seed, model.arguments, versions())
+    used = constants("get_indexing", "get_dataset", "model_tf2", "train")
+    run = fingerprint(used, manifest, index.columns, epochs, learning_rate, loss, seed, model.arguments, versions())
     history = restore_checkpoint(folder, model, optimizer, run)
     train_step = None
     while len(history) < epochs and len(history) < best_epoch(history) + patience:
@@ -90,12 +98,13 @@ def train(work_dir=WORK_DIR, epochs=EPOCHS, patience=PATIENCE, learning_rate=LEA
         batches = make_dataset(manifest, "train", work_dir, seed=draw)
         batches = add_candidates(batches, column_videos, clicks.column_clicks, len(index.videos), seed=draw)
         train_step = train_step or make_train_step(model, optimizer, batches.element_spec, loss)
-        losses = train_epoch(train_step, batches, epoch)
+        losses = train_epoch(train_step, batches, epoch, learning_rate)
         metrics = evaluate(validation, score, lambda logits, *_: [("towers", logits)])["towers"]
         history.append({"epoch": epoch, **losses, **metrics, "seconds": round(time.time() - started, 1)})
         if best_epoch(history) == epoch:
-            save_model(folder, model, clicks, PLAIN_TOWERS, manifest, index, metrics)
+            save_model(folder, model, clicks, PLAIN_TOWERS, manifest, index, metrics, run)
         write_history(folder, history)
+        log_tensorboard(folder / "logs", history[-1])
         save_checkpoint(folder, model, optimizer, run, history)
         print(", ".join(f"{name} {value:.4g}" for name, value in history[-1].items()))
 
@@ -104,7 +113,7 @@ def train(work_dir=WORK_DIR, epochs=EPOCHS, patience=PATIENCE, learning_rate=LEA
     chosen = choose_mix(validation, score, memories) if memory else PLAIN_TOWERS
     clicks = memories[chosen.decay]
     test = evaluate(make_dataset(manifest, "test", work_dir), score, all_rankings(manifest, clicks, chosen, work_dir))
-    save_model(folder, model, clicks, chosen, manifest, index, saved["validation"])
+    save_model(folder, model, clicks, chosen, manifest, index, saved["validation"], run)
     write_json(folder / "metrics.json", {"test": test, "validation": saved["validation"], "mix": chosen._asdict()})
     print_table(test, chosen)
     return test
@@ -127,7 +136,7 @@ def make_train_step(model, optimizer, batch_spec, loss):
     return train_step
 
 
-def train_epoch(train_step, batches, epoch):
+def train_epoch(train_step, batches, epoch, learning_rate):
     """Run an epoch and return its mean losses; a loss that is not finite raises InputError."""
     sums = np.zeros(2)
     bar = tqdm(batches, total=len(batches), desc=f"epoch {epoch}", unit="batch", disable=None)
@@ -135,7 +144,7 @@ def train_epoch(train_step, batches, epoch):
         losses = np.array(train_step(batch))
         if not np.isfinite(losses).all():
             raise InputError(
-                f"the loss is {losses[0]} at step {step} of epoch {epoch} (learning rate {LEARNING_RATE}); the best "
+                f"the loss is {losses[0]} at step {step} of epoch {epoch} (learning rate {learning_rate}); the best "
                 "weights so far are kept; lower LEARNING_RATE and run train.py again"
             )
         sums += losses
@@ -276,7 +285,7 @@ def print_table(test, chosen):
 # ---------------------------------------------------------------- what is kept
 
 
-def save_model(folder, model, memory, chosen, manifest, index, metrics):
+def save_model(folder, model, memory, chosen, manifest, index, metrics, run):
     """Write weights and memory under names of their own hash, then model.json, which vouches for them."""
     weights = save_by_hash(folder, ".weights.h5", model.save_weights)
     remembered = save_by_hash(folder, ".memory.npz", memory.save)
@@ -290,8 +299,10 @@ def save_model(folder, model, memory, chosen, manifest, index, metrics):
             "arguments": model.arguments,
             "user_max_len": manifest["constants"]["USER_MAX_LEN"],
             "item_max_len": ITEM_MAX_LEN,
+            "constants": fingerprint(constants("model_tf2")),
             "index": index.fingerprint(),
             "records": fingerprint(manifest),
+            "run": run,
             "validation": metrics,
             "versions": versions(),
         },
@@ -321,6 +332,8 @@ def load_model(work_dir=WORK_DIR):
     if saved.get("format") != MODEL_FORMAT:
         raise InputError(f"{path}: format {saved.get('format')}, not {MODEL_FORMAT}; run train.py again")
     index.check(saved["index"], path, "get_tfrecord.py and train.py")
+    if saved["constants"] != fingerprint(constants("model_tf2")):
+        raise InputError(f"{path}: a constant of model_tf2.py was edited since; restore it or run train.py again")
     for part in (saved["weights"], saved["memory"]):
         if not (folder / part["file"]).exists() or file_fingerprint(folder / part["file"]) != part["sha256"]:
             raise InputError(f"{folder / part['file']}: not the file that {path} was written with; run train.py again")
@@ -340,6 +353,8 @@ def restore_checkpoint(folder, model, optimizer, run):
     """Set the variables as the same run's last finished epoch left them; return its history, [] if there is none."""
     path = folder / "checkpoint.npz"
     if not path.exists() or not (folder / "model.json").exists():
+        return []
+    if read_json(folder / "model.json", "train.py").get("run") != run:
         return []
     try:
         with np.load(path) as saved:
@@ -361,6 +376,14 @@ def write_history(folder, history):
         writer = csv.DictWriter(file, history[0])
         writer.writeheader()
         writer.writerows(history)
+
+
+def log_tensorboard(folder, row):
+    """Log a row of the history for TensorBoard, where that is installed: TensorFlow no longer brings it."""
+    if importlib.util.find_spec("tensorboard"):
+        with tf.summary.create_file_writer(str(folder)).as_default(step=row["epoch"]):
+            for name, value in row.items():
+                tf.summary.scalar(name, value)
 
 
 def versions():

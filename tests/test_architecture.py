@@ -1,0 +1,119 @@
+"""The rules of the house: one straight chain, one home for each constant, quiet imports, few dependencies."""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+CHAIN = ["get_indexing", "get_tfrecord", "get_dataset", "model_tf2", "train", "infer"]
+DEPENDENCIES = {"tensorflow", "keras", "numpy", "tqdm"}  # keras comes with tensorflow
+
+
+def tree_of(script):
+    return ast.parse((ROOT / f"{script}.py").read_text(encoding="utf-8"))
+
+
+def imports_of(tree):
+    """The top-level modules that a script imports, anywhere in it."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module.split(".")[0]
+
+
+def constants_of(tree):
+    """The UPPER_CASE names that a script gives a value at its top level."""
+    for node in tree.body:
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        for target in targets:
+            for name in getattr(target, "elts", [target]):
+                if isinstance(name, ast.Name) and name.id.isupper():
+                    yield name.id
+
+
+@pytest.mark.parametrize("script", CHAIN)
+def test_imports_point_only_backwards_along_the_chain(script):
+    of_the_house = set(imports_of(tree_of(script))) & set(CHAIN)
+    assert of_the_house <= set(CHAIN[: CHAIN.index(script)])
+
+
+@pytest.mark.parametrize("script", CHAIN)
+def test_only_the_named_packages_and_the_standard_library_are_imported(script):
+    assert set(imports_of(tree_of(script))) <= DEPENDENCIES | set(CHAIN) | sys.stdlib_module_names
+
+
+def test_numbering_never_imports_tensorflow():
+    assert not {"tensorflow", "keras"} & set(imports_of(tree_of("get_indexing")))
+
+
+def test_every_constant_has_exactly_one_home():
+    homes = Counter(name for script in CHAIN for name in set(constants_of(tree_of(script))))
+    assert {"DATA_DIR", "USER_MAX_LEN", "BATCH_POSITIONS", "EMB_DIM", "EPOCHS", "TOP_K"} <= set(homes)
+    assert [name for name, count in homes.items() if count > 1] == []
+
+
+def test_what_a_script_imports_from_another_is_made_there():
+    for script in CHAIN:
+        for node in ast.walk(tree_of(script)):
+            if isinstance(node, ast.ImportFrom) and node.module in CHAIN:
+                home = tree_of(node.module)
+                made = {n.name for n in home.body if isinstance(n, ast.FunctionDef | ast.ClassDef)}
+                assert {alias.name for alias in node.names} <= made | set(constants_of(home)), (script, node.module)
+
+
+@pytest.mark.parametrize("script", CHAIN)
+def test_a_script_runs_only_when_it_is_the_one_started(script):
+    allowed = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AugAssign, ast.AnnAssign)
+    first, *others, last = tree_of(script).body
+    assert isinstance(first, ast.Expr) and isinstance(first.value.value, str)
+    assert [type(node) for node in others if not isinstance(node, allowed)] == []
+    assert ast.unparse(last) == "if __name__ == '__main__':\n    run_script(main)"
+
+
+def test_importing_the_scripts_prints_creates_and_seeds_nothing(tmp_path):
+    code = (
+        "import random, sys, numpy, tensorflow\n"
+        "random.seed(5); numpy.random.seed(5)\n"
+        "before = random.getstate(), str(numpy.random.get_state())\n"
+        f"import {', '.join(CHAIN)}\n"
+        "assert (random.getstate(), str(numpy.random.get_state())) == before\n"
+    )
+    done = run(code, tmp_path, stderr=subprocess.PIPE)
+    assert (done.returncode, done.stdout) == (0, "")
+    # what tensorflow itself says at its own import is not ours to silence
+    ours = [line for line in done.stderr.splitlines() if any(f"{script}.py" in line for script in CHAIN)]
+    assert ours == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_numbering_starts_without_tensorflow_and_prints_and_creates_nothing(tmp_path):
+    code = "import sys, get_indexing; sys.exit(bool({'tensorflow', 'keras', 'numpy'} & set(sys.modules)))"
+    done = run(code, tmp_path, stderr=subprocess.STDOUT)
+    assert (done.returncode, done.stdout) == (0, "")
+    assert list(tmp_path.iterdir()) == []
+
+
+def run(code, folder, stderr):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}
+    return subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, text=True, check=False,
+                          stdout=subprocess.PIPE, stderr=stderr)  # fmt: skip
+
+
+def test_the_requirements_are_tensorflow_numpy_and_tqdm():
+    lines = (ROOT / "requirements.txt").read_text().split("\n")
+    names = [re.match(r"[A-Za-z0-9_.-]+", line).group() for line in lines if line and not line.startswith("#")]
+    assert sorted(names) == ["numpy", "tensorflow", "tqdm"]
+
+
+def test_the_top_level_holds_the_six_scripts_and_little_else():
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, text=True, capture_output=True, check=True).stdout
+    top = {line.split("/")[0] for line in listed.splitlines()}
+    visible = {name for name in top if not name.startswith(".")}
+    assert visible == {*(f"{script}.py" for script in CHAIN), "requirements.txt", "README.md", "tests", "data"}

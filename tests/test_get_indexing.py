@@ -1,0 +1,512 @@
+"""get_indexing.py: numbers for life, every raw format, and what happens to bad lines and bad files."""
+
+import gzip
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import get_indexing as script
+from get_indexing import InputError, Tally, file_ranges, find_files, get_indexing, load_index, read_records, split_click
+
+ROOT = Path(__file__).parent.parent
+PAIR = {"c1": ["v1", "v2"], "c2": ["v2", "v3"]}
+MANY = {f"c{i}": [f"v{i}"] for i in range(120)}  # enough that one bad line is under one in a hundred
+
+
+def written(work_dir):
+    """Return the two files of the index as {name: object}, by nothing but json."""
+    return {path.stem: json.loads(path.read_text("utf-8")) for path in sorted(Path(work_dir, "indexing").iterdir())}
+
+
+def index_bytes(work_dir):
+    return {path.name: path.read_bytes() for path in Path(work_dir, "indexing").iterdir()}
+
+
+def run_as_script(folder):
+    """Run `python get_indexing.py` in a folder, as a user would."""
+    command = [sys.executable, str(ROOT / "get_indexing.py")]
+    return subprocess.run(command, check=False, cwd=folder, capture_output=True, text=True, timeout=60)
+
+
+# ---------------------------------------------------------------- numbers
+
+
+def test_videos_count_from_2_and_columns_keep_the_order_of_the_file(tmp_path, raw):
+    raw(tmp_path / "raw", columns={"c9": ["v5", "v1"], "c1": ["v1", "v3"]}, titles={"v3": "Three", "v0": "Nought"})
+    index = get_indexing(tmp_path / "raw", tmp_path)
+    files = written(tmp_path)
+    assert files["vid2idx"] == {"v5": 2, "v1": 3, "v3": 4, "v0": 5}
+    assert list(files["cid2vidx"].items()) == [("c9", [2, 3]), ("c1", [3, 4])]
+    assert index == load_index(tmp_path) == (files["vid2idx"], files["cid2vidx"])
+
+
+def test_numbers_are_for_life(tmp_path, raw):
+    raw(tmp_path / "monday", columns={"c1": ["v1", "v2"], "c2": ["v3"], "c3": ["v2"]}, users=[])
+    get_indexing(tmp_path / "monday", tmp_path)
+    assert written(tmp_path)["vid2idx"] == {"v1": 2, "v2": 3, "v3": 4}
+    # c2 is gone, and v3 with it; c4 is new and stands first; c1 is filled anew; v2 leaves c3.
+    raw(tmp_path / "tuesday", columns={"c4": ["v9", "v1"], "c3": ["v8"], "c1": ["v2", "v7", "v1"]}, users=[])
+    get_indexing(tmp_path / "tuesday", tmp_path)
+    files = written(tmp_path)
+    assert files["vid2idx"] == {"v1": 2, "v2": 3, "v3": 4, "v9": 5, "v8": 6, "v7": 7}
+    assert list(files["cid2vidx"].items()) == [("c1", [3, 7, 2]), ("c2", []), ("c3", [6]), ("c4", [5, 2])]
+    # c2 comes back to its own place, and v3 to its own number.
+    raw(tmp_path / "wednesday", columns={"c2": ["v3"]}, users=[])
+    get_indexing(tmp_path / "wednesday", tmp_path)
+    files = written(tmp_path)
+    assert list(files["cid2vidx"].items()) == [("c1", []), ("c2", [4]), ("c3", []), ("c4", [])]
+    assert len(files["vid2idx"]) == 6
+
+
+def test_same_input_gives_the_same_bytes(tmp_path, raw, clicks_like_real):
+    raw(tmp_path / "raw", **clicks_like_real(50, seed=1))
+    for work in ("first", "second"):
+        get_indexing(tmp_path / "raw", tmp_path / work, min_clicks=2)
+    assert index_bytes(tmp_path / "first") == index_bytes(tmp_path / "second")
+    get_indexing(tmp_path / "raw", tmp_path / "first", min_clicks=2)
+    assert index_bytes(tmp_path / "first") == index_bytes(tmp_path / "second")
+
+
+def test_the_index_leaves_no_other_files_behind(tmp_path, raw):
+    get_indexing(raw(tmp_path / "raw", columns=PAIR, users=[]), tmp_path / "work")
+    assert sorted(os.listdir(tmp_path / "work/indexing")) == ["cid2vidx.json", "vid2idx.json"]
+
+
+def test_a_grown_index_has_the_fingerprint_of_what_it_grew_from(tmp_path, raw):
+    old = get_indexing(raw(tmp_path / "raw", columns=PAIR, users=[]), tmp_path)
+    new = get_indexing(raw(tmp_path / "raw", columns={**PAIR, "c3": ["v9"]}), tmp_path)
+    other = get_indexing(raw(tmp_path / "raw", columns={"c1": ["v2", "v1"], "c2": ["v3"]}), tmp_path / "other")
+    assert new.fingerprint(3, 2) == old.fingerprint() != new.fingerprint()
+    assert other.fingerprint()["sha256"] != old.fingerprint()["sha256"]
+    new.check(old.fingerprint(), "model.json", "train.py")
+    with pytest.raises(InputError, match=r"model\.json.*vid2idx\.json.*train\.py"):
+        other.check(old.fingerprint(), "model.json", "train.py")
+
+
+# ---------------------------------------------------------------- raw formats
+
+
+@pytest.mark.parametrize("compressed", [False, True], ids=["plain", "gzip"])
+def test_plain_and_gzip_files_give_the_same_index(tmp_path, raw, compressed):
+    raw(tmp_path / "raw", columns={"ü1": ["视频", "v2"]}, titles={"v3": "T"}, gzip=compressed)
+    assert len(find_files(tmp_path / "raw")) == 2
+    get_indexing(tmp_path / "raw", tmp_path)
+    assert written(tmp_path) == {"vid2idx": {"视频": 2, "v2": 3, "v3": 4}, "cid2vidx": {"ü1": [2, 3]}}
+
+
+def test_several_files_are_read_in_the_order_of_their_names(tmp_path, write_lines):
+    write_lines(tmp_path / "raw/cid2vids-2.json", [{"cid": "c2", "vids": ["v3"]}])
+    write_lines(tmp_path / "raw/cid2vids-1.json.gz", [{"cid": "c1", "vids": ["v1"]}])
+    write_lines(tmp_path / "raw/vid2title-b.json", [{"vid": "v5", "title": ""}])
+    write_lines(tmp_path / "raw/vid2title-a.json", [{"vid": "v4", "title": ""}])
+    get_indexing(tmp_path / "raw", tmp_path)
+    assert written(tmp_path) == {"vid2idx": {"v1": 2, "v3": 3, "v4": 4, "v5": 5}, "cid2vidx": {"c1": [2], "c2": [3]}}
+
+
+def test_a_cid_that_comes_again_adds_its_new_videos(tmp_path, write_lines):
+    shelves = [("c1", ["v1", "v2", "v1"]), ("c2", ["v5"]), ("c1", ["v3", "v2", "v4"])]
+    write_lines(tmp_path / "raw/cid2vids.json", [{"cid": c, "vids": v} for c, v in shelves])
+    write_lines(tmp_path / "raw/vid2title.json", [{"vid": "v1", "title": "One"}])
+    get_indexing(tmp_path / "raw", tmp_path)
+    assert written(tmp_path)["vid2idx"] == {"v1": 2, "v2": 3, "v3": 4, "v4": 5, "v5": 6}
+    assert written(tmp_path)["cid2vidx"] == {"c1": [2, 3, 4, 5], "c2": [6]}
+
+
+def test_vids_may_be_one_string_with_commas_and_ids_may_be_integers(tmp_path, write_lines):
+    shelves = [("c1", "v1, v2,v3"), (7, [10, "11", -3]), ("7", ["v1"]), ("c0", ""), ("c3", [])]
+    write_lines(tmp_path / "raw/cid2vids.json", [{"cid": c, "vids": v} for c, v in shelves])
+    write_lines(tmp_path / "raw/vid2title.json", [{"vid": 12, "title": "Twelve"}])
+    get_indexing(tmp_path / "raw", tmp_path)
+    assert written(tmp_path) == {
+        "vid2idx": {"v1": 2, "v2": 3, "v3": 4, "10": 5, "11": 6, "-3": 7, "12": 8},
+        "cid2vidx": {"c1": [2, 3, 4], "7": [5, 6, 7, 2], "c0": [], "c3": []},
+    }
+
+
+def test_the_first_line_may_carry_a_byte_order_mark_and_lines_may_end_as_on_windows(tmp_path, write_lines):
+    lines = [b'\xef\xbb\xbf{"cid": "c1", "vids": "v1"}\r', b'{"cid": "c2", "vids": "v2"}\r', b"\r", b""]
+    write_lines(tmp_path / "raw/cid2vids.json", lines)
+    write_lines(tmp_path / "raw/vid2title.json", [{"vid": "v1", "title": "One"}])
+    get_indexing(tmp_path / "raw", tmp_path)
+    assert written(tmp_path)["cid2vidx"] == {"c1": [2], "c2": [3]}
+
+
+def test_names_and_titles_are_read_where_the_raw_data_has_them(tmp_path, raw):
+    raw(tmp_path, columns=PAIR, titles={"v1": "One", "v9": "Nine"}, names={"c2": "Second"})
+    assert script.read_names(tmp_path) == ({"v1": "One", "v9": "Nine"}, {"c2": "Second"})
+
+
+# ---------------------------------------------------------------- the vocabulary without a catalogue
+
+
+def test_without_a_catalogue_videos_clicked_min_clicks_times_are_known(tmp_path, raw):
+    users = [("u1", ["x", "y_c1", "v1", "a_b", "x"]), ("u2", ["y_c2", "x_c1", "z", "a_b_c2", "y", "w_c8", "w"]),
+             ("u3", ["w_c8", "a_b", "z_c1", "y"])]  # fmt: skip
+    raw(tmp_path / "raw", columns=PAIR, users=users)
+    get_indexing(tmp_path / "raw", tmp_path, min_clicks=3)
+    # y 4 (two of them in columns), a_b 3 and x 3 in alphabetical order; z 2; w 1 and w_c8 2, because there is no c8.
+    assert written(tmp_path)["vid2idx"] == {"v1": 2, "v2": 3, "v3": 4, "y": 5, "a_b": 6, "x": 7}
+    assert written(tmp_path)["cid2vidx"] == {"c1": [2, 3], "c2": [3, 4]}
+
+
+def test_with_a_catalogue_clicks_add_nothing(tmp_path, raw):
+    raw(tmp_path / "raw", columns=PAIR, titles={"v1": "One"}, users=[("u1", ["x"] * 50)])
+    get_indexing(tmp_path / "raw", tmp_path, min_clicks=1)
+    assert written(tmp_path)["vid2idx"] == {"v1": 2, "v2": 3, "v3": 4}
+
+
+def test_clicks_of_several_files_count_together(tmp_path, raw):
+    raw(tmp_path / "raw", columns=PAIR, users=[("u1", ["x", "y"])], click_file="a")
+    raw(tmp_path / "raw", users=[("u2", ["x_c1"])], click_file="b", gzip=True)
+    get_indexing(tmp_path / "raw", tmp_path, min_clicks=2)
+    assert written(tmp_path)["vid2idx"] == {"v1": 2, "v2": 3, "v3": 4, "x": 5}
+
+
+def test_the_report_counts_videos_columns_unknown_and_empty_ones(tmp_path, raw, capsys):
+    raw(tmp_path / "raw", columns={**PAIR, "c3": []}, titles={"v1": "One", "v8": "Eight"})
+    get_indexing(tmp_path / "raw", tmp_path)
+    out, _ = capsys.readouterr()
+    assert out.count("\n") == 1  # v1 v2 v3 v8; v2 and v3 have no title
+    assert "4 videos (4 new), 3 columns (3 new, 1 empty); 2 videos of the columns are unknown" in out
+
+
+# ---------------------------------------------------------------- bad lines
+
+BAD = {
+    "not JSON": (b'{"cid": "x", "vids"', "not JSON"),
+    "a nesting bomb": (b'{"cid": "x", "vids": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "not JSON"),
+    "a number of a million digits": (b'{"cid": ' + b"9" * 1_000_000 + b', "vids": []}', "not JSON"),
+    "not UTF-8": (b'{"cid": "\xff\xfe", "vids": ["v1"]}', "not UTF-8"),
+    "half a character": (b'{"cid": "\\ud83d", "vids": ["v1"]}', "not UTF-8"),
+    "a list": (b'["x", ["v1"]]', "wrong type"),
+    "vids a number": (b'{"cid": "x", "vids": 5}', "wrong type"),
+    "vids an object": (b'{"cid": "x", "vids": {"v1": 1}}', "wrong type"),
+    "a vid that is a list": (b'{"cid": "x", "vids": [["v1"]]}', "wrong type"),
+    "a vid that is null": (b'{"cid": "x", "vids": [null]}', "wrong type"),
+    "a boolean cid": (b'{"cid": true, "vids": ["v1"]}', "wrong type"),
+    "a boolean vid": (b'{"cid": "x", "vids": [false]}', "wrong type"),
+    "a broken number as id": (b'{"cid": 1.5, "vids": ["v1"]}', "wrong type"),
+    "no vids": (b'{"cid": "x"}', "no vids"),
+    "no cid": (b'{"vids": ["v1"]}', "no cid"),
+    "an empty id": (b'{"cid": "", "vids": ["v1"]}', "empty id"),
+    "a long id": (b'{"cid": "' + b"x" * 1001 + b'", "vids": ["v1"]}', "id too long"),
+}
+
+
+@pytest.mark.parametrize(("line", "reason"), BAD.values(), ids=BAD)
+def test_a_bad_line_is_skipped_and_reported_with_file_line_and_reason(tmp_path, write_lines, capsys, line, reason):
+    good = [json.dumps({"cid": cid, "vids": vids}) for cid, vids in MANY.items()]
+    path = write_lines(tmp_path / "raw/cid2vids.json", [*good[:60], line, *good[60:]])
+    write_lines(tmp_path / "raw/vid2title.json", [{"vid": "v1", "title": "One"}])
+    get_indexing(tmp_path / "raw", tmp_path)
+    _, err = capsys.readouterr()
+    assert written(tmp_path)["cid2vidx"] == {f"c{i}": [i + 2] for i in range(120)}
+    assert err.count("\n") == 1
+    assert str(path) in err and "1 of 121 lines" in err and f"line 61: {reason}" in err
+
+
+@pytest.mark.parametrize("compressed", [False, True], ids=["plain", "gzip"])
+def test_a_line_that_is_too_long_is_skipped_and_the_next_one_read(
+    tmp_path, write_lines, capsys, monkeypatch, compressed
+):
+    monkeypatch.setattr(script, "MAX_LINE_BYTES", 1000)
+    good = [{"cid": cid, "vids": vids} for cid, vids in MANY.items()]
+    long = {"cid": "long", "vids": [f"v{i}" for i in range(1000)]}
+    write_lines(tmp_path / f"raw/cid2vids.json{'.gz' * compressed}", [*good[:60], long, *good[60:]])
+    write_lines(tmp_path / "raw/vid2title.json", [{"vid": "v1", "title": "One"}])
+    get_indexing(tmp_path / "raw", tmp_path)
+    assert list(written(tmp_path)["cid2vidx"]) == list(MANY)
+    assert "line 61: too long" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ({"vid": "x", "title": 5}, "wrong type"),
+        ({"vid": "x"}, "no title"),
+        ({"title": "X"}, "no vid"),
+        ({"vid": True, "title": "X"}, "wrong type"),
+    ],
+)
+def test_a_bad_line_of_the_catalogue_is_skipped_and_reported(tmp_path, raw, write_lines, capsys, line, reason):
+    raw(tmp_path / "raw", columns={"c1": ["t0"]})
+    good = [{"vid": f"t{i}", "title": "T"} for i in range(120)]
+    write_lines(tmp_path / "raw/vid2title.json", [line, *good])
+    get_indexing(tmp_path / "raw", tmp_path)
+    assert list(written(tmp_path)["vid2idx"]) == [f"t{i}" for i in range(120)]
+    assert f"vid2title.json: 1 of 121 lines are bad (line 1: {reason})" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ({"uid": "x", "click_seq": "v1"}, "wrong type"),
+        ({"uid": "x", "click_seq": ["v1", True]}, "wrong type"),
+        ({"uid": "x", "click_seq": ["v1", None]}, "wrong type"),
+        ({"uid": "x", "click_seq": [["v1"]]}, "wrong type"),
+        ({"uid": False, "click_seq": []}, "wrong type"),
+        ({"uid": "", "click_seq": []}, "empty id"),
+        ({"uid": "x"}, "no click_seq"),
+        ({"click_seq": ["v1"]}, "no uid"),
+    ],
+)
+def test_a_bad_line_of_the_clicks_is_skipped_and_reported(tmp_path, raw, write_lines, capsys, line, reason):
+    raw(tmp_path / "raw", columns=PAIR)
+    good = [{"uid": i, "click_seq": ["x", 5]} for i in range(120)]
+    write_lines(tmp_path / "raw/click_seq/clicks.json", [*good, line])
+    get_indexing(tmp_path / "raw", tmp_path, min_clicks=120)
+    assert list(written(tmp_path)["vid2idx"]) == ["v1", "v2", "v3", "5", "x"]
+    assert f"clicks.json: 1 of 121 lines are bad (line 121: {reason})" in capsys.readouterr().err
+
+
+def test_skipped_lines_are_counted_by_reason_and_the_first_three_named(tmp_path, write_lines, capsys):
+    good = [{"uid": f"u{i}", "click_seq": []} for i in range(1000)]
+    bad = ["", "{", b"\xff", "[]", '{"click_seq": []}', "{", '{"uid": "u"}']
+    path = write_lines(tmp_path / "clicks.json", [*good[:500], *bad, *good[500:]])
+    tally = Tally(str(path))
+    assert len(list(read_records(tally, script.parse_clicks))) == 1000
+    assert tally.lines == 1007
+    assert tally.skipped == {"blank": 1, "not JSON": 2, "not UTF-8": 1, "wrong type": 1, "no click_seq": 1, "no uid": 1}
+    tally.check()
+    err = capsys.readouterr().err
+    assert "6 of 1,007 lines are bad (line 502: not JSON, line 503: not UTF-8, line 504: wrong type, ...)" in err
+
+
+def test_one_bad_line_in_a_hundred_passes_and_more_stop_the_run_leaving_the_former_index(tmp_path, raw, write_lines):
+    get_indexing(raw(tmp_path / "raw", columns=PAIR, titles={"v1": "One"}), tmp_path)
+    good = [{"cid": cid, "vids": vids} for cid, vids in MANY.items()]
+    before = index_bytes(tmp_path)
+    path = write_lines(tmp_path / "raw/cid2vids.json", [*good[:98], "{"])
+    with pytest.raises(InputError, match=rf"{path}: 1 of 99 lines .*line 99: not JSON.*MAX_BAD_FRACTION = 0\.01"):
+        get_indexing(tmp_path / "raw", tmp_path)
+    assert index_bytes(tmp_path) == before
+    write_lines(path, [*good[:99], "{"])
+    get_indexing(tmp_path / "raw", tmp_path)
+    assert list(written(tmp_path)["cid2vidx"])[:3] == ["c1", "c2", "c0"]
+
+
+@pytest.mark.parametrize("file", ["vid2title.json", "click_seq/clicks.json"])
+def test_a_bad_catalogue_or_click_file_stops_the_run_leaving_the_former_index(tmp_path, raw, write_lines, file):
+    get_indexing(raw(tmp_path / "raw", columns=PAIR, users=[]), tmp_path)
+    before = index_bytes(tmp_path)
+    raw(tmp_path / "raw", columns={"c7": ["v7"]})
+    write_lines(tmp_path / "raw" / file, ["{", "{"])
+    with pytest.raises(InputError, match="2 of 2 lines"):
+        get_indexing(tmp_path / "raw", tmp_path)
+    assert index_bytes(tmp_path) == before
+
+
+# ---------------------------------------------------------------- bad files
+
+
+@pytest.mark.parametrize("file", ["cid2vids.json.gz", "vid2title.json.gz", "click_seq/clicks.json.gz"])
+@pytest.mark.parametrize("damage", ["cut short", "no gzip", "flipped"])
+def test_a_damaged_gzip_file_is_named_and_the_former_index_left(tmp_path, raw, file, damage):
+    titles = {f"v{i}": f"{i**7} title" for i in range(100)} if "title" in file else None
+    users = [(f"u{i}", [f"v{i**7}", "v1_c1"]) for i in range(100)]
+    raw(tmp_path / "raw", columns={**PAIR, **MANY}, users=users, titles=titles, gzip=True)
+    get_indexing(tmp_path / "raw", tmp_path)
+    before, path = index_bytes(tmp_path), tmp_path / "raw" / file
+    data = path.read_bytes()
+    half = len(data) // 2
+    flipped = data[:half] + bytes([data[half] ^ 0xFF]) + data[half + 1 :]
+    path.write_bytes({"cut short": data[:half], "no gzip": gzip.decompress(data), "flipped": flipped}[damage])
+    with pytest.raises(InputError) as error:
+        get_indexing(tmp_path / "raw", tmp_path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+    assert index_bytes(tmp_path) == before
+
+
+def test_a_gzip_file_cut_to_nothing_is_named_and_not_read_as_empty(tmp_path, raw):
+    raw(tmp_path / "raw", columns=PAIR, users=[("u1", ["x"] * 9)], gzip=True)
+    path = tmp_path / "raw/click_seq/clicks.json.gz"
+    path.write_bytes(b"")
+    with pytest.raises(InputError, match=str(path)):
+        get_indexing(tmp_path / "raw", tmp_path)
+
+
+def test_a_missing_folder_is_named_by_its_absolute_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=str(tmp_path / "data/nowhere")):
+        get_indexing("data/nowhere", "work")
+    assert not Path("work").exists()
+
+
+def test_no_columns_is_one_clear_error(tmp_path, raw):
+    raw(tmp_path / "raw", users=[("u1", ["v1"])], titles={"v1": "One"})
+    with pytest.raises(InputError, match=f"{tmp_path / 'raw'}: no columns.*cid2vids"):
+        get_indexing(tmp_path / "raw", tmp_path)
+
+
+def test_a_file_that_is_there_both_plain_and_compressed_is_refused(tmp_path, raw):
+    raw(tmp_path / "raw", columns=PAIR)
+    raw(tmp_path / "raw", columns=PAIR, gzip=True)
+    with pytest.raises(InputError, match=r"cid2vids\.json.* have the same name"):
+        get_indexing(tmp_path / "raw", tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"v1": 2', '{"v1": 3}', '{"v1": 2, "v2": 2}'])
+def test_a_damaged_former_index_is_refused_and_not_written_over(tmp_path, raw, text):
+    get_indexing(raw(tmp_path / "raw", columns=PAIR, users=[]), tmp_path)
+    path = tmp_path / "indexing/vid2idx.json"
+    path.write_text(text)
+    with pytest.raises(InputError, match=str(path)):
+        get_indexing(tmp_path / "raw", tmp_path)
+    assert path.read_text() == text
+
+
+def test_a_missing_index_names_the_path_and_the_script_to_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=rf"{tmp_path}/w/indexing/vid2idx\.json.*run get_indexing\.py first"):
+        load_index("w")
+
+
+# ---------------------------------------------------------------- clicks
+
+
+def test_split_click_follows_its_four_rules_in_order():
+    videos, columns = {"v1", "v_2", "v1_c1", "v", "_"}, {"c1", "c_1", "1", "c", "_c"}
+    expected = {
+        "v1": ("v1", None),  # a known video as a whole
+        "v_2": ("v_2", None),  # ... though it has an underscore
+        "v1_c1": ("v1_c1", None),  # ... though both halves are known
+        "v1_c": ("v1", "c"),  # both sides known
+        "v_2_c1": ("v_2", "c1"),  # ... with the underscore in the video
+        "v1_c_1": ("v1", "c_1"),  # ... with the underscore in the column
+        "v1_c1_c": ("v1_c1", "c"),
+        "v__c": ("v", "_c"),
+        "x_c1": ("x", "c1"),  # an unknown video of a known column
+        "x_c_1": ("x", "c_1"),  # ... the longest such column, not x_c in column 1
+        "x_y_c": ("x_y", "c"),
+        "x": ("x", None),  # an unknown video
+        "x_y": ("x_y", None),
+        "v1_c9": ("v1_c9", None),  # ... also where only the left side is known
+        "": ("", None),
+        "___": ("___", None),
+        "_c1": ("", "c1"),
+    }
+    assert {click: split_click(click, videos, columns) for click in expected} == expected
+
+
+def test_split_click_equals_a_search_through_all_splits():
+    videos, columns = {"a", "a_b", "b_a", "_", "a_"}, {"b", "b_a", "_b", "a_b_a"}
+    clicks = [""]
+    for _ in range(7):
+        clicks += [click + letter for click in clicks for letter in "ab_" if len(click) < 7]
+        clicks = list(dict.fromkeys(clicks))
+    for click in clicks:
+        splits = [(click[:i], click[i + 1 :]) for i, letter in enumerate(click) if letter == "_"]
+        in_column = [split for split in splits if split[1] in columns]
+        if click in videos:
+            assert split_click(click, videos, columns) == (click, None)
+        elif both := [split for split in in_column if split[0] in videos]:
+            assert split_click(click, videos, columns) in both
+        elif in_column:
+            assert split_click(click, videos, columns) == max(in_column, key=lambda split: len(split[1]))
+        else:
+            assert split_click(click, videos, columns) == (click, None)
+
+
+def test_a_click_of_a_million_underscores_is_still_one_click():
+    assert split_click("_" * 1_000_000 + "c1", {"v1"}, {"c1"}) == ("_" * 999_999, "c1")
+
+
+# ---------------------------------------------------------------- byte ranges
+
+
+def test_every_line_is_read_exactly_once_whatever_the_size_of_the_ranges(tmp_path, write_lines):
+    lines = [b'{"uid": 1, "click_seq": []}', b"", b"{", b'{"uid": "\xc3\xbc", "click_seq": [1]}', b"\r", b"[]"]
+    path = write_lines(tmp_path / "clicks.json", lines)
+    for ending in (b"\n", b""):  # the last line may lack its newline
+        path.write_bytes(b"\n".join(lines) + ending)
+        size = path.stat().st_size
+        for range_bytes in range(1, size + 2):
+            tasks = file_ranges([str(path)], range_bytes)
+            assert len(tasks) == -(-size // range_bytes)
+            tally, records = Tally(str(path)), []
+            for task_path, start, end in tasks:
+                part = Tally(task_path)
+                records += read_records(part, lambda record: record["uid"], start, end)
+                tally.append(part)
+            assert records == [1, "ü"]
+            assert (tally.lines, tally.skipped) == (6, {"blank": 2, "not JSON": 1, "wrong type": 1})
+            assert tally.first == [(3, "not JSON"), (6, "wrong type")]
+
+
+def test_ranges_stay_right_after_a_line_that_is_too_long(tmp_path, write_lines, monkeypatch):
+    monkeypatch.setattr(script, "MAX_LINE_BYTES", 20)
+    path = write_lines(
+        tmp_path / "clicks.json", ['{"uid": 1}', '{"uid": "' + "x" * 70 + '"}', '{"uid": 2}', '{"uid": 3}']
+    )
+    for range_bytes in range(1, path.stat().st_size + 1):
+        tally, records = Tally(str(path)), []
+        for _, start, end in file_ranges([str(path)], range_bytes):
+            part = Tally(str(path))
+            records += read_records(part, lambda record: record["uid"], start, end)
+            tally.append(part)
+        assert records == [1, 2, 3]
+        assert (tally.lines, tally.first) == (4, [(2, "too long")])
+
+
+def test_compressed_and_empty_files_are_one_range(tmp_path, write_lines):
+    packed = write_lines(tmp_path / "a.json.gz", [{"uid": i} for i in range(50)])
+    empty = write_lines(tmp_path / "b.json", [])
+    assert file_ranges([str(packed)], range_bytes=7) == [(str(packed), 0, None)]
+    [(path, start, end)] = file_ranges([str(empty)], range_bytes=7)
+    tally = Tally(path)
+    assert (list(read_records(tally, dict, start, end)), tally.lines) == ([], 0)
+
+
+# ---------------------------------------------------------------- as a script
+
+
+def test_the_script_works_in_a_fresh_folder_and_says_one_line(tmp_path, raw):
+    raw(tmp_path / "data/sample", columns=PAIR, titles={"v1": "One"})
+    done = run_as_script(tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.count("\n") == 1
+    assert written(tmp_path / "data/work")["cid2vidx"] == {"c1": [2, 3], "c2": [3, 4]}
+
+
+@pytest.mark.parametrize("fault", ["no folder", "no columns", "no clicks", "bad lines", "cut gzip", "damaged index"])
+def test_the_input_s_fault_ends_with_one_line_and_a_non_zero_exit(tmp_path, raw, write_lines, fault):
+    data = tmp_path / "data/sample"
+    if fault == "no columns":
+        raw(data, titles={"v1": "One"})
+    if fault == "no clicks":  # without a catalogue they are needed
+        raw(data, columns=PAIR)
+    if fault == "bad lines":
+        write_lines(data / "cid2vids.json", ["{", "{"])
+    if fault == "cut gzip":
+        path = write_lines(data / "cid2vids.json.gz", [{"cid": "c1", "vids": [f"v{i**5}" for i in range(500)]}])
+        path.write_bytes(path.read_bytes()[:-20])
+    if fault == "damaged index":
+        raw(data, columns=PAIR, titles={"v1": "One"})
+        write_lines(tmp_path / "data/work/indexing/vid2idx.json", ["{"])
+    done = run_as_script(tmp_path)
+    assert done.returncode != 0
+    assert done.stdout == ""
+    assert done.stderr.startswith("get_indexing.py: ") and done.stderr.count("\n") == 1
+    assert "Traceback" not in done.stderr and "data/" in done.stderr
+
+
+def test_it_does_not_import_tensorflow(tmp_path, raw):
+    raw(tmp_path / "data/sample", columns=PAIR, users=[("u1", ["v9"] * 9)])
+    program = "import sys, get_indexing; get_indexing.get_indexing(); print(*sys.modules, file=sys.stderr)"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", program], check=False, cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0
+    assert not {"tensorflow", "keras", "numpy"} & set(done.stderr.split())
+
+
+def test_importing_it_writes_and_prints_nothing(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", "import get_indexing"]
+    done = subprocess.run(command, check=False, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr, os.listdir(tmp_path)) == (0, "", "", [])
