@@ -84,7 +84,7 @@ def infer(clicks_dir=CLICKS_DIR, work_dir=WORK_DIR, top_k=TOP_K, **how):
         write_json(folder / "manifest.json", manifest := {**manifest, outputs[path].name: made_from[path]})
         users += tally.lines - sum(tally.skipped.values())
     ranked = len({where.path for where, *_ in tasks})
-    print(f"{users:,} users ranked in {ranked:,} files; {len(outputs):,} files stand in {folder}")
+    print(f"{users:,} users ranked in {ranked:,} files, {len(outputs):,} files stand in {folder}")
     return list(outputs.values())
 
 
