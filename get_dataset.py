@@ -66,10 +66,10 @@ def load_manifest(work_dir=WORK_DIR, user_max_len=USER_MAX_LEN):
             f"{path}: made with USER_MAX_LEN = {manifest['constants']['USER_MAX_LEN']}, which is {user_max_len} now; "
             "run get_tfrecord.py again"
         )
-    for name, shard in manifest["shards"].items():
-        shard_path = path.parent / name
-        if not shard_path.exists() or file_fingerprint(shard_path) != shard["sha256"]:
-            raise InputError(f"{shard_path}: not the file that {path.name} names; run get_tfrecord.py again")
+    for name in sorted({*manifest["shards"], *(shard.name for shard in path.parent.glob("*.tfrecord"))}):
+        shard, made = path.parent / name, manifest["shards"].get(name)
+        if not (made and shard.exists() and file_fingerprint(shard) == made["sha256"]):
+            raise InputError(f"{shard}: not as {path.name} says; run get_tfrecord.py again")
     return manifest, index
 
 

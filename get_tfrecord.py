@@ -96,17 +96,32 @@ def write_shards(task):
             for shard in shards.values()
         ):
             return part
+    from tensorflow.errors import OpError
+
+    try:
+        part = write_windows(where, shards, load_encoder(work_dir, made_with), settings)
+    except OpError as error:  # TensorFlow's own, of a full disk say
+        raise OSError(f"{folder}: {error.message}") from None
+    part["file"] = part_file.name
+    part["shards"] = {
+        path.name: {"bytes": path.stat().st_size, "sha256": file_fingerprint(path)} for path in shards.values()
+    }
+    write_json(part_file, part)
+    return part
+
+
+def write_windows(where, shards, encoder, settings):
+    """Write the windows of one FileRange into shards {split: path}; return the counts for its part file."""
     from tensorflow.io import TFRecordWriter
 
-    encoder, tally = load_encoder(work_dir, made_with), Tally(where.path)
+    tally, lengths = Tally(where.path), collections.Counter()
     report = collections.Counter(clicks=0, unknown_videos=0, column_clicks=0)
-    lengths = collections.Counter()
     splits = {s: {"users": 0, "targets": 0, "windows": [0] * (settings["USER_MAX_LEN"] + 1)} for s in SPLITS}
     with contextlib.ExitStack() as stack:
-        writers = {
-            split: stack.enter_context(TFRecordWriter(str(stack.enter_context(replacing(shard)))))
-            for split, shard in shards.items()
-        }
+        writers = {}
+        for split, path in shards.items():
+            temporary = stack.enter_context(replacing(path))
+            writers[split] = stack.enter_context(TFRecordWriter(str(temporary)))
         for uid, clicks in read_records(tally, parse_clicks, *where[1:]):
             videos, columns = encoder.encode(clicks)
             split = split_of(uid, settings["VAL_RATIO"], settings["TEST_RATIO"])
@@ -116,22 +131,10 @@ def write_shards(task):
                 splits[split]["targets"] += int(window["label"].sum())
             splits[split]["users"] += 1
             lengths[len(clicks)] += 1
-            report.update(
-                clicks=len(clicks),
-                unknown_videos=int((videos == UNKNOWN).sum()),
-                column_clicks=int((columns > 0).sum()),
-            )
-    sums = {shard.name: {"bytes": shard.stat().st_size, "sha256": file_fingerprint(shard)} for shard in shards.values()}
-    part = {
-        "file": part_file.name,
-        "tally": vars(tally),
-        "report": report,
-        "lengths": sorted(lengths.items()),
-        "splits": splits,
-        "shards": sums,
-    }
-    write_json(part_file, part)
-    return part
+            report["clicks"] += len(clicks)
+            report["unknown_videos"] += int((videos == UNKNOWN).sum())
+            report["column_clicks"] += int((columns > 0).sum())
+    return {"tally": vars(tally), "report": report, "lengths": sorted(lengths.items()), "splits": splits}
 
 
 @functools.lru_cache(maxsize=1)

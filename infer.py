@@ -154,6 +154,8 @@ class Ranker:
         histories = [self.encoder.encode(clicks) for _, clicks in users]
         known = [bool(((videos != UNKNOWN) | (columns > 0)).any()) for videos, columns in histories]
         scores = np.where(np.array(known)[:, None], self.scores(histories), self.popularity).round(DECIMALS)
+        if not np.isfinite(scores).all():
+            raise InputError("the model gives scores that are not finite; run train.py again")
         order = np.argsort(-scores, axis=1, kind="stable")[:, : top_k or None]
         scores, columns = np.take_along_axis(scores, order, axis=1).tolist(), self.cids[order].tolist()
         for (uid, _), of_user, user_scores, is_known in zip(users, columns, scores, known, strict=True):

@@ -123,7 +123,7 @@ def train(work_dir=WORK_DIR, user_max_len=USER_MAX_LEN, epochs=EPOCHS, patience=
 
 
 def make_train_step(model, optimizer, batch_spec, loss):
-    """Return train_step(batch) -> (loss, loss of the columns), which updates the model once."""
+    """Return train_step(batch) -> [loss, loss of the columns, number of targets], which updates the model once."""
 
     @tf.function(input_signature=[batch_spec])
     def train_step(batch):
@@ -131,24 +131,25 @@ def make_train_step(model, optimizer, batch_spec, loss):
             total, of_columns = training_loss(model, batch, loss)
         gradients = tape.gradient(total, model.trainable_variables)
         optimizer.apply_gradients(zip(gradients, model.trainable_variables, strict=True))
-        return total, of_columns
+        return tf.stack([total, of_columns, tf.reduce_sum(batch["label"])])
 
     return train_step
 
 
 def train_epoch(train_step, batches, epoch, learning_rate):
-    """Run an epoch and return its mean losses; a loss that is not finite raises InputError."""
-    sums = np.zeros(2)
+    """Run an epoch; return its mean losses and its number of targets. A loss that is not finite raises InputError."""
+    sums = np.zeros(3)
     bar = tqdm(batches, total=len(batches), desc=f"epoch {epoch}", unit="batch", disable=None)
     for step, batch in enumerate(bar, start=1):
-        losses = np.array(train_step(batch))
-        if not np.isfinite(losses).all():
+        outcome = train_step(batch).numpy()
+        if not np.isfinite(outcome).all():
+            users = ", ".join(uid.decode() for uid in batch["uid"].numpy()[:3])
             raise InputError(
-                f"the loss is {losses[0]} at step {step} of epoch {epoch} (learning rate {learning_rate}); the best "
-                "weights so far are kept; lower LEARNING_RATE and run train.py again"
+                f"the loss is {outcome[0]} at step {step} of epoch {epoch} (learning rate {learning_rate}, users {users}, "
+                "...); the best weights so far are kept; lower LEARNING_RATE and run train.py again"
             )
-        sums += losses
-    return dict(zip(("loss", "column_loss"), sums / step, strict=True))
+        sums += outcome
+    return {"loss": sums[0] / step, "column_loss": sums[1] / step, "targets": int(sums[2])}
 
 
 def best_epoch(history):
