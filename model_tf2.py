@@ -188,7 +188,9 @@ def training_loss(model, batch, kind=LOSS, aux_weight=AUX_WEIGHT, training=True)
     # Auxiliary: the video clicked next, taken as a column of that one video, among random videos.
     has_next = batch["target_video"] >= FIRST_VIDEO
     next_video, random_video = tf.boolean_mask(batch["target_video"], has_next), batch["negative_video"]
-    next_vector, random_vector = (one_video_columns(model, videos, training) for videos in (next_video, random_video))
+    distinct, place = tf.unique(next_video)
+    next_vector = tf.gather(one_video_columns(model, distinct, training), place)
+    random_vector = one_video_columns(model, random_video, training)
     users = tf.boolean_mask(users, has_next)
     own = model.scale * tf.reduce_sum(users * next_vector, axis=1)
     others = tf.where(next_video[:, None] == random_video, -1e9, model.logits(users, random_vector))

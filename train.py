@@ -81,10 +81,8 @@ def train(work_dir=WORK_DIR, user_max_len=USER_MAX_LEN, epochs=EPOCHS, patience=
     column_videos = column_table(index, clicks.video_clicks)
     model = build_model(num_videos=len(index.videos), num_columns=len(index.columns), **arguments)
     steps = len(make_dataset(manifest, "train", work_dir))
-    optimizer = keras.optimizers.Adam(
-        keras.optimizers.schedules.CosineDecay(learning_rate, epochs * steps, LOWEST_RATE)
-    )
-    optimizer.build(model.trainable_variables)
+    schedule = keras.optimizers.schedules.CosineDecay(learning_rate, epochs * steps, LOWEST_RATE)
+    optimizer = LazyAdam(model.trainable_variables, schedule)
     score = target_scorer(model, column_videos)
     validation = make_dataset(manifest, "val", work_dir)
 
@@ -122,6 +120,42 @@ def train(work_dir=WORK_DIR, user_max_len=USER_MAX_LEN, epochs=EPOCHS, patience=
 # ---------------------------------------------------------------- one epoch
 
 
+class LazyAdam:
+    """Adam (Kingma and Ba 2015) that updates only those rows of an embedding that the batch touched.
+
+    On these rows it does what Keras' Adam does; the others, and their moments, stand still. So a step costs the same
+    however many videos there are, where Keras' Adam goes through the whole table in every step.
+    """
+
+    def __init__(self, parameters, schedule, beta_1=0.9, beta_2=0.999, epsilon=1e-7):
+        self.parameters = [parameter.value for parameter in parameters]
+        self.schedule, self.beta_1, self.beta_2, self.epsilon = schedule, beta_1, beta_2, epsilon
+        self.step = tf.Variable(0.0, trainable=False)
+        self.means = [tf.Variable(tf.zeros_like(parameter), trainable=False) for parameter in self.parameters]
+        self.squares = [tf.Variable(tf.zeros_like(parameter), trainable=False) for parameter in self.parameters]
+        self.variables = [self.step, *self.means, *self.squares]
+
+    def apply(self, gradients):
+        """Update the parameters by their gradients, dense or tf.IndexedSlices."""
+        rate = self.schedule(self.step)
+        step = self.step.assign_add(1.0)
+        rate *= tf.sqrt(1 - self.beta_2**step) / (1 - self.beta_1**step)
+        for parameter, mean, square, gradient in zip(self.parameters, self.means, self.squares, gradients, strict=True):
+            if not isinstance(gradient, tf.IndexedSlices):
+                mean.assign(self.beta_1 * mean + (1 - self.beta_1) * gradient)
+                square.assign(self.beta_2 * square + (1 - self.beta_2) * gradient**2)
+                parameter.assign_sub(rate * mean / (tf.sqrt(square) + self.epsilon))
+                continue
+            rows, place = tf.unique(gradient.indices)
+            gradient = tf.math.unsorted_segment_sum(gradient.values, place, tf.size(rows))
+            of_rows = lambda values, rows=rows: tf.IndexedSlices(values, rows)
+            row_mean = self.beta_1 * tf.gather(mean, rows) + (1 - self.beta_1) * gradient
+            row_square = self.beta_2 * tf.gather(square, rows) + (1 - self.beta_2) * gradient**2
+            mean.scatter_update(of_rows(row_mean))
+            square.scatter_update(of_rows(row_square))
+            parameter.scatter_sub(of_rows(rate * row_mean / (tf.sqrt(row_square) + self.epsilon)))
+
+
 def make_train_step(model, optimizer, batch_spec, loss):
     """Return train_step(batch) -> [loss, loss of the columns, number of targets], which updates the model once."""
 
@@ -129,8 +163,7 @@ def make_train_step(model, optimizer, batch_spec, loss):
     def train_step(batch):
         with tf.GradientTape() as tape:
             total, of_columns = training_loss(model, batch, loss)
-        gradients = tape.gradient(total, model.trainable_variables)
-        optimizer.apply_gradients(zip(gradients, model.trainable_variables, strict=True))
+        optimizer.apply(tape.gradient(total, model.trainable_variables))
         return tf.stack([total, of_columns, tf.reduce_sum(batch["label"])])
 
     return train_step

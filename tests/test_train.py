@@ -6,8 +6,10 @@ import json
 import shutil
 from collections import Counter
 
+import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from conftest import _clicks_like_real, _raw
 
 import get_dataset
@@ -496,3 +498,28 @@ def test_missing_records_name_the_script_to_run_first(fresh):
     shutil.rmtree(work_dir / "tfrecord")
     with pytest.raises(FileNotFoundError, match=r"/tfrecord/manifest\.json: no such file; run get_tfrecord\.py first"):
         train(work_dir, epochs=1, **TINY)
+
+
+def test_lazy_adam_does_what_adam_does_on_touched_rows_and_leaves_the_others():
+    start = np.arange(12, dtype=np.float32).reshape(4, 3)
+    touched, indices = [0, 2], tf.constant([2, 0, 2])  # row 2 twice: its gradients add up
+    values = tf.constant([[1.0, -2.0, 0.5], [3.0, 0.0, -1.0], [0.5, 0.5, 0.5]])
+    lazy, dense = keras.Variable(start), keras.Variable(start)
+    constant = keras.optimizers.schedules.CosineDecay(0.1, 1000, 1.0)
+    ours, reference = train_module.LazyAdam([lazy], constant), keras.optimizers.Adam(0.1)
+    for _ in range(3):
+        ours.apply([tf.IndexedSlices(values, indices, tf.constant([4, 3]))])
+        reference.apply([tf.math.unsorted_segment_sum(values, indices, 4)], [dense])
+    np.testing.assert_allclose(lazy.numpy()[touched], dense.numpy()[touched], rtol=1e-5)
+    np.testing.assert_array_equal(lazy.numpy()[[1, 3]], start[[1, 3]])
+
+
+def test_lazy_adam_treats_dense_gradients_as_adam_does():
+    start = np.array([1.0, -2.0, 3.0], np.float32)
+    lazy, dense = keras.Variable(start), keras.Variable(start)
+    ours = train_module.LazyAdam([lazy], keras.optimizers.schedules.CosineDecay(0.1, 1000, 1.0))
+    reference = keras.optimizers.Adam(0.1)
+    for gradient in ([1.0, 0.0, -1.0], [0.5, 2.0, 0.0]):
+        ours.apply([tf.constant(gradient)])
+        reference.apply([tf.constant(gradient)], [dense])
+    np.testing.assert_allclose(lazy.numpy(), dense.numpy(), rtol=1e-5)
