@@ -186,7 +186,7 @@ class Index(NamedTuple):
         return {"videos": len(videos), "columns": len(columns), "sha256": fingerprint(videos, columns)}
 
     def check(self, made_with, what, script):
-        """Refuse the file `what`, made with the index of fingerprint made_with, unless this index continues that one."""
+        """Refuse the file `what`, made with the index of that fingerprint, unless this index continues it."""
         if self.fingerprint(made_with["videos"], made_with["columns"]) != made_with:
             raise InputError(f"{what} was made with another index than indexing/vid2idx.json; run {script} again")
 
@@ -231,7 +231,7 @@ class Tally:
             self.skipped[reason] = self.skipped.get(reason, 0) + count
 
     def check(self):
-        """Report the skipped lines of the whole file; raise InputError if they are too many. Blank lines are no fault."""
+        """Report the skipped lines of the whole file, blank ones apart; raise InputError if they are too many."""
         bad = sum(self.skipped.values()) - self.skipped.get("blank", 0)
         if not bad:
             return

@@ -168,7 +168,10 @@ def print_example(output, clicks_path, data_dir=DATA_DIR):
     titles, names = read_names(data_dir)
     index = load_index()
     with gzip.open(output, "rt", encoding="utf-8") as ranked:
-        line = json.loads(ranked.readline())
+        first = ranked.readline()
+    if not first:
+        return
+    line = json.loads(first)
     _, clicks = next(read_records(Tally(clicks_path), parse_clicks))
     print(f"user {line['uid']} clicked last:")
     for click in clicks[-5:]:

@@ -102,20 +102,20 @@ class Tower(layers.Layer):
 class BST_DSSM(keras.Model):
     """Both towers over shared embeddings; num_videos and num_columns are the sizes of the index.
 
-    The keyword arguments are kept in `arguments`, from which BST_DSSM(**arguments) builds the same model. Numbers beyond
-    the index are safe: such a video is an unknown one, such a column has no embedding of its own.
+    The arguments are kept in `arguments`, from which BST_DSSM(**arguments) builds the same model. Numbers beyond the
+    index are safe: such a video is an unknown one, such a column has no embedding of its own.
     """
 
     def __init__(self, num_videos, num_columns, emb_dim=EMB_DIM, num_heads=NUM_HEADS, user_blocks=USER_BLOCKS,
                  item_blocks=ITEM_BLOCKS, ffn_ratio=FFN_RATIO, dropout=DROPOUT, max_age=USER_MAX_LEN - 2):  # fmt: skip
         super().__init__()
         self.arguments = dict(
-            num_videos=num_videos, num_columns=num_columns, emb_dim=emb_dim, num_heads=num_heads, user_blocks=user_blocks,
-            item_blocks=item_blocks, ffn_ratio=ffn_ratio, dropout=dropout, max_age=max_age,
+            num_videos=num_videos, num_columns=num_columns, emb_dim=emb_dim, num_heads=num_heads,
+            user_blocks=user_blocks, item_blocks=item_blocks, ffn_ratio=ffn_ratio, dropout=dropout, max_age=max_age,
         )  # fmt: skip
         self.num_videos, self.num_columns = num_videos, num_columns
-        self.video_embedding = layers.Embedding(FIRST_VIDEO + num_videos, emb_dim, small_normal())
-        self.column_embedding = layers.Embedding(1 + num_columns, emb_dim, small_normal())
+        self.video_embedding = self.add_weight((FIRST_VIDEO + num_videos, emb_dim), small_normal(), name="videos")
+        self.column_embedding = self.add_weight((1 + num_columns, emb_dim), small_normal(), name="columns")
         block = dict(dim=emb_dim, num_heads=num_heads, ffn_ratio=ffn_ratio, dropout=dropout)
         self.user_tower = Tower(user_blocks, max_age=max_age, **block)
         self.column_tower = Tower(item_blocks, **block)
@@ -148,13 +148,18 @@ class BST_DSSM(keras.Model):
 
     def embed_videos(self, videos):
         """Video numbers -> embeddings; one beyond the vocabulary counts as unknown."""
-        return self.video_embedding(ops.where(videos < FIRST_VIDEO + self.num_videos, videos, UNKNOWN))
+        return look_up(self.video_embedding, ops.where(videos < FIRST_VIDEO + self.num_videos, videos, UNKNOWN))
 
     def embed_columns(self, columns):
         """Column numbers -> embeddings; zeros for no column and for one newer than the model."""
         known = ops.logical_and(columns > 0, columns <= self.num_columns)
-        embedded = self.column_embedding(ops.where(known, columns, 0))
+        embedded = look_up(self.column_embedding, ops.where(known, columns, 0))
         return embedded * ops.cast(known, embedded.dtype)[..., None]
+
+
+def look_up(table, numbers):
+    """Return rows of an embedding table; unlike Keras' Embedding, this never copies the whole table."""
+    return tf.gather(table.value, numbers)
 
 
 def build_model(**arguments):
@@ -210,8 +215,8 @@ def candidate_loss(logits, targets, log_prob, kind=LOSS):
     """Return the mean loss of logits [n, candidates] whose target is candidate targets [n], a scalar; of none, 0.
 
     log_prob [candidates] is the log probability of being drawn as a candidate. Each one but the target is weighted by
-    the inverse of that probability, so that a sample stands for all (Bengio and Senecal 2008). "softmax" is cross-entropy
-    over the candidates, "bce" the sum of their binary cross-entropies.
+    the inverse of that probability, so that a sample stands for all (Bengio and Senecal 2008). "softmax" is the
+    cross-entropy over the candidates, "bce" the sum of their binary cross-entropies.
     """
     labels = tf.one_hot(targets, tf.shape(logits)[1])
     log_prob = log_prob * (1 - labels)
@@ -239,7 +244,7 @@ PLAIN_TOWERS = Mix(decay=0.6, own_weight=0.0, memory_weight=0.0, temperature=1.0
 
 
 def mix(logits, remembered, memory_weight, temperature):
-    """Return log((1 - w) softmax(logits / temperature) + w remembered / sum), [n, columns]; with w = 0 of the towers alone."""
+    """Return log((1 - w) softmax(logits / temperature) + w remembered / sum), [n, columns]; w = 0: the towers alone."""
     exponent = (logits - logits.max(axis=1, keepdims=True)) / temperature
     towers = np.exp(exponent)
     if memory_weight == 0:
@@ -263,7 +268,7 @@ class Memory:
         self.popularity = column_clicks[1:] / column_clicks.sum()
 
     def scores(self, videos, columns, own_weight):
-        """Return scores float64 [n, columns] of histories [n, h]: numbers of videos and columns, latest first, 0 padded."""
+        """Return float64 [n, columns] for histories [n, h]: numbers of videos and columns, latest first, 0 padded."""
         return self.near(videos, columns) + own_weight * self.own(columns)
 
     def near(self, videos, columns):

@@ -66,11 +66,11 @@ SCORES_AT_ONCE = 4_000_000  # numbers in a block of evaluated scores: bounds the
 MODEL_FORMAT = 1  # of model.json
 
 
-def train(work_dir=WORK_DIR, user_max_len=USER_MAX_LEN, epochs=EPOCHS, patience=PATIENCE, learning_rate=LEARNING_RATE, loss=LOSS, memory=MEMORY,
-          seed=SEED, **arguments):  # fmt: skip
+def train(work_dir=WORK_DIR, user_max_len=USER_MAX_LEN, epochs=EPOCHS, patience=PATIENCE, learning_rate=LEARNING_RATE,
+          loss=LOSS, memory=MEMORY, seed=SEED, **arguments):  # fmt: skip
     """Train on the records under work_dir and return the metrics of the test split, {ranking: {metric: value}}.
 
-    arguments are BST_DSSM's. A run that was killed goes on after its last finished epoch and ends with the same weights.
+    arguments are BST_DSSM's. A run that was killed goes on after its last finished epoch, to the same weights.
     """
     keras.utils.set_random_seed(seed)
     tf.config.experimental.enable_op_determinism()
@@ -104,7 +104,12 @@ def train(work_dir=WORK_DIR, user_max_len=USER_MAX_LEN, epochs=EPOCHS, patience=
         write_history(folder, history)
         log_tensorboard(folder / "logs", history[-1])
         save_checkpoint(folder, model, optimizer, run, history)
-        print(", ".join(f"{name} {value:.4g}" for name, value in history[-1].items()))
+        print(
+            ", ".join(
+                f"{name} {value:,.4g}" if type(value) is float else f"{name} {value:,}"
+                for name, value in history[-1].items()
+            )
+        )
 
     saved = read_json(folder / "model.json", "train.py")
     model.load_weights(folder / saved["weights"]["file"])
@@ -178,8 +183,8 @@ def train_epoch(train_step, batches, epoch, learning_rate):
         if not np.isfinite(outcome).all():
             users = ", ".join(uid.decode() for uid in batch["uid"].numpy()[:3])
             raise InputError(
-                f"the loss is {outcome[0]} at step {step} of epoch {epoch} (learning rate {learning_rate}, users {users}, "
-                "...); the best weights so far are kept; lower LEARNING_RATE and run train.py again"
+                f"the loss is {outcome[0]} at step {step} of epoch {epoch} (learning rate {learning_rate}, users {users}"
+                ", ...); the best weights so far are kept; lower LEARNING_RATE and run train.py again"
             )
         sums += outcome
     return {"loss": sums[0] / step, "column_loss": sums[1] / step, "targets": int(sums[2])}
@@ -272,7 +277,7 @@ def choose_mix(batches, score, memories):
 
 
 def all_rankings(manifest, memory, chosen, work_dir):
-    """Return what ranks the test split, for evaluate(): baselines of the training split, the model's parts, their mix."""
+    """Return what ranks the test split, for evaluate(): baselines, the parts of the model, and their mix."""
     rng, chain = np.random.default_rng(0), count_chain(manifest, len(memory.popularity), work_dir)
     nudge = 1e-6 * memory.popularity  # of columns that are equal otherwise, the popular one first
 

@@ -38,7 +38,9 @@ def make_sample(folder):
     rng = random.Random(SEED)
     shelves, titles = make_shelves()
     folder = Path(folder)
-    write_lines(folder / "cid2vids.json", ({"cid": c, "vids": s["vids"], "name": s["name"]} for c, s in shelves.items()))
+    write_lines(
+        folder / "cid2vids.json", ({"cid": c, "vids": s["vids"], "name": s["name"]} for c, s in shelves.items())
+    )
     write_lines(folder / "vid2title.json", ({"vid": vid, "title": title} for vid, title in titles.items()))
     users = [{"uid": f"u{n}", "click_seq": make_clicks(rng, shelves)} for n in range(NUM_USERS)]
     for n in range(FILES):

@@ -5,6 +5,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 
 import numpy as np
 import pytest
@@ -385,7 +386,8 @@ def test_users_without_clicks_or_known_clicks_are_no_error(tmp_path, records):
 def test_a_missing_index_names_its_absolute_path_and_the_script_to_run(tmp_path, raw, monkeypatch):
     raw(tmp_path / "raw", columns=COLUMNS, users=USERS)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match=rf"{tmp_path}/work/indexing/vid2idx\.json.*run get_indexing\.py first"):
+    missing = tmp_path / "work" / "indexing" / "vid2idx.json"
+    with pytest.raises(FileNotFoundError, match=rf"{re.escape(str(missing))}.*run get_indexing\.py first"):
         get_tfrecord("raw", "work")
 
 
