@@ -24,6 +24,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import uuid
 import zlib
 from pathlib import Path
@@ -55,6 +56,11 @@ def get_indexing(data_dir=DATA_DIR, work_dir=WORK_DIR, min_clicks=MIN_CLICKS):
         videos.setdefault(vid, FIRST_VIDEO + len(videos))
     numbered = {cid: [videos[vid] for vid in columns.get(cid, ())] for cid in {**old.columns, **columns}}
 
+    if not videos:
+        raise InputError(
+            f"{data_dir.absolute()}: no video in any column, and none in a catalogue or clicked often enough"
+        )
+    remove_leftovers(Path(work_dir, "indexing"))
     # Videos first: killed in between, the old columns still stand for the same videos.
     write_json(Path(work_dir, "indexing/vid2idx.json"), videos)
     write_json(Path(work_dir, "indexing/cid2vidx.json"), numbered)
@@ -162,13 +168,12 @@ def parse_clicks(record):
 
 def text_id(value):
     """Return an id as text: a string as it is, an integer in decimal."""
-    if type(value) is int:
-        return str(value)
-    if type(value) is not str:
+    text = str(value) if type(value) is int else value
+    if type(text) is not str:
         raise BadLine("wrong type")
-    if not 0 < len(value) <= MAX_ID_CHARS:
-        raise BadLine("empty id" if not value else "id too long")
-    return value
+    if not 0 < len(text) <= MAX_ID_CHARS:
+        raise BadLine("id too long" if text else "empty id")
+    return text
 
 
 # ---------------------------------------------------------------- helpers of the whole chain: the index
@@ -197,6 +202,13 @@ def load_index(work_dir=WORK_DIR, new=False):
     index = Index(*({} if new and not path.exists() else read_json(path, "get_indexing.py") for path in paths))
     if list(index.videos.values()) != list(range(FIRST_VIDEO, FIRST_VIDEO + len(index.videos))):
         raise InputError(f"{paths[0]}: its numbers do not count up from {FIRST_VIDEO}; restore the file")
+    for cid, numbers in index.columns.items():
+        if type(numbers) is not list or not all(
+            type(n) is int and 0 <= n - FIRST_VIDEO < len(index.videos) for n in numbers
+        ):
+            raise InputError(
+                f"{paths[1]}: column {cid!r} is not a list of numbers of {paths[0].name}; restore the file"
+            )
     return index
 
 
@@ -365,6 +377,12 @@ def replacing(path):
         temporary.unlink(missing_ok=True)
 
 
+def remove_leftovers(folder):
+    """Remove the temporary files that a killed run left in folder."""
+    for path in Path(folder).glob(".*.tmp"):
+        path.unlink()
+
+
 def sync(path):
     """Wait until a file or folder is on disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -448,12 +466,17 @@ def map_files(function, tasks, desc, num_workers=NUM_WORKERS):
             idle.put(worker)
 
     threads = ThreadPoolExecutor(num_workers)
+    results = [threads.submit(run, task) for task in tasks]
     try:
-        yield from bar(threads.map(run, tasks))
+        yield from bar(result.result() for result in results)
     finally:
         threads.shutdown(wait=False, cancel_futures=True)
-        for process in multiprocessing.active_children():
-            process.terminate()
+        while True:  # a worker that is only starting is not among the children yet
+            for process in multiprocessing.active_children():
+                process.terminate()
+            if all(result.done() for result in results):
+                break
+            time.sleep(0.05)
 
 
 def end_with_parent():
@@ -469,23 +492,24 @@ def end_with_parent():
 
 
 def run_script(main, work_dir=WORK_DIR):
-    """Run a script's main(): what is the input's fault ends with one line and exit status 1."""
+    """Run a script's main(): what is the input's fault, and a signal, end with one line and exit status 1."""
     name = Path(sys.argv[0]).name
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(f"{name}: terminated"))
+
+    def stop(number, _):
+        raise KeyboardInterrupt("terminated" if number == signal.SIGTERM else "interrupted")
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
     try:
         Path(work_dir).mkdir(parents=True, exist_ok=True)
         with open(Path(work_dir, f".{name}.lock"), "w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                raise InputError(
-                    f"another {name} is at work in {Path(work_dir).absolute()}; let it end first"
-                ) from error
+                raise InputError(f"another {name} is at work in {Path(work_dir).absolute()}; let it end") from error
             main()
-    except (InputError, OSError) as error:
+    except (InputError, OSError, KeyboardInterrupt) as error:
         sys.exit(f"{name}: {error}")
-    except KeyboardInterrupt:
-        sys.exit(f"{name}: interrupted")
 
 
 def main():

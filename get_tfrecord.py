@@ -21,6 +21,7 @@ import numpy as np
 
 from get_indexing import (
     DATA_DIR,
+    MAX_ID_CHARS,
     UNKNOWN,
     WORK_DIR,
     InputError,
@@ -35,6 +36,7 @@ from get_indexing import (
     parse_clicks,
     read_json,
     read_records,
+    remove_leftovers,
     replacing,
     run_script,
     split_click,
@@ -48,6 +50,7 @@ VAL_RATIO = 0.05  # of the users
 TEST_RATIO = 0.05  # of the users
 SPLITS = ("train", "val", "test")
 FORMAT = 1  # of records and manifest
+NEW = ".new"  # folder of the shards of a run under way, so that the former ones stay as they are
 MEMO_SIZE = 1 << 20  # distinct clicks that an encoder remembers
 
 
@@ -67,6 +70,8 @@ def get_tfrecord(data_dir=DATA_DIR, work_dir=WORK_DIR, user_max_len=USER_MAX_LEN
         for number, where in enumerate(ranges)
     ]
     tasks = [(where, name, folder, work_dir, settings, made_with) for where, name in zip(ranges, names, strict=True)]
+    (folder / NEW).mkdir(parents=True, exist_ok=True)
+    remove_leftovers(folder / NEW)
     tallies, parts = {}, []
     for where, part in zip(ranges, map_files(write_shards, tasks, desc="write records", **how), strict=True):
         parts.append(part)
@@ -75,7 +80,10 @@ def get_tfrecord(data_dir=DATA_DIR, work_dir=WORK_DIR, user_max_len=USER_MAX_LEN
         tally.check()
     manifest = {"format": FORMAT, "index": index.fingerprint(), "constants": settings, **summarize(parts)}
     check_enough(manifest, settings)
+    for path in (folder / NEW).iterdir():
+        path.rename(folder / path.name)
     write_json(folder / "manifest.json", manifest)
+    (folder / NEW).rmdir()
     current = {"manifest.json", *manifest["shards"], *(part["file"] for part in parts)}
     for path in folder.iterdir():  # shards of former input, and what a killed run left
         if path.name not in current:
@@ -87,25 +95,23 @@ def get_tfrecord(data_dir=DATA_DIR, work_dir=WORK_DIR, user_max_len=USER_MAX_LEN
 def write_shards(task):
     """Write the shards of one FileRange, then their part file, and return what it says; what stands is kept."""
     where, name, folder, work_dir, settings, made_with = task
-    part_file = folder / f"part-{name}.json"
-    shards = {split: folder / f"{split}-{name}.tfrecord" for split in SPLITS}
-    if part_file.exists():
-        part = read_json(part_file, "get_tfrecord.py")
-        if all(
-            shard.exists() and file_fingerprint(shard) == part["shards"][shard.name]["sha256"]
-            for shard in shards.values()
-        ):
-            return part
+    files = [f"part-{name}.json", *(f"{split}-{name}.tfrecord" for split in SPLITS)]
+    for place in (folder, folder / NEW):
+        part_file, *shards = (place / file for file in files)
+        if part_file.exists():
+            part = read_json(part_file, "get_tfrecord.py")
+            if all(
+                shard.exists() and file_fingerprint(shard) == part["shards"][shard.name]["sha256"] for shard in shards
+            ):
+                return part
     from tensorflow.errors import OpError
 
     try:
-        part = write_windows(where, shards, load_encoder(work_dir, made_with), settings)
+        part = write_windows(where, dict(zip(SPLITS, shards, strict=True)), load_encoder(work_dir, made_with), settings)
     except OpError as error:  # TensorFlow's own, of a full disk say
         raise OSError(f"{folder}: {error.message}") from None
     part["file"] = part_file.name
-    part["shards"] = {
-        path.name: {"bytes": path.stat().st_size, "sha256": file_fingerprint(path)} for path in shards.values()
-    }
+    part["shards"] = {path.name: {"bytes": path.stat().st_size, "sha256": file_fingerprint(path)} for path in shards}
     write_json(part_file, part)
     return part
 
@@ -155,7 +161,8 @@ class ClickEncoder(dict):
         code = self.videos.get(vid, UNKNOWN) << 32 | self.columns.get(cid, 0)
         if len(self) >= MEMO_SIZE:
             self.clear()
-        self[click] = code
+        if len(click) <= 2 * MAX_ID_CHARS:
+            self[click] = code
         return code
 
     def encode(self, clicks):

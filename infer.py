@@ -38,6 +38,7 @@ from get_indexing import (
     read_json,
     read_names,
     read_records,
+    remove_leftovers,
     replacing,
     run_script,
     split_click,
@@ -58,8 +59,7 @@ def infer(clicks_dir=CLICKS_DIR, work_dir=WORK_DIR, top_k=TOP_K, **how):
     """Write the ranking of each click file as soon as it is whole, and return all paths; those still good are kept."""
     folder = Path(work_dir, "ranking")
     folder.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.glob(".*.tmp"):
-        leftover.unlink()
+    remove_leftovers(folder)
     manifest = read_json(folder / "manifest.json", "infer.py") if (folder / "manifest.json").exists() else {}
     model = read_json(Path(work_dir, "model/model.json"), "train.py")
     made_with = fingerprint(constants("get_indexing", "model_tf2", "infer"), model, load_index(work_dir), top_k)
@@ -67,7 +67,7 @@ def infer(clicks_dir=CLICKS_DIR, work_dir=WORK_DIR, top_k=TOP_K, **how):
     for path in find_files(clicks_dir):
         output = outputs[path] = folder / f"{input_name(path)}.json.gz"
         made_from[path] = fingerprint(made_with, file_fingerprint(path))
-        if manifest.get(output.name) != made_from[path] or not output.exists():
+        if not output.exists() or manifest.get(output.name) != [made_from[path], file_fingerprint(output)]:
             parts = [(where, output.with_name(f".{output.name}.{where.start}.tmp")) for where in file_ranges([path])]
             tasks += [(where, part, work_dir, made_with, top_k) for where, part in parts]
 
@@ -81,7 +81,8 @@ def infer(clicks_dir=CLICKS_DIR, work_dir=WORK_DIR, top_k=TOP_K, **how):
                 part.unlink()
                 tally.append(part_tally)
             tally.check()
-        write_json(folder / "manifest.json", manifest := {**manifest, outputs[path].name: made_from[path]})
+        manifest[outputs[path].name] = [made_from[path], file_fingerprint(outputs[path])]
+        write_json(folder / "manifest.json", manifest)
         users += tally.lines - sum(tally.skipped.values())
     ranked = len({where.path for where, *_ in tasks})
     print(f"{users:,} users ranked in {ranked:,} files, {len(outputs):,} files stand in {folder}")

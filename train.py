@@ -12,10 +12,12 @@ Writes  WORK_DIR/model/<hash>.weights.h5   the towers' best weights so far
     python train.py
 """
 
+import contextlib
 import csv
 import importlib.util
 import itertools
 import json
+import os
 import platform
 import time
 import zipfile
@@ -35,6 +37,7 @@ from get_indexing import (
     fingerprint,
     load_index,
     read_json,
+    remove_leftovers,
     replacing,
     run_script,
     write_json,
@@ -326,6 +329,10 @@ def print_table(test, chosen):
 
 def save_model(folder, model, memory, chosen, manifest, index, metrics, run):
     """Write weights and memory under names of their own hash, then model.json, which vouches for them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".room.tmp", "wb") as room:  # h5py does not survive a full disk, so ask for the room before
+        os.posix_fallocate(room.fileno(), 0, 2**20 + sum(weight.numpy().nbytes for weight in model.weights))
+    remove_leftovers(folder)
     weights = save_by_hash(folder, ".weights.h5", model.save_weights)
     remembered = save_by_hash(folder, ".memory.npz", memory.save)
     write_json(
@@ -353,7 +360,6 @@ def save_model(folder, model, memory, chosen, manifest, index, metrics, run):
 
 def save_by_hash(folder, suffix, write):
     """Write a file by write(path), name it by its SHA-256 and return {"file": name, "sha256": hash}."""
-    folder.mkdir(parents=True, exist_ok=True)
     new = folder / f".new{suffix}"
     write(new)
     sha256 = file_fingerprint(new)
@@ -376,9 +382,21 @@ def load_model(work_dir=WORK_DIR):
     for part in (saved["weights"], saved["memory"]):
         if not (folder / part["file"]).exists() or file_fingerprint(folder / part["file"]) != part["sha256"]:
             raise InputError(f"{folder / part['file']}: not the file that {path} was written with; run train.py again")
-    model = build_model(**saved["arguments"])
-    model.load_weights(folder / saved["weights"]["file"])
-    return model, Memory.load(folder / saved["memory"]["file"]), Mix(**saved["mix"]), saved
+    weights, memory = (folder / saved[part]["file"] for part in ("weights", "memory"))
+    with damage_named(weights):
+        model = build_model(**saved["arguments"])
+        model.load_weights(weights)
+    with damage_named(memory):
+        return model, Memory.load(memory), Mix(**saved["mix"]), saved
+
+
+@contextlib.contextmanager
+def damage_named(path):
+    """Turn what reading a damaged file raises into an InputError that names it."""
+    try:
+        yield
+    except (ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path}: damaged ({error}); remove it and run train.py again") from error
 
 
 def save_checkpoint(folder, model, optimizer, run, history):
@@ -395,14 +413,11 @@ def restore_checkpoint(folder, model, optimizer, run):
         return []
     if read_json(folder / "model.json", "train.py").get("run") != run:
         return []
-    try:
-        with np.load(path) as saved:
-            state = json.loads(str(saved["state"]))
-            if state["run"] == run:
-                for i, variable in enumerate(model.variables + optimizer.variables):
-                    variable.assign(saved[f"{i:04}"])
-    except (ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path}: damaged ({error}); remove it and run train.py again") from error
+    with damage_named(path), np.load(path) as saved:
+        state = json.loads(str(saved["state"]))
+        if state["run"] == run:
+            for i, variable in enumerate(model.variables + optimizer.variables):
+                variable.assign(saved[f"{i:04}"])
     if state["run"] != run:
         return []
     print(f"going on after epoch {len(state['history'])} of {path}")

@@ -1,0 +1,319 @@
+"""Kill every stage at random moments and see that nothing is lost.
+
+    python tests/bench/kill_battery.py [number of kills] [seed]
+
+Every kill (SIGKILL to the script, its workers left to themselves) falls on a run over changed data, in a folder where the
+outputs of former data stand. After it no process may be left, and all that stands must be whole: former or new, never
+half. Then the script runs again, and its outputs must be byte for byte those of a run that nobody disturbed
+(the trained weights: number for number). The moment is drawn from the time that the stage is at work, after its imports.
+"""
+
+import contextlib
+import gzip
+import hashlib
+import io
+import json
+import os
+import random
+import re
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from pathlib import Path
+
+import h5py
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from conftest import _clicks_like_real, _raw
+
+ROOT = Path(__file__).parents[2]
+CHAIN = ["get_indexing", "get_tfrecord", "get_dataset", "model_tf2", "train", "infer"]
+STAGES = {"get_indexing": "indexing", "get_tfrecord": "tfrecord", "train": "model", "infer": "ranking"}
+LEFTOVER = {
+    "get_indexing": ".vid2idx.json.{}.tmp",
+    "get_tfrecord": ".manifest.json.{}.tmp",
+    "train": ".checkpoint.npz.{}.tmp",
+    "infer": ".a.json.gz.{}.tmp",
+}
+SMALL = {
+    "get_indexing": dict(RANGE_BYTES=16_000, NUM_WORKERS=2),
+    "get_tfrecord": dict(VAL_RATIO=0.2, TEST_RATIO=0.2),
+    "get_dataset": dict(MIN_STEPS=6),
+    "train": dict(EPOCHS=2),
+}
+PATIENCE = 120  # seconds until a process that does not end is called hung
+
+
+# ---------------------------------------------------------------- folders and processes
+
+
+def edit(folder, script, **constants):
+    """Edit constants of a script as a user would, with a text editor."""
+    path = folder / f"{script}.py"
+    text = path.read_text(encoding="utf-8")
+    for name, value in constants.items():
+        text, edits = re.subn(rf"^{name} = .*$", f"{name} = {value!r}", text, flags=re.MULTILINE)
+        assert edits == 1, f"{script}.py has no constant {name}"
+    path.write_text(text, encoding="utf-8")
+
+
+def fresh_folder(folder):
+    """Fill a folder with the six scripts, their constants edited for small data."""
+    folder.mkdir(parents=True)
+    for script in CHAIN:
+        shutil.copy(ROOT / f"{script}.py", folder)
+        edit(folder, script, **SMALL.get(script, {}))
+    return folder
+
+
+def former_data(folder):
+    """Write raw data: 150 users in a plain file of two byte ranges and a gzip file."""
+    real = _clicks_like_real(150, seed=51)
+    titles = {vid: f"Title of {vid}" for vids in real["columns"].values() for vid in vids}
+    _raw(folder / "data/sample", columns=real["columns"], titles=titles, users=real["users"][:90], click_file="a")
+    _raw(folder / "data/sample", users=real["users"][90:], click_file="b", gzip=True)
+
+
+def changed_data(folder):
+    """Change the raw data: a new column, a shelf filled anew, more users."""
+    real = _clicks_like_real(170, seed=51)
+    columns = real["columns"] | {"new": ["n1", "n2", "t0a-1"], "t0a": ["t0a-3", "t0a-4", "n3"]}
+    users = [(uid, [*clicks, "n1_new"]) for uid, clicks in real["users"]]
+    _raw(folder / "data/sample", columns=columns, users=users[:100], click_file="a")
+    _raw(folder / "data/sample", users=users[100:], click_file="b", gzip=True)
+
+
+def start(folder, script, **how):
+    """Start a script in a session of its own, as a user would in that folder."""
+    quiet = {"TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "", "PYTHONDONTWRITEBYTECODE": "1"}
+    return subprocess.Popen([sys.executable, f"{script}.py"], cwd=folder, env={**os.environ, **quiet}, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True, **how)  # fmt: skip
+
+
+def end(process):
+    """Wait until a process has ended, and all that it started; return (exit status, output, errors)."""
+    out, err = process.communicate(timeout=PATIENCE)
+    wait_for(lambda: not family(process), f"process {process.args} left {family(process)} behind")
+    return process.returncode, out, err
+
+
+def run(folder, script, **how):
+    """Run a script to its good end and return what it printed."""
+    status, out, err = end(start(folder, script, **how))
+    assert status == 0, f"{script}.py: exit status {status}\n{out}\n{err}"
+    return out
+
+
+def wait_for(condition, otherwise):
+    """Poll until condition() holds and return what it gave; give up with AssertionError(otherwise)."""
+    stop = time.monotonic() + PATIENCE
+    while not (outcome := condition()):
+        assert time.monotonic() < stop, otherwise
+        time.sleep(0.002)
+    return outcome
+
+
+def family(process):
+    """Return {pid: command line} of the living processes of a process's session, zombies left out."""
+    found = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, _, session = stat.read_text().rpartition(")")[2].split()[:4]
+            if int(session) == process.pid and state not in "ZX":
+                found[int(stat.parent.name)] = (stat.parent / "cmdline").read_text().replace("\0", " ")
+    return found
+
+
+def workers(process):
+    """Return the pids of a process's workers."""
+    return [pid for pid, command in family(process).items() if "spawn_main" in command]
+
+
+def at_work(folder, script, process):
+    """Wait until a script has done its imports and begun its work."""
+    lock = folder / f"data/work/.{script}.py.lock"
+    wait_for(lambda: lock.exists() or process.poll() is not None, f"{script}.py does not begin")
+
+
+def kill(folder, script, moment):
+    """Run a script, kill it `moment` seconds after it began to work, and see that its workers end as well."""
+    (folder / f"data/work/.{script}.py.lock").unlink(missing_ok=True)
+    process = start(folder, script)
+    at_work(folder, script, process)
+    time.sleep(moment)
+    process.kill()
+    end(process)
+    return process.returncode < 0  # or it was faster
+
+
+# ---------------------------------------------------------------- what stands
+
+
+def standing(folder, script=None):
+    """Return {path: bytes} of the outputs of a script, or of all, in a folder: no hidden files, no logs."""
+    work = folder / "data/work"
+    paths = (work / STAGES[script] if script else work).rglob("*")
+    names = {str(path.relative_to(work)): path for path in paths if path.is_file() and not path.name.startswith(".")}
+    return {name: path.read_bytes() for name, path in sorted(names.items()) if "/logs/" not in name}
+
+
+def comparable(outputs):
+    """Return outputs in the form that a second run must give again: arrays for weights, and no seconds."""
+    same = {}
+    for name, data in outputs.items():
+        if name.endswith(".h5"):
+            with h5py.File(io.BytesIO(data)) as file:
+                arrays = {}
+                file.visititems(lambda key, node, arrays=arrays: arrays.update({key: node[()].tobytes()})
+                                if isinstance(node, h5py.Dataset) else None)  # fmt: skip
+            same["weights"] = arrays
+        elif name == "model/history.csv":
+            same[name] = [line.rpartition(",")[0] for line in data.decode().splitlines()]
+        elif name == "model/model.json":
+            same[name] = {k: v for k, v in json.loads(data).items() if k != "weights"}
+        elif name != "model/checkpoint.npz":
+            same[name] = data
+    return same
+
+
+def check_whole(folder, script, former, new):
+    """Assert that whatever stands after a kill is whole, and that the stages before are as they were."""
+    outputs = standing(folder)
+    stage = STAGES[script]
+    for name, data in former.items():
+        assert name.startswith(f"{stage}/") or outputs.get(name) == data, f"{script}.py changed {name}"
+    for name, data in outputs.items():
+        check_file(name, data)
+        check_former_or_new(name, data, former, new)
+    numbers = set(json.loads(outputs["indexing/vid2idx.json"]).values())
+    assert all(numbers.issuperset(of) for of in json.loads(outputs["indexing/cid2vidx.json"]).values())
+    for name, sha256 in vouched(outputs):
+        assert hashlib.sha256(outputs[name]).hexdigest() == sha256, f"{name} is not what is vouched for"
+
+
+def check_former_or_new(name, data, former, new):
+    """Assert that an output is that of the run before or of the run to come; the notes on rankings, each of its lines.
+
+    Weights between the two are those of an epoch: model.json vouches for them.
+    """
+    if name == "ranking/manifest.json":
+        notes, *known = (json.loads(outputs) for outputs in (data, former[name], new[name]))
+        assert all(note in [of.get(key) for of in known] for key, note in notes.items()), f"{name} is neither's"
+    elif not name.startswith("model/"):
+        assert data in (former.get(name), new.get(name)), f"{name} is neither the former nor the new one"
+
+
+def vouched(outputs):
+    """Yield (path, SHA-256) of all that the manifest and the model's file vouch for."""
+    if "tfrecord/manifest.json" in outputs:
+        for name, made in json.loads(outputs["tfrecord/manifest.json"])["shards"].items():
+            yield f"tfrecord/{name}", made["sha256"]
+    if "model/model.json" in outputs:
+        saved = json.loads(outputs["model/model.json"])
+        for part in (saved["weights"], saved["memory"]):
+            yield f"model/{part['file']}", part["sha256"]
+
+
+def check_file(name, data):
+    """Assert that a file is not cut short: by its own format, without the scripts."""
+    if name.endswith(".json"):
+        json.loads(data)
+    elif name.endswith(".json.gz"):
+        lines = gzip.decompress(data).split(b"\n")
+        assert lines.pop() == b"" and all(map(json.loads, lines)), f"{name} does not end with its last line"
+    elif name.endswith(".tfrecord"):
+        at = 0
+        while at < len(data):  # length, its checksum, the record, its checksum
+            at += 8 + 4 + struct.unpack_from("<Q", data, at)[0] + 4
+        assert at == len(data), f"{name} is cut short"
+    elif name.endswith(".npz"):
+        with zipfile.ZipFile(io.BytesIO(data)) as file:
+            assert file.testzip() is None, f"{name} is damaged"
+    elif name.endswith(".csv"):
+        assert data.endswith(b"\n") and len({line.count(b",") for line in data.splitlines()}) == 1, f"{name} is cut"
+
+
+# ---------------------------------------------------------------- the battery
+
+
+class Battery:
+    """Folders in which the former outputs of every stage stand and its input has changed, and what it must give."""
+
+    def __init__(self, folder):
+        self.folder, self.ready, self.former, self.new, self.seconds, self.runs = folder, {}, {}, {}, {}, 0
+        self.killed = dict.fromkeys(STAGES, 0)
+        chain = fresh_folder(folder / "chain")
+        former_data(chain)
+        for script in STAGES:
+            run(chain, script)
+        changed_data(chain)
+        for script in STAGES:
+            self.ready[script] = shutil.copytree(chain, folder / f"ready-{script}")
+            self.former[script] = standing(chain)
+            (chain / f"data/work/.{script}.py.lock").unlink()
+            process = start(chain, script)
+            at_work(chain, script, process)
+            began = time.monotonic()
+            status, _, err = end(process)
+            assert status == 0, err
+            self.seconds[script] = time.monotonic() - began
+            self.new[script] = standing(chain)
+        self.done = chain
+
+    def ready_folder(self, script):
+        """Return a new folder in which a script is about to run over changed data."""
+        self.runs += 1
+        return shutil.copytree(self.ready[script], self.folder / f"run-{self.runs}")
+
+    def survive(self, script, moments):
+        """Kill a script at moments (parts of its working time) in a row, checking each time, and let it end.
+
+        self.killed counts the runs that were really killed before they had ended.
+        """
+        folder = self.ready_folder(script)
+        for moment in moments:
+            self.killed[script] += kill(folder, script, moment * self.seconds[script])
+            check_whole(folder, script, self.former[script], self.new[script])
+        leftover = folder / "data/work" / STAGES[script] / LEFTOVER[script].format("0" * 32)
+        leftover.write_bytes(b"half")
+        run(folder, script)
+        self.check_same(folder, script)
+        shutil.rmtree(folder)
+
+    def check_same(self, folder, script):
+        """Assert that a folder's outputs are those of the undisturbed run, with nothing left beside them."""
+        outputs, expected = comparable(standing(folder)), comparable(self.new[script])
+        assert outputs.keys() == expected.keys(), f"{sorted(outputs)} stand, not {sorted(expected)}"
+        for name in outputs:
+            assert outputs[name] == expected[name], f"{name} is not that of an undisturbed run"
+        left = [path.name for path in (folder / "data/work" / STAGES[script]).rglob(".*")]
+        assert not left, f"{script}.py leaves {left} behind"
+
+
+def main():
+    kills, seed = [int(arg) for arg in sys.argv[1:]] + [200, 1][len(sys.argv) - 1 :]
+    rng, counts = random.Random(seed), {script: dict(runs=0, lost=0) for script in STAGES}
+    with tempfile.TemporaryDirectory() as folder:
+        battery = Battery(Path(folder))
+        for number in range(kills):
+            script = list(STAGES)[number % len(STAGES)]
+            moment = rng.random()
+            counts[script]["runs"] += 1
+            try:
+                battery.survive(script, [moment])
+            except (AssertionError, ValueError, OSError) as error:
+                counts[script]["lost"] += 1
+                print(f"kill {number + 1}: {script}.py at {moment:.0%} of its work: {error}", flush=True)
+    for script, of in counts.items():
+        print(f"{script}.py: {of['runs']} runs, {battery.killed[script]} killed at work, {of['lost']} lost something")
+    lost = sum(of["lost"] for of in counts.values())
+    print(f"all: {kills} runs, {sum(battery.killed.values())} killed at work, {lost} lost something")
+    sys.exit(lost > 0)
+
+
+if __name__ == "__main__":
+    main()
