@@ -465,7 +465,8 @@ def map_files(function, tasks, desc, num_workers=NUM_WORKERS):
         finally:
             idle.put(worker)
 
-    threads = ThreadPoolExecutor(num_workers)
+    # Ctrl-C reaches the whole group of processes: the workers inherit that it is blocked, and leave it to this one.
+    threads = ThreadPoolExecutor(num_workers, "map", signal.pthread_sigmask, (signal.SIG_BLOCK, {signal.SIGINT}))
     results = [threads.submit(run, task) for task in tasks]
     try:
         yield from bar(result.result() for result in results)
@@ -487,7 +488,6 @@ def end_with_parent():
         multiprocessing.parent_process().join()
         os._exit(1)
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent answers it
     threading.Thread(target=wait, daemon=True).start()
 
 

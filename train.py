@@ -190,7 +190,7 @@ def train_epoch(train_step, batches, epoch, learning_rate):
                 ", ...); the best weights so far are kept; lower LEARNING_RATE and run train.py again"
             )
         sums += outcome
-    return {"loss": sums[0] / step, "column_loss": sums[1] / step, "targets": int(sums[2])}
+    return {"loss": float(sums[0] / step), "column_loss": float(sums[1] / step), "targets": int(sums[2])}
 
 
 def best_epoch(history):

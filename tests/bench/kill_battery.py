@@ -154,11 +154,12 @@ def kill(folder, script, moment):
 
 
 def standing(folder, script=None):
-    """Return {path: bytes} of the outputs of a script, or of all, in a folder: no hidden files, no logs."""
+    """Return {path: bytes} of the outputs of a script, or of all, in a folder: nothing hidden, no logs."""
     work = folder / "data/work"
     paths = (work / STAGES[script] if script else work).rglob("*")
-    names = {str(path.relative_to(work)): path for path in paths if path.is_file() and not path.name.startswith(".")}
-    return {name: path.read_bytes() for name, path in sorted(names.items()) if "/logs/" not in name}
+    names = {str(path.relative_to(work)): path for path in paths if path.is_file()}
+    shown = {name: path for name, path in sorted(names.items()) if "/." not in f"/{name}" and "/logs/" not in name}
+    return {name: path.read_bytes() for name, path in shown.items()}
 
 
 def comparable(outputs):
