@@ -14,6 +14,7 @@ import functools
 import gzip
 import itertools
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -77,7 +78,8 @@ def infer(clicks_dir=CLICKS_DIR, work_dir=WORK_DIR, top_k=TOP_K, **how):
         tally = Tally(path)
         with replacing(outputs[path]) as temporary, open(temporary, "wb") as whole:
             for (_, part, *_), part_tally in of_file:  # gzip files in a row are one gzip file
-                whole.write(part.read_bytes())
+                with open(part, "rb") as ranked:
+                    shutil.copyfileobj(ranked, whole)
                 part.unlink()
                 tally.append(part_tally)
             tally.check()
