@@ -103,7 +103,7 @@ def by_user(windows):
 
 
 def folder_bytes(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
 def stamps(folder):
