@@ -509,7 +509,10 @@ def run_script(main, work_dir=WORK_DIR):
                 raise InputError(f"another {name} is at work in {Path(work_dir).absolute()}; let it end") from error
             main()
     except (InputError, OSError, KeyboardInterrupt) as error:
-        sys.exit(f"{name}: {error}")
+        message = f"{name}: {error}"
+    else:
+        return
+    sys.exit(message)  # outside the except block: main()'s frames are gone, and map_files has ended its workers
 
 
 def main():

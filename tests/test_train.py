@@ -460,7 +460,7 @@ def test_an_index_with_other_numbers_is_refused(own, name):
 
 def test_an_index_that_lost_videos_is_refused(own):
     edit_json(own / "indexing/vid2idx.json", lambda videos: dict(list(videos.items())[:-1]))
-    with pytest.raises(InputError, match="another index"):
+    with pytest.raises(InputError, match=r"cid2vidx\.json: column .* is not a list of numbers of vid2idx\.json"):
         load_model(own)
 
 
