@@ -121,6 +121,9 @@ def split_click(click, videos, columns):
     """
     if click in videos:
         return click, None
+    vid, _, cid = click.partition("_")
+    if vid in videos and cid in columns:  # the usual case, and the first that the loop would find
+        return vid, cid
     unknown = None
     at = click.find("_", max(0, len(click) - MAX_ID_CHARS - 1))
     while at >= 0:
@@ -271,7 +274,7 @@ def find_files(folder, pattern="*", required=True):
     for path in sorted([*folder.glob(pattern + ".json"), *folder.glob(pattern + ".json.gz")]):
         if (name := input_name(path)) in paths:
             raise InputError(f"{path} and {paths[name]} have the same name; remove one")
-        paths[name] = str(path)
+        paths[name] = str(path.absolute())
     if required and not paths:
         raise InputError(f"{folder.absolute()}: no {pattern}.json or {pattern}.json.gz file")
     return list(paths.values())
@@ -436,8 +439,12 @@ def constants(*scripts):
 def map_files(function, tasks, desc, num_workers=NUM_WORKERS):
     """Yield function(task) of each task, in order, computed by spawned worker processes with a progress bar.
 
-    A task is a tuple that begins with its FileRange, by which InputError names the file at which a worker died.
+    Started by spark-submit, the Spark cluster computes it. A task is a tuple that begins with its FileRange, by which
+    InputError names the file at which a worker died; it may be tried twice, even at the same time.
     """
+    if "PYSPARK_GATEWAY_PORT" in os.environ:
+        yield from map_on_spark(function, tasks)
+        return
     import multiprocessing
     from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
     from concurrent.futures.process import BrokenProcessPool
@@ -480,6 +487,32 @@ def map_files(function, tasks, desc, num_workers=NUM_WORKERS):
             time.sleep(0.05)
 
 
+def map_on_spark(function, tasks):
+    """Return function(task) of each task, in order, computed by the executors, which import function's own script."""
+    from py4j.protocol import Py4JJavaError
+    from pyspark import SparkContext
+
+    shared = importlib.import_module("get_indexing")  # this module as the executors know it, not as __main__
+    script = Path(sys.argv[0]).stem if function.__module__ == "__main__" else function.__module__
+    attempt = functools.partial(shared.attempt_task, script, function.__name__)
+    try:
+        outcomes = SparkContext.getOrCreate().parallelize(tasks, max(len(tasks), 1)).map(attempt).collect()
+    except Py4JJavaError as error:
+        raise InputError(f"Spark gave up: {error.java_exception.getMessage().splitlines()[0]}") from error
+    for outcome in outcomes:
+        if isinstance(outcome, shared.InputError):
+            raise InputError(outcome)
+    return outcomes
+
+
+def attempt_task(script, name, task):
+    """Return what the script's function of that name makes of a task, or the InputError that it raises."""
+    try:
+        return getattr(importlib.import_module(script), name)(task)
+    except InputError as error:
+        return error
+
+
 def end_with_parent():
     """Let this worker process end when the process that started it does, however that ended."""
     import multiprocessing
@@ -489,6 +522,16 @@ def end_with_parent():
         os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()
+
+
+def cluster_place():
+    """Return (this process's place, number of processes) in the training cluster of TF_CONFIG; (0, 1) without one."""
+    try:
+        config = json.loads(os.environ.get("TF_CONFIG", '{"cluster": {"worker": [""]}, "task": {}}'))
+        workers = [(kind, n) for kind in ("chief", "worker") for n in range(len(config["cluster"].get(kind, [])))]
+        return workers.index((config["task"].get("type", "worker"), config["task"].get("index", 0))), len(workers)
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise InputError(f"TF_CONFIG names no chief or worker of its cluster ({error}); see README.md") from error
 
 
 def run_script(main, work_dir=WORK_DIR):
@@ -502,7 +545,8 @@ def run_script(main, work_dir=WORK_DIR):
         signal.signal(number, stop)
     try:
         Path(work_dir).mkdir(parents=True, exist_ok=True)
-        with open(Path(work_dir, f".{name}.lock"), "w") as lock:
+        place, _ = cluster_place()  # the workers of a cluster share the folder
+        with open(Path(work_dir, f".{name}{place or ''}.lock"), "w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:

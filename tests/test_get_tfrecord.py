@@ -7,7 +7,6 @@ import json
 import os
 import re
 
-import numpy as np
 import pytest
 from tensorflow.train import SequenceExample
 
@@ -169,11 +168,13 @@ def test_a_target_of_a_later_window_has_at_least_the_overlap_before_it(tmp_path,
 
 def test_windows_and_labels_of_a_small_history_by_hand():
     constants = dict(USER_MAX_LEN=5, WINDOW_OVERLAP=2, MIN_HISTORY=2)
-    windows = list(cut_windows("u", [2, 3, 4, 5, 6, 7, 8], np.array([1, 1, 1, 0, 1, 1, 0]), constants))
-    assert [(w["start"], w["user_feature"], w["label"].tolist()) for w in windows] == [
+    windows = list(cut_windows("u", [2, 3, 4, 5, 6, 7, 8], [1, 1, 1, 0, 1, 1, 0], constants))
+    assert [(w["start"], w["user_feature"], w["label"]) for w in windows] == [
         (0, [2, 3, 4, 5, 6], [0, 1, 0, 1, 0]),  # the clicks 4 and 6; 3 has only one click before it
         (3, [5, 6, 7, 8], [0, 1, 0, 0]),  # the click 7; 6 is a target of the window before
     ]
+    (short,) = cut_windows("u", [2, 3], [1, 1], constants | dict(WINDOW_OVERLAP=4, MIN_HISTORY=4))
+    assert short["label"] == [0, 0]  # no click has four before it
 
 
 def test_an_unknown_video_clicked_in_a_known_column_is_a_target(tmp_path, records):
@@ -183,16 +184,11 @@ def test_an_unknown_video_clicked_in_a_known_column_is_a_target(tmp_path, record
         assert window["label"] == [1.0, 1.0, 0.0]
 
 
-def test_the_encoder_gives_video_and_column_numbers_and_survives_a_full_memory(tmp_path, raw, monkeypatch):
+def test_the_encoder_gives_video_and_column_numbers(tmp_path, raw):
     index = get_indexing(raw(tmp_path / "raw", columns=COLUMNS, titles={"v1": "One"}), tmp_path)
-    monkeypatch.setattr(script, "MEMO_SIZE", 3)
-    encoder = ClickEncoder(index)
-    for _ in range(2):
-        videos, columns = encoder.encode(list(CLICKS))
-        assert list(zip(videos.tolist(), columns.tolist(), strict=True)) == list(CLICKS.values())
-        assert len(encoder) <= 3
-    videos, columns = encoder.encode([])
-    assert len(videos) == len(columns) == 0
+    videos, columns = ClickEncoder(index).encode(list(CLICKS))
+    assert list(zip(videos, columns, strict=True)) == list(CLICKS.values())
+    assert ClickEncoder(index).encode([]) == ([], [])
 
 
 def test_integer_clicks_and_users_are_their_decimal_text(tmp_path, raw, write_lines):

@@ -10,7 +10,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +29,7 @@ from get_indexing import (
     parse_title,
     read_records,
 )
-from get_tfrecord import ClickEncoder, get_tfrecord
+from get_tfrecord import get_tfrecord
 from infer import Ranker, infer
 from train import load_model, train
 
@@ -251,17 +250,6 @@ def test_a_gzip_bomb_is_one_line_too_long_and_takes_little_memory(tmp_path):
     assert child.returncode == 0, child.stderr
     assert int(re.search(r"VmHWM:\s+(\d+) kB", child.stdout)[1]) < 200_000
     assert "cid2vids2.json.gz: 1 of 101 lines are bad (line 1: too long)" in child.stderr
-
-
-def test_the_encoder_does_not_remember_clicks_of_any_length():
-    encoder = ClickEncoder(get_indexing_module.Index({"v1": 2}, {"c1": [2]}))
-    tracemalloc.start()
-    try:
-        for number in range(50):
-            encoder.encode([f"{number}" + "x" * 1_000_000])
-        assert tracemalloc.get_traced_memory()[1] < 10_000_000
-    finally:
-        tracemalloc.stop()
 
 
 # ---------------------------------------------------------------- numbering and records
