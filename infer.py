@@ -53,16 +53,20 @@ CLICKS_DIR = f"{DATA_DIR}/click_seq"  # the users to rank for; name another fold
 TOP_K = 0  # columns for each user; 0: all
 BATCH_USERS = 512
 GZIP_LEVEL = 1  # level 9 takes 70 times as long for 12 % less
+MEMO_SIZE = 1 << 18  # scores whose text is remembered
 DECIMALS = 4  # of the scores; equal ones go by the order of the columns
+
+as_json = functools.partial(json.dumps, ensure_ascii=False)
 
 
 def infer(clicks_dir=CLICKS_DIR, work_dir=WORK_DIR, top_k=TOP_K, **how):
     """Write the ranking of each click file as soon as it is whole, and return all paths; those still good are kept."""
-    folder = Path(work_dir, "ranking")
+    work_dir = Path(work_dir).absolute()
+    folder = work_dir / "ranking"
     folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder)
     manifest = read_json(folder / "manifest.json", "infer.py") if (folder / "manifest.json").exists() else {}
-    model = read_json(Path(work_dir, "model/model.json"), "train.py")
+    model = read_json(work_dir / "model/model.json", "train.py")
     made_with = fingerprint(constants("get_indexing", "model_tf2", "infer"), model, load_index(work_dir), top_k)
     outputs, made_from, tasks = {}, {}, []
     for path in find_files(clicks_dir):
@@ -86,6 +90,7 @@ def infer(clicks_dir=CLICKS_DIR, work_dir=WORK_DIR, top_k=TOP_K, **how):
         manifest[outputs[path].name] = [made_from[path], file_fingerprint(outputs[path])]
         write_json(folder / "manifest.json", manifest)
         users += tally.lines - sum(tally.skipped.values())
+    remove_leftovers(folder)  # of a task that was tried twice
     ranked = len({where.path for where, *_ in tasks})
     print(f"{users:,} users ranked in {ranked:,} files, {len(outputs):,} files stand in {folder}")
     return list(outputs.values())
@@ -96,7 +101,11 @@ def rank_range(task):
     where, part, work_dir, made_with, top_k = task
     ranker, tally = load_ranker(work_dir, made_with), Tally(where.path)
     users = read_records(tally, parse_clicks, *where[1:])
-    with open(part, "wb") as file, gzip.GzipFile("", "wb", GZIP_LEVEL, file, mtime=0) as packed:
+    with (
+        replacing(part) as temporary,
+        open(temporary, "wb") as file,
+        gzip.GzipFile("", "wb", GZIP_LEVEL, file, mtime=0) as packed,
+    ):
         while block := list(itertools.islice(users, BATCH_USERS)):
             packed.write("".join(ranker.lines(block, top_k)).encode())
     return tally
@@ -121,15 +130,16 @@ class Ranker:
                 "no column holds a video, so there is nothing to rank; run get_indexing.py on today's columns"
             )
         self.columns = numbers - 1  # the current ones, in the order of the index
-        self.cids = np.array(list(index.columns), object)[self.columns]
+        cids = list(index.columns)
+        self.texts = [as_json(cids[column]) for column in self.columns], ScoreTexts()
         videos = column_table(index, self.memory.video_clicks, saved["item_max_len"])[numbers]
-        self.column_vectors = self.model.column_vectors(videos, numbers, training=False)
+        self.column_vectors = self.model.column_vectors(videos, numbers)
         clicks = self.of_current(self.memory.column_clicks[None, 1:])[0] + 0.5
         self.popularity = np.log(clicks / clicks.sum())
 
         @tf.function(reduce_retracing=True)
         def logits(videos, columns, last):
-            users = self.model.user_vectors(videos, columns, training=False)
+            users = self.model.user_vectors(videos, columns)
             return self.model.logits(tf.gather(users, last, batch_dims=1), self.column_vectors)
 
         self.logits = logits
@@ -155,15 +165,41 @@ class Ranker:
     def lines(self, users, top_k=0):
         """Yield the output line of each of users, a list of (uid, clicks)."""
         histories = [self.encoder.encode(clicks) for _, clicks in users]
-        known = [bool(((videos != UNKNOWN) | (columns > 0)).any()) for videos, columns in histories]
-        scores = np.where(np.array(known)[:, None], self.scores(histories), self.popularity).round(DECIMALS)
+        known = [max(videos, default=0) > UNKNOWN or any(columns) for videos, columns in histories]
+        scores = np.where(np.array(known)[:, None], self.scores(histories), self.popularity)
         if not np.isfinite(scores).all():
             raise InputError("the model gives scores that are not finite; run train.py again")
-        order = np.argsort(-scores, axis=1, kind="stable")[:, : top_k or None]
-        scores, columns = np.take_along_axis(scores, order, axis=1).tolist(), self.cids[order].tolist()
-        for (uid, _), of_user, user_scores, is_known in zip(users, columns, scores, known, strict=True):
-            line = {"uid": uid, "columns": of_user, "scores": user_scores, "source": "model" if is_known else "popular"}
-            yield json.dumps(line, ensure_ascii=False) + "\n"
+        for (uid, _), is_known, *best in zip(users, known, *best_first(scores, top_k), strict=True):
+            columns, scores = (
+                ", ".join(map(texts.__getitem__, of)) for texts, of in zip(self.texts, best, strict=True)
+            )
+            yield (
+                f'{{"uid": {as_json(uid)}, "columns": [{columns}], "scores": [{scores}], '
+                f'"source": "{"model" if is_known else "popular"}"}}\n'
+            )
+
+
+def best_first(scores, top_k=0):
+    """Return (places, costs), lists [n, top_k or columns], of scores [n, columns]: the best first, of equals the first.
+
+    A cost is -score * 10**DECIMALS as an integer. Cost and place in one number need one sort, which has no ties.
+    """
+    num_columns = scores.shape[1]
+    keys = np.rint(scores * -(10.0**DECIMALS)).astype(np.int64) * num_columns + np.arange(num_columns)
+    if 0 < top_k < num_columns:
+        keys = np.partition(keys, top_k - 1)[:, :top_k]
+    costs, places = np.divmod(np.sort(keys), num_columns)
+    return places.tolist(), costs.tolist()
+
+
+class ScoreTexts(dict):
+    """The JSON text of each cost, remembered: users share most scores, and a float takes long to print."""
+
+    def __missing__(self, cost):
+        if len(self) >= MEMO_SIZE:
+            self.clear()
+        text = self[cost] = as_json(-cost / 10**DECIMALS)
+        return text
 
 
 def print_example(output, clicks_path, data_dir=DATA_DIR):

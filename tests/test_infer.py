@@ -197,10 +197,10 @@ def test_serving_gives_the_towers_logits_of_the_training_side(trained):
     users = [(uid, clicks) for uid, clicks in REAL["users"] if len(clicks) > 1][:25]
     constants = load_manifest(trained / "work")[0]["constants"]
     videos = column_table(index, ranker.memory.video_clicks)
-    columns = ranker.model.column_vectors(videos[1:], np.arange(1, len(videos)), training=False)
+    columns = ranker.model.column_vectors(videos[1:], np.arange(1, len(videos)))
     expected = []
     for window in dataset_from_clicks(users, index, constants).batch(1).as_numpy_iterator():
-        vectors = ranker.model.user_vectors(window["user_feature"], window["user_column"], training=False)
+        vectors = ranker.model.user_vectors(window["user_feature"], window["user_column"])
         expected.append(ranker.model.logits(vectors[0, -1], columns))
     served = []
     for _, clicks in users:
