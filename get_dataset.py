@@ -18,6 +18,7 @@ and for training the column side, drawn fresh for each batch:
     item_feature    int32   [candidates, item_len]  the videos that stand for each, 0 = padding
     item_log_prob   float32 [candidates]            log probability of being among the candidates
     negative_video  int32   [NUM_NEGATIVES]         random videos, for the auxiliary loss
+    seed            int64   [2]                     of the dropout
 """
 
 from pathlib import Path
@@ -46,6 +47,7 @@ ITEM_MAX_LEN = 16  # videos that stand for a column: its most clicked
 MAX_CANDIDATES = 2048  # columns to train against; of more, the batch's own and random ones
 NUM_NEGATIVES = 512  # random columns, and random videos, of a batch
 COUNT_POSITIONS = 1 << 18  # clicks in a batch that is only counted
+MATRIX_SIZE = 1 << 22  # numbers in a table of counts up to which a matrix product is used
 MERGE_PAIRS = 4_000_000  # pairs that wait to be added up: bounds the memory needed
 
 LISTS = {"user_feature": tf.int32, "user_column": tf.int32, "label": tf.float32}
@@ -160,7 +162,7 @@ def add_candidates(dataset, column_videos, column_clicks, num_videos, seed):
     column_videos = tf.constant(column_videos, tf.int32)
 
     def add(batch, draws):
-        draws = tf.cast(draws, tf.int64)
+        draws, draw_seed = tf.cast(draws[1:], tf.int64), tf.cast(draws[0], tf.int64)
         targets = tf.boolean_mask(batch["target_column"], batch["label"] > 0)
         if num_columns <= MAX_CANDIDATES:
             candidates = tf.range(1, num_columns + 1)
@@ -176,9 +178,10 @@ def add_candidates(dataset, column_videos, column_clicks, num_videos, seed):
             "item_feature": tf.gather(column_videos, candidates),
             "item_log_prob": log_prob,
             "negative_video": tf.cast(FIRST_VIDEO + draws[:, 1] % num_videos, tf.int32),
+            "seed": draw_seed,
         }
 
-    draws = tf.data.Dataset.random(seed).batch(2).batch(NUM_NEGATIVES)
+    draws = tf.data.Dataset.random(seed).batch(2).batch(1 + NUM_NEGATIVES)
     return tf.data.Dataset.zip(dataset, draws).map(add, tf.data.AUTOTUNE).prefetch(4)
 
 
@@ -238,11 +241,15 @@ class PairCounter:
 
 class CountTable:
     """A sparse matrix [rows, columns] of counts: rising keys row * num_columns + column - 1, their values, and each
-    row's total, which counts also what the table dropped."""
+    row's total, which counts also what the table dropped. A small one is kept as a plain matrix as well."""
 
     def __init__(self, totals, keys, values, num_columns):
         self.totals, self.keys, self.values, self.num_columns = totals, keys, values, num_columns
         self.offsets = np.searchsorted(keys, num_columns * np.arange(len(totals) + 1))
+        self.matrix = None
+        if len(totals) * num_columns <= MATRIX_SIZE:
+            self.matrix = np.zeros([len(totals), num_columns])
+            self.matrix.ravel()[keys] = values
 
     def arrays(self):
         """Return what the table is made of, by name."""
@@ -254,6 +261,10 @@ class CountTable:
 
     def weighted_rows(self, rows, weights):
         """Return sum_j weights[i, j] * row(rows[i, j]), float64 [n, columns], of rows and weights [n, h]."""
+        if self.matrix is not None:
+            size = len(self.totals)
+            places = rows + size * np.arange(len(rows))[:, None]
+            return np.bincount(places.ravel(), weights.ravel(), size * len(rows)).reshape(-1, size) @ self.matrix
         ends = self.offsets[rows.ravel() + 1]
         counts = ends - self.offsets[rows.ravel()]
         entries = np.repeat(ends - np.cumsum(counts), counts) + np.arange(counts.sum())

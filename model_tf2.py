@@ -49,11 +49,10 @@ class Block(layers.Layer):
 
     def __init__(self, dim, num_heads, ffn_ratio, dropout, max_age=None):
         super().__init__()
-        self.dim, self.num_heads, self.max_age = dim, num_heads, max_age
+        self.dim, self.num_heads, self.dropout, self.max_age = dim, num_heads, dropout, max_age
         self.query_key_value, self.output_projection = dense(3 * dim), dense(dim)
-        self.expand, self.contract = dense(ffn_ratio * dim, activation="gelu"), dense(dim)
-        self.attention_norm, self.ffn_norm = layers.LayerNormalization(), layers.LayerNormalization()
-        self.attention_dropout, self.ffn_dropout = layers.Dropout(dropout), layers.Dropout(dropout)
+        self.expand, self.contract = dense(ffn_ratio * dim, activation="relu"), dense(dim)
+        self.attention_norm, self.ffn_norm = layers.RMSNormalization(), layers.RMSNormalization()
 
     def build(self, input_shape):
         if self.max_age is not None:
@@ -61,11 +60,10 @@ class Block(layers.Layer):
                 shape=(self.num_heads, self.max_age + 1), initializer="zeros", name="age_bias"
             )
 
-    def call(self, states, mask, training=None):
+    def call(self, states, mask, seed=None):
         """States [batch, len, dim], mask [batch, len] (True = real) -> states [batch, len, dim]."""
-        attended = self.attention_dropout(self.attend(states, mask), training=training)
-        states = self.attention_norm(states + attended)
-        return self.ffn_norm(states + self.ffn_dropout(self.contract(self.expand(states)), training=training))
+        states = self.attention_norm(states + self.attend(states, mask))
+        return self.ffn_norm(states + drop_out(self.contract(self.expand(states)), self.dropout, seed))
 
     def attend(self, states, mask):
         """Multi-head self-attention in which no query sees padding nor, in a sequence, what comes later."""
@@ -84,19 +82,39 @@ class Block(layers.Layer):
 
 
 class Tower(layers.Layer):
-    """Embeddings -> layer norm -> transformer blocks. Both towers are one of these; they differ in pooling."""
+    """Embeddings -> norm -> transformer blocks. Both towers are one of these; they differ in pooling."""
 
     def __init__(self, num_blocks, dropout, **block):
         super().__init__()
-        self.norm, self.dropout = layers.LayerNormalization(), layers.Dropout(dropout)
+        self.norm, self.dropout = layers.RMSNormalization(), dropout
         self.blocks = [Block(dropout=dropout, **block) for _ in range(num_blocks)]
 
-    def call(self, states, mask, training=None):
+    def call(self, states, mask, seed=None):
         """Embeddings [batch, len, dim], mask [batch, len] -> states [batch, len, dim], zero where there is padding."""
-        states = self.dropout(self.norm(states), training=training)
-        for block in self.blocks:
-            states = block(states, mask, training=training)
+        first, *seeds = split_seed(seed, 1 + len(self.blocks))
+        states = drop_out(self.norm(states), self.dropout, first)
+        for block, of_block in zip(self.blocks, seeds, strict=True):
+            states = block(states, mask, of_block)
         return states * ops.cast(mask, states.dtype)[..., None]
+
+
+def drop_out(inputs, rate, seed):
+    """Return inputs with a share `rate`, drawn by the seed [2], set to 0 and the others scaled up; without seed as is.
+
+    A byte is drawn where Keras' Dropout draws a float, which takes a third of the time; so the rate counts in 1 / 256.
+    """
+    dropped = round(256 * rate)
+    if seed is None or not dropped:
+        return inputs
+    draws = tf.random.stateless_uniform([(tf.size(inputs) + 3) // 4], seed, minval=None, maxval=None, dtype=tf.int32)
+    draws = tf.reshape(tf.bitcast(draws, tf.uint8), [-1])[: tf.size(inputs)]
+    kept = tf.cast(tf.reshape(draws, tf.shape(inputs)) >= dropped, inputs.dtype)
+    return inputs * (kept * (256 / (256 - dropped)))
+
+
+def split_seed(seed, number):
+    """Return so many independent seeds [2] made of one, or as many None of None."""
+    return [None] * number if seed is None else tf.unstack(tf.random.split(seed, number))
 
 
 class BST_DSSM(keras.Model):
@@ -121,24 +139,27 @@ class BST_DSSM(keras.Model):
         self.column_tower = Tower(item_blocks, **block)
         self.scale = self.add_weight(shape=(), initializer=keras.initializers.Constant(INIT_SCALE), name="scale")
 
-    def call(self, inputs, training=None):
+    def call(self, inputs):
         """A batch of get_dataset.py -> logits [batch, len, candidates], at each click for the next one."""
-        users = self.user_vectors(inputs["user_feature"], inputs["user_column"], training=training)
-        columns = self.column_vectors(inputs["item_feature"], inputs["item_column"], training=training)
+        users = self.user_vectors(inputs["user_feature"], inputs["user_column"])
+        columns = self.column_vectors(inputs["item_feature"], inputs["item_column"])
         return self.logits(users, columns)
 
-    def user_vectors(self, videos, columns, training=None):
-        """Clicked videos and their columns [batch, len] -> vectors [batch, len, dim]: the user after each click."""
-        states = self.embed_videos(videos) + self.embed_columns(columns)
-        return tf.math.l2_normalize(self.user_tower(states, videos != PAD, training=training), axis=-1)
+    def user_vectors(self, videos, columns, seed=None):
+        """Clicked videos and their columns [batch, len] -> vectors [batch, len, dim]: the user after each click.
 
-    def column_vectors(self, videos, columns, training=None):
+        A seed [2] means training: it draws the dropout.
+        """
+        states = self.embed_videos(videos) + self.embed_columns(columns)
+        return tf.math.l2_normalize(self.user_tower(states, videos != PAD, seed), axis=-1)
+
+    def column_vectors(self, videos, columns, seed=None):
         """Each column's videos [columns, len] and own numbers [columns] -> vectors [columns, dim].
 
         The mean over the videos' states plus the column's own embedding, which a column newer than the model lacks.
         """
         mask = videos != PAD
-        states = self.column_tower(self.embed_videos(videos), mask, training=training)
+        states = self.column_tower(self.embed_videos(videos), mask, seed)
         mean = ops.sum(states, axis=1) / ops.maximum(ops.sum(ops.cast(mask, states.dtype), axis=1, keepdims=True), 1)
         return tf.math.l2_normalize(mean + self.embed_columns(columns), axis=-1)
 
@@ -176,56 +197,68 @@ def small_normal():
 
 
 def dense(units, **options):
-    """Return a dense layer of this model."""
-    return layers.Dense(units, kernel_initializer=small_normal(), **options)
+    """Return a dense layer of this model: without bias, which the norms make good."""
+    return layers.Dense(units, kernel_initializer=small_normal(), use_bias=False, **options)
 
 
-def training_loss(model, batch, kind=LOSS, aux_weight=AUX_WEIGHT, training=True):
-    """Return (the loss to minimise, its part for the columns) of a training batch of get_dataset.py: two scalars."""
-    users = model.user_vectors(batch["user_feature"], batch["user_column"], training=training)
+def training_loss(model, batch, kind=LOSS, aux_weight=AUX_WEIGHT, training=True, replica=0, num_replicas=1):
+    """Return (the loss to minimise, its part for the columns) of a training batch of get_dataset.py: two scalars.
 
-    is_target = batch["label"] > 0
-    columns = model.column_vectors(batch["item_feature"], batch["item_column"], training=training)
-    logits = model.logits(tf.boolean_mask(users, is_target), columns)
-    targets = tf.searchsorted(batch["item_column"], tf.boolean_mask(batch["target_column"], is_target))
-    of_columns = candidate_loss(logits, targets, batch["item_log_prob"], kind)
+    Both are means over the targets of the batch. Of several replicas each gives the part of every num_replicas-th
+    window, counted from `replica`, against the candidates of the whole batch: the parts add up to the loss of one.
+    """
+    videos, clicked, next_video, next_column = (
+        batch[name][replica::num_replicas] for name in ("user_feature", "user_column", "target_video", "target_column")
+    )
+    seed = batch["seed"] + tf.cast([0, replica], tf.int64) if training else None
+    of_users, of_columns, of_videos = split_seed(seed, 3)
+    users = model.user_vectors(videos, clicked, of_users)
+
+    def loss_of(users, own, others, is_own, log_prob):
+        own = model.scale * tf.reduce_sum(users * own, axis=1)
+        return candidate_loss(own, tf.where(is_own, -1e9, model.logits(users, others)), log_prob, kind)
+
+    is_target, candidates = next_column > 0, batch["item_column"]
+    next_column = tf.boolean_mask(next_column, is_target)
+    columns = model.column_vectors(batch["item_feature"], candidates, of_columns)
+    own = tf.gather(columns, tf.searchsorted(candidates, next_column))
+    is_own = next_column[:, None] == candidates
+    column_loss = loss_of(tf.boolean_mask(users, is_target), own, columns, is_own, batch["item_log_prob"])
 
     # Auxiliary: the video clicked next, taken as a column of that one video, among random videos.
-    has_next = batch["target_video"] >= FIRST_VIDEO
-    next_video, random_video = tf.boolean_mask(batch["target_video"], has_next), batch["negative_video"]
+    has_next, random_video = next_video >= FIRST_VIDEO, batch["negative_video"]
+    next_video = tf.boolean_mask(next_video, has_next)
     distinct, place = tf.unique(next_video)
-    next_vector = tf.gather(one_video_columns(model, distinct, training), place)
-    random_vector = one_video_columns(model, random_video, training)
-    users = tf.boolean_mask(users, has_next)
-    own = model.scale * tf.reduce_sum(users * next_vector, axis=1)
-    others = tf.where(next_video[:, None] == random_video, -1e9, model.logits(users, random_vector))
-    log_prob = tf.fill(tf.shape(random_video), np.float32(np.log(NUM_NEGATIVES / model.num_videos)))
-    of_videos = candidate_loss(
-        tf.concat([own[:, None], others], 1), tf.zeros_like(next_video), tf.concat([[0.0], log_prob], 0), kind
-    )
-    return of_columns + aux_weight * of_videos, of_columns
+    alone = tf.concat([distinct, random_video], 0)[:, None]
+    alone = model.column_vectors(alone, tf.zeros_like(alone[:, 0]), of_videos)
+    own, others = tf.gather(alone, place), alone[tf.size(distinct) :]
+    log_prob = tf.fill([NUM_NEGATIVES], np.float32(np.log(NUM_NEGATIVES / model.num_videos)))
+    is_own = next_video[:, None] == random_video
+    video_loss = loss_of(tf.boolean_mask(users, has_next), own, others, is_own, log_prob)
+
+    column_loss = tf.math.divide_no_nan(column_loss, count(batch["target_column"] > 0))
+    video_loss = tf.math.divide_no_nan(video_loss, count(batch["target_video"] >= FIRST_VIDEO))
+    return column_loss + aux_weight * video_loss, column_loss
 
 
-def one_video_columns(model, videos, training):
-    """Return the vectors [n, dim] of columns that hold one of the videos [n] each and have no number."""
-    return model.column_vectors(videos[:, None], tf.zeros_like(videos), training=training)
+def count(mask):
+    """Return how many of mask are True, as a float."""
+    return tf.reduce_sum(tf.cast(mask, tf.float32))
 
 
-def candidate_loss(logits, targets, log_prob, kind=LOSS):
-    """Return the mean loss of logits [n, candidates] whose target is candidate targets [n], a scalar; of none, 0.
+def candidate_loss(own, others, log_prob, kind=LOSS):
+    """Return the sum of the losses of targets, a scalar: own [n] are their logits, others [n, m] those of the others.
 
-    log_prob [candidates] is the log probability of being drawn as a candidate. Each one but the target is weighted by
-    the inverse of that probability, so that a sample stands for all (Bengio and Senecal 2008). "softmax" is the
-    cross-entropy over the candidates, "bce" the sum of their binary cross-entropies.
+    log_prob [m] is the log probability of being drawn as a candidate. Each is weighted by the inverse of that
+    probability, so that a sample stands for all (Bengio and Senecal 2008). "softmax" is the cross-entropy over own and
+    others, "bce" the sum of their binary cross-entropies. A logit of -1e9 leaves a candidate out.
     """
-    labels = tf.one_hot(targets, tf.shape(logits)[1])
-    log_prob = log_prob * (1 - labels)
     if kind == "softmax":
-        losses = tf.nn.softmax_cross_entropy_with_logits(labels, logits - log_prob)
+        logits = tf.concat([own[:, None], others - log_prob], axis=1)
+        losses = tf.nn.sparse_softmax_cross_entropy_with_logits(tf.zeros_like(own, tf.int32), logits)
     else:
-        losses = tf.nn.sigmoid_cross_entropy_with_logits(labels, logits) * tf.exp(-log_prob)
-        losses = tf.reduce_sum(losses, axis=1)
-    return tf.math.divide_no_nan(tf.reduce_sum(losses), tf.cast(tf.size(targets), tf.float32))
+        losses = tf.nn.softplus(-own) + tf.reduce_sum(tf.nn.softplus(others) * tf.exp(-log_prob), axis=1)
+    return tf.reduce_sum(losses)
 
 
 # ---------------------------------------------------------------- the memory: what was clicked near what
@@ -312,17 +345,25 @@ class Memory:
         return cls(**arrays, **{name: CountTable(num_columns=num_columns, **of) for name, of in tables.items()})
 
 
-def count_memories(manifest, index, decays, work_dir):
-    """Return {decay: Memory} for each decay of the counts, counted on the training split in two passes."""
+def count_clicks(manifest, index, work_dir):
+    """Return a Memory that knows just how often each video and column was clicked in the training split."""
     num_videos, num_columns = FIRST_VIDEO + len(index.videos), len(index.columns)
     video_clicks, column_clicks = np.zeros(num_videos, int), np.zeros(1 + num_columns, int)
-    homes = PairCounter(num_videos, num_columns, width=1)
     for videos, columns, new in first_seen(manifest, "train", work_dir):
         video_clicks += np.bincount(videos[new], minlength=num_videos)
         column_clicks += np.bincount(columns[new], minlength=1 + num_columns)
+    video_clicks[:FIRST_VIDEO] = column_clicks[0] = 0
+    none = [PairCounter(rows, num_columns, width=1).table() for rows in (num_videos, 1 + num_columns)]
+    return Memory(video_clicks, column_clicks, np.zeros(num_videos, int), *none)
+
+
+def count_memories(manifest, index, clicks, decays, work_dir):
+    """Return {decay: Memory} for each decay of the counts: on the training split, what was clicked near what."""
+    num_videos, num_columns = FIRST_VIDEO + len(index.videos), len(index.columns)
+    homes = PairCounter(num_videos, num_columns, width=1)
+    for videos, columns, new in first_seen(manifest, "train", work_dir):
         in_column = new & (columns > 0)
         homes.add(videos[in_column], columns[in_column], 1.0)
-    video_clicks[:FIRST_VIDEO] = column_clicks[0] = 0
 
     video_column = np.zeros(num_videos, int)
     for number, videos in reversed(list(enumerate(index.columns.values(), start=1))):
@@ -344,7 +385,9 @@ def count_memories(manifest, index, decays, work_dir):
                         by_video[decay].add(rows, clicked, weight)
                         by_column[decay].add(video_column[rows[homed]], clicked[homed], weight)
     return {
-        decay: Memory(video_clicks, column_clicks, video_column, by_video[decay].table(), by_column[decay].table())
+        decay: Memory(
+            clicks.video_clicks, clicks.column_clicks, video_column, by_video[decay].table(), by_column[decay].table()
+        )
         for decay in decays
     }
 

@@ -19,6 +19,8 @@ import itertools
 import json
 import os
 import platform
+import signal
+import sys
 import time
 import zipfile
 from pathlib import Path
@@ -28,10 +30,21 @@ import numpy as np
 import tensorflow as tf
 from tqdm import tqdm
 
-from get_dataset import ITEM_MAX_LEN, PairCounter, add_candidates, column_table, first_seen, load_manifest, make_dataset
+from get_dataset import (
+    ITEM_MAX_LEN,
+    PARSE_BLOCK,
+    PairCounter,
+    add_candidates,
+    column_table,
+    first_seen,
+    load_manifest,
+    make_dataset,
+    parse_block,
+)
 from get_indexing import (
     WORK_DIR,
     InputError,
+    cluster_place,
     constants,
     file_fingerprint,
     fingerprint,
@@ -50,6 +63,7 @@ from model_tf2 import (
     Memory,
     Mix,
     build_model,
+    count_clicks,
     count_memories,
     mix,
     training_loss,
@@ -65,6 +79,7 @@ MEMORY_DECAYS = (0.6, 0.3, 0.9)  # per click between two that are counted as nea
 OWN_WEIGHTS = (0.05, 0.0, 0.02, 0.1, 0.2, -0.05)  # of the user's own columns in the memory; chosen on validation
 MEMORY_WEIGHTS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)  # of the memory in the mix; chosen on validation
 TEMPERATURES = (1.0, 1.5)  # of the towers' softmax in the mix; chosen on validation
+CLUSTER_TIMEOUT = 600  # seconds that a worker waits for the others
 SCORES_AT_ONCE = 4_000_000  # numbers in a block of evaluated scores: bounds the memory needed
 MODEL_FORMAT = 1  # of model.json
 
@@ -73,56 +88,76 @@ def train(work_dir=WORK_DIR, user_max_len=USER_MAX_LEN, epochs=EPOCHS, patience=
           loss=LOSS, memory=MEMORY, seed=SEED, **arguments):  # fmt: skip
     """Train on the records under work_dir and return the metrics of the test split, {ranking: {metric: value}}.
 
-    arguments are BST_DSSM's. A run that was killed goes on after its last finished epoch, to the same weights.
+    arguments are BST_DSSM's. A run that was killed goes on after its last finished epoch, to the same weights. In a
+    cluster (TF_CONFIG) every worker calls this; the first one writes and returns the metrics, the others return None.
     """
+    strategy = make_strategy()
     keras.utils.set_random_seed(seed)
     tf.config.experimental.enable_op_determinism()
     manifest, index = load_manifest(work_dir, user_max_len)
-    folder = Path(work_dir, "model")
-    memories = count_memories(manifest, index, MEMORY_DECAYS if memory else MEMORY_DECAYS[:1], work_dir)
-    clicks = memories[MEMORY_DECAYS[0]]
+    folder, clicks = Path(work_dir, "model"), count_clicks(manifest, index, work_dir)
     column_videos = column_table(index, clicks.video_clicks)
-    model = build_model(num_videos=len(index.videos), num_columns=len(index.columns), **arguments)
     steps = len(make_dataset(manifest, "train", work_dir))
-    schedule = keras.optimizers.schedules.CosineDecay(learning_rate, epochs * steps, LOWEST_RATE)
-    optimizer = LazyAdam(model.trainable_variables, schedule)
+    with strategy.scope():
+        model = build_model(num_videos=len(index.videos), num_columns=len(index.columns), **arguments)
+        schedule = keras.optimizers.schedules.CosineDecay(learning_rate, epochs * steps, LOWEST_RATE)
+        optimizer = LazyAdam(model.trainable_variables, schedule)
     score = target_scorer(model, column_videos)
     validation = make_dataset(manifest, "val", work_dir)
 
     used = constants("get_indexing", "get_dataset", "model_tf2", "train")
     run = fingerprint(used, manifest, index.columns, epochs, learning_rate, loss, seed, model.arguments, versions())
-    history = restore_checkpoint(folder, model, optimizer, run)
-    train_step = None
+    history, is_first, train_step = restore_checkpoint(folder, model, optimizer, run), cluster_place()[0] == 0, None
     while len(history) < epochs and len(history) < best_epoch(history) + patience:
         epoch, started = len(history) + 1, time.time()
         draw = seed * 1_000_000 + epoch
         batches = make_dataset(manifest, "train", work_dir, seed=draw)
         batches = add_candidates(batches, column_videos, clicks.column_clicks, len(index.videos), seed=draw)
-        train_step = train_step or make_train_step(model, optimizer, batches.element_spec, loss)
-        losses = train_epoch(train_step, batches, epoch, learning_rate)
-        metrics = evaluate(validation, score, lambda logits, *_: [("towers", logits)])["towers"]
+        train_step = train_step or make_train_step(strategy, model, optimizer, batches.element_spec, loss)
+        with lost_worker_named():
+            losses = train_epoch(train_step, batches, epoch, optimizer, manifest, work_dir)
+            metrics = evaluate(validation, score, lambda logits, *_: [("towers", logits)], strategy)["towers"]
         history.append({"epoch": epoch, **losses, **metrics, "seconds": round(time.time() - started, 1)})
-        if best_epoch(history) == epoch:
-            save_model(folder, model, clicks, PLAIN_TOWERS, manifest, index, metrics, run)
-        write_history(folder, history)
-        log_tensorboard(folder / "logs", history[-1])
-        save_checkpoint(folder, model, optimizer, run, history)
-        print(
-            ", ".join(
-                f"{name} {value:,.4g}" if type(value) is float else f"{name} {value:,}"
-                for name, value in history[-1].items()
-            )
-        )
+        if is_first:
+            if best_epoch(history) == epoch:
+                save_model(folder, model, clicks, PLAIN_TOWERS, manifest, index, metrics, run)
+            write_history(folder, history)
+            log_tensorboard(folder / "logs", history[-1])
+            save_checkpoint(folder, model, optimizer, run, history)
+        print(", ".join(f"{k} {v:,.4g}" if type(v) is float else f"{k} {v:,}" for k, v in history[-1].items()))
+    if not is_first:
+        return None
 
     saved = read_json(folder / "model.json", "train.py")
     model.load_weights(folder / saved["weights"]["file"])
-    chosen = choose_mix(validation, score, memories) if memory else PLAIN_TOWERS
-    clicks = memories[chosen.decay]
+    chosen = PLAIN_TOWERS
+    if memory:
+        memories = count_memories(manifest, index, clicks, MEMORY_DECAYS, work_dir)
+        chosen = choose_mix(validation, score, memories)
+        clicks = memories[chosen.decay]
     test = evaluate(make_dataset(manifest, "test", work_dir), score, all_rankings(manifest, clicks, chosen, work_dir))
     save_model(folder, model, clicks, chosen, manifest, index, saved["validation"], run)
     write_json(folder / "metrics.json", {"test": test, "validation": saved["validation"], "mix": chosen._asdict()})
     print_table(test, chosen)
     return test
+
+
+def make_strategy():
+    """Return how to train: on the cluster of TF_CONFIG, on all GPUs of this machine, or on its one device."""
+    if "TF_CONFIG" in os.environ:
+        place, places = cluster_place()
+        print(
+            f"worker {place} waits for all {places} of TF_CONFIG; after {CLUSTER_TIMEOUT} s an alarm ends it",
+            file=sys.stderr,
+        )
+        signal.alarm(CLUSTER_TIMEOUT)  # TensorFlow itself waits for ever, and lets no other thread run
+        options = tf.distribute.experimental.CommunicationOptions(timeout_seconds=CLUSTER_TIMEOUT)
+        strategy = tf.distribute.MultiWorkerMirroredStrategy(communication_options=options)
+        signal.alarm(0)
+        return strategy
+    if len(tf.config.list_physical_devices("GPU")) > 1:
+        return tf.distribute.MirroredStrategy()
+    return tf.distribute.get_strategy()
 
 
 # ---------------------------------------------------------------- one epoch
@@ -144,53 +179,92 @@ class LazyAdam:
         self.variables = [self.step, *self.means, *self.squares]
 
     def apply(self, gradients):
-        """Update the parameters by their gradients, dense or tf.IndexedSlices."""
-        rate = self.schedule(self.step)
-        step = self.step.assign_add(1.0)
+        """Update the parameters by their gradients, dense or tf.IndexedSlices, summed over the replicas."""
+        gradients = tf.distribute.get_replica_context().all_reduce("SUM", gradients)
+        rate, step = self.schedule(self.step.read_value()), self.step.read_value() + 1
+        tf.raw_ops.AssignVariableOp(resource=self.step.handle, value=step)
         rate *= tf.sqrt(1 - self.beta_2**step) / (1 - self.beta_1**step)
-        for parameter, mean, square, gradient in zip(self.parameters, self.means, self.squares, gradients, strict=True):
-            if not isinstance(gradient, tf.IndexedSlices):
-                mean.assign(self.beta_1 * mean + (1 - self.beta_1) * gradient)
-                square.assign(self.beta_2 * square + (1 - self.beta_2) * gradient**2)
-                parameter.assign_sub(rate * mean / (tf.sqrt(square) + self.epsilon))
-                continue
+        for variables in zip(self.parameters, self.means, self.squares, gradients, strict=True):
+            self.update(*variables, rate)
+
+    def update(self, parameter, mean, square, gradient, rate):
+        """Update one parameter. Each replica writes its own copy, the same as all others: so by the raw operations."""
+        raw = tf.raw_ops
+        if isinstance(gradient, tf.IndexedSlices):
             rows, place = tf.unique(gradient.indices)
             gradient = tf.math.unsorted_segment_sum(gradient.values, place, tf.size(rows))
-            of_rows = lambda values, rows=rows: tf.IndexedSlices(values, rows)
-            row_mean = self.beta_1 * tf.gather(mean, rows) + (1 - self.beta_1) * gradient
-            row_square = self.beta_2 * tf.gather(square, rows) + (1 - self.beta_2) * gradient**2
-            mean.scatter_update(of_rows(row_mean))
-            square.scatter_update(of_rows(row_square))
-            parameter.scatter_sub(of_rows(rate * row_mean / (tf.sqrt(row_square) + self.epsilon)))
+            read = lambda table: tf.gather(table, rows)
+            write = lambda table, new: raw.ResourceScatterUpdate(resource=table.handle, indices=rows, updates=new)
+        else:
+            read = lambda variable: variable.read_value()
+            write = lambda variable, new: raw.AssignVariableOp(resource=variable.handle, value=new)
+        new_mean = self.beta_1 * read(mean) + (1 - self.beta_1) * gradient
+        new_square = self.beta_2 * read(square) + (1 - self.beta_2) * gradient**2
+        write(mean, new_mean)
+        write(square, new_square)
+        write(parameter, read(parameter) - rate * new_mean / (tf.sqrt(new_square) + self.epsilon))
 
 
-def make_train_step(model, optimizer, batch_spec, loss):
-    """Return train_step(batch) -> [loss, loss of the columns, number of targets], which updates the model once."""
+def make_train_step(strategy, model, optimizer, batch_spec, loss):
+    """Return train_step(batch) -> [loss, loss of the columns, number of targets], which updates the model once.
+
+    Every replica is given the whole batch and takes its own part of the windows.
+    """
+
+    def replica_step(batch):
+        replica = tf.distribute.get_replica_context().replica_id_in_sync_group
+        with tf.GradientTape() as tape:
+            losses = training_loss(model, batch, loss, replica=replica, num_replicas=strategy.num_replicas_in_sync)
+        optimizer.apply(tape.gradient(losses[0], model.trainable_variables))
+        return tf.stack(losses)
 
     @tf.function(input_signature=[batch_spec])
     def train_step(batch):
-        with tf.GradientTape() as tape:
-            total, of_columns = training_loss(model, batch, loss)
-        optimizer.apply(tape.gradient(total, model.trainable_variables))
-        return tf.stack([total, of_columns, tf.reduce_sum(batch["label"])])
+        losses = strategy.reduce("SUM", strategy.run(replica_step, args=(batch,)), axis=None)
+        return tf.concat([losses, [tf.reduce_sum(batch["label"])]], axis=0)
 
     return train_step
 
 
-def train_epoch(train_step, batches, epoch, learning_rate):
+def train_epoch(train_step, batches, epoch, optimizer, manifest, work_dir):
     """Run an epoch; return its mean losses and its number of targets. A loss that is not finite raises InputError."""
     sums = np.zeros(3)
     bar = tqdm(batches, total=len(batches), desc=f"epoch {epoch}", unit="batch", disable=None)
     for step, batch in enumerate(bar, start=1):
         outcome = train_step(batch).numpy()
         if not np.isfinite(outcome).all():
-            users = ", ".join(uid.decode() for uid in batch["uid"].numpy()[:3])
+            rate, shards = float(optimizer.schedule(optimizer.step - 1)), shards_of(batch, manifest, work_dir)
             raise InputError(
-                f"the loss is {outcome[0]} at step {step} of epoch {epoch} (learning rate {learning_rate}, users {users}"
-                ", ...); the best weights so far are kept; lower LEARNING_RATE and run train.py again"
+                f"the loss is {outcome[0]} at step {step} of epoch {epoch} (learning rate {rate:.3g}, windows of "
+                f"{', '.join(shards)}); the best weights so far are kept; lower LEARNING_RATE and run train.py again"
             )
         sums += outcome
     return {"loss": float(sums[0] / step), "column_loss": float(sums[1] / step), "targets": int(sums[2])}
+
+
+def shards_of(batch, manifest, work_dir):
+    """Yield the names of the training shards that hold windows of a batch's users."""
+    uids = batch["uid"].numpy()
+    for name in manifest["shards"]:
+        if name.startswith("train"):
+            blocks = tf.data.TFRecordDataset(str(Path(work_dir, "tfrecord", name))).batch(PARSE_BLOCK).map(parse_block)
+            if any(np.isin(block["uid"], uids).any() for block in blocks.as_numpy_iterator()):
+                yield name
+
+
+@contextlib.contextmanager
+def lost_worker_named():
+    """Turn what TensorFlow raises where another worker of the cluster is lost into an InputError."""
+    try:
+        yield
+    except tf.errors.OpError as error:
+        place, places = cluster_place()
+        if places == 1:
+            raise
+        raise InputError(
+            f"worker {place} of {places} lost another one ({type(error).__name__}); start all workers again, and they go on "
+            "after the last finished epoch"
+        ) from error
 
 
 def best_epoch(history):
@@ -207,16 +281,16 @@ def target_scorer(model, column_videos):
 
     @tf.function(reduce_retracing=True)
     def target_logits(batch, columns):
-        users = model.user_vectors(batch["user_feature"], batch["user_column"], training=False)
+        users = model.user_vectors(batch["user_feature"], batch["user_column"])
         return model.logits(tf.boolean_mask(users, batch["label"] > 0), columns)
 
     def score(batches):
-        columns = model.column_vectors(column_videos[1:], np.arange(1, len(column_videos)), training=False)
+        columns = model.column_vectors(column_videos[1:], np.arange(1, len(column_videos)))
         for batch in batches:
             rows, at = np.nonzero(batch["label"].numpy())
-            places = at[:, None] - np.arange(MEMORY_CLICKS)
+            clicks = at[:, None] - np.arange(MEMORY_CLICKS)
             videos, clicked = (
-                np.where(places >= 0, batch[name].numpy()[rows[:, None], np.maximum(places, 0)], 0)
+                np.where(clicks >= 0, batch[name].numpy()[rows[:, None], np.maximum(clicks, 0)], 0)
                 for name in ("user_feature", "user_column")
             )
             outputs = target_logits(batch, columns).numpy(), videos, clicked, batch["target_column"].numpy()[rows, at]
@@ -227,13 +301,30 @@ def target_scorer(model, column_videos):
     return score
 
 
-def evaluate(batches, score, rankings):
-    """Return {name: metrics} of what rankings(logits, videos, columns) yields for every block: (name, scores)."""
-    ranks = {}
+def evaluate(batches, score, rankings, strategy=None):
+    """Return {name: metrics} of what rankings(logits, videos, columns) yields for every block: (name, scores).
+
+    With the strategy of a cluster each worker evaluates its part of the windows, and all return the same.
+    """
+    place, places = cluster_place() if strategy else (0, 1)
+    if places > 1:
+        batches = ({name: value[place::places] for name, value in batch.items()} for batch in batches)
+    sums = {}
     for *inputs, targets in score(batches):
         for name, scores in rankings(*inputs):
-            ranks.setdefault(name, []).append(rank_of(scores, targets))
-    return {name: metrics_of(np.concatenate(of_blocks), scores.shape[1]) for name, of_blocks in ranks.items()}
+            metrics = metrics_of(rank_of(scores, targets), scores.shape[1])
+            of_block = np.array([*(values.sum() for values in metrics.values()), len(targets)])
+            sums[name] = sums.get(name, 0) + of_block
+    if places > 1:
+        sums = {name: sum_over_workers(strategy, places, of) for name, of in sums.items()}
+    return {name: dict(zip(metrics, (of[:-1] / of[-1]).tolist(), strict=True)) for name, of in sums.items()}
+
+
+def sum_over_workers(strategy, workers, values):
+    """Return the sum of the workers' arrays of values."""
+    values = tf.constant(values * workers / strategy.num_replicas_in_sync)  # a worker may have several replicas
+    parts = strategy.experimental_distribute_values_from_function(lambda _: values)
+    return strategy.reduce("SUM", parts, axis=None).numpy()
 
 
 def rank_of(scores, targets):
@@ -244,17 +335,17 @@ def rank_of(scores, targets):
 
 
 def metrics_of(ranks, num_columns):
-    """Return HR@10, NDCG@10, MRR and GAUC of ranks [n], means over the targets.
+    """Return HR@10, NDCG@10, MRR and GAUC of ranks [n]: {metric: [n]}, of which the means are reported.
 
     GAUC (Zhou et al. 2018): the AUC of each ranked list, averaged over a user's lists and then over users weighted by
     their number of lists, which is the mean over all lists.
     """
     top = ranks <= 10
     return {
-        "HR@10": float(np.mean(top)),
-        "NDCG@10": float(np.mean(top / np.log2(ranks + 1))),
-        "MRR": float(np.mean(1 / ranks)),
-        "GAUC": float(np.mean((num_columns - ranks) / max(num_columns - 1, 1))),
+        "HR@10": top,
+        "NDCG@10": top / np.log2(ranks + 1),
+        "MRR": 1 / ranks,
+        "GAUC": (num_columns - ranks) / max(num_columns - 1, 1),
     }
 
 

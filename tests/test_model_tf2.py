@@ -24,6 +24,7 @@ from model_tf2 import (
     Memory,
     build_model,
     candidate_loss,
+    count_clicks,
     count_memories,
     mix,
     training_loss,
@@ -92,7 +93,7 @@ def test_the_same_clicks_at_another_place_give_the_same_user_vectors(model, clic
 
 
 def test_padding_in_the_training_graph_does_not_change_the_user_vectors_either(model, clicks):
-    vectors = tf.function(lambda *a: model.user_vectors(*a, training=False))
+    vectors = tf.function(lambda *a: model.user_vectors(*a))
     assert close(vectors(*(after(array, 4) for array in clicks))[:, :7], vectors(*clicks))
 
 
@@ -144,7 +145,7 @@ def test_logits_are_the_scaled_cosines(model, clicks, shelves):
     batch = dict(zip(("user_feature", "user_column", "item_feature", "item_column"), (*clicks, *shelves), strict=True))
     users, columns = model.user_vectors(*clicks).numpy(), model.column_vectors(*shelves).numpy()
     expected = float(model.scale) * np.einsum("ntd,cd->ntc", users, columns)
-    assert close(model(batch, training=False), expected, 1e-4)
+    assert close(model(batch), expected, 1e-4)
 
 
 def test_empty_users_and_empty_columns_give_no_nan(model, clicks, shelves):
@@ -199,7 +200,7 @@ def test_a_model_built_again_from_its_arguments_scores_the_same(model, clicks, s
     again = build_model(**model.arguments)
     again.load_weights(tmp_path / "towers.weights.h5")
     batch = dict(zip(("user_feature", "user_column", "item_feature", "item_column"), (*clicks, *shelves), strict=True))
-    assert np.array_equal(again(batch, training=False), model(batch, training=False))
+    assert np.array_equal(again(batch), model(batch))
     assert again.arguments == model.arguments
 
 
@@ -231,17 +232,24 @@ def scored():
     return logits.astype(np.float32), np.array([0, 3, 1, 1, 2]), log_prob.astype(np.float32)
 
 
+def mean_loss(logits, targets, log_prob, kind):
+    """The mean candidate_loss of logits [n, candidates], of which the own one is at targets [n]."""
+    is_own = np.eye(logits.shape[1], dtype=bool)[targets]
+    others = np.where(is_own, np.float32(-1e9), logits)
+    return candidate_loss(logits[is_own], others, np.array(log_prob, np.float32), kind) / max(len(targets), 1)
+
+
 def test_the_softmax_loss_is_the_cross_entropy_over_the_candidates(scored):
     logits, targets, _ = scored
     expected = -np.mean(log_softmax(logits)[np.arange(5), targets])
-    assert close(candidate_loss(logits, targets, np.zeros(4, np.float32), "softmax"), expected)
+    assert close(mean_loss(logits, targets, np.zeros(4, np.float32), "softmax"), expected)
 
 
 def test_the_bce_loss_is_the_sum_of_the_candidates_binary_cross_entropies(scored):
     logits, targets, _ = scored
     labels, chance = np.eye(4)[targets], 1 / (1 + np.exp(-logits.astype(float)))
     expected = -(labels * np.log(chance) + (1 - labels) * np.log(1 - chance)).sum(axis=1).mean()
-    assert close(candidate_loss(logits, targets, np.zeros(4, np.float32), "bce"), expected)
+    assert close(mean_loss(logits, targets, np.zeros(4, np.float32), "bce"), expected)
 
 
 def test_the_bce_loss_weights_a_negative_by_its_inverse_probability(scored):
@@ -249,14 +257,14 @@ def test_the_bce_loss_weights_a_negative_by_its_inverse_probability(scored):
     labels, chance = np.eye(4)[targets], 1 / (1 + np.exp(-logits.astype(float)))
     of_negatives = -(1 - labels) * np.log(1 - chance) / np.exp(log_prob)
     expected = (of_negatives - labels * np.log(chance)).sum(axis=1).mean()
-    assert close(candidate_loss(logits, targets, log_prob, "bce"), expected)
+    assert close(mean_loss(logits, targets, log_prob, "bce"), expected)
 
 
 @pytest.mark.parametrize("kind", ["softmax", "bce"])
 def test_a_negative_drawn_less_often_counts_more_and_the_targets_own_probability_does_not_count(kind):
     logits, targets = np.array([[1.0, 0.5, -0.5]], np.float32), np.array([0])
     losses = [
-        float(candidate_loss(logits, targets, np.array(log_prob, np.float32), kind))
+        float(mean_loss(logits, targets, log_prob, kind))
         for log_prob in ([0, 0, 0], [0, -1, 0], [0, -3, 0], [-3, 0, 0])
     ]
     assert losses[0] < losses[1] < losses[2]
@@ -271,9 +279,7 @@ def test_a_sample_stands_for_all_candidates_in_expectation(kind):
 
     def amount(chosen):  # what is linear in the candidates: the softmax's denominator, or the sum of entropies
         at, log_prob = chosen.index(target), np.log(chance[chosen])
-        loss = candidate_loss(
-            logits[None, chosen].astype(np.float32), np.array([at]), log_prob.astype(np.float32), kind
-        )
+        loss = mean_loss(logits[None, chosen].astype(np.float32), np.array([at]), log_prob, kind)
         return float(tf.exp(loss + logits[target]) if kind == "softmax" else loss)
 
     expected = 0
@@ -293,7 +299,7 @@ def test_a_sample_stands_for_all_candidates_in_expectation(kind):
 
 @pytest.mark.parametrize("kind", ["softmax", "bce"])
 def test_the_loss_of_no_target_is_zero(kind):
-    assert float(candidate_loss(tf.zeros([0, 4]), tf.zeros([0], tf.int32), tf.zeros([4]), kind)) == 0
+    assert float(candidate_loss(tf.zeros([0]), tf.zeros([0, 4]), tf.zeros([4]), kind)) == 0
 
 
 @pytest.fixture
@@ -311,6 +317,7 @@ def batch():
     return {name: tf.constant(value, tf.int32) for name, value in integers.items()} | {
         "label": tf.constant(next_columns > 0, tf.float32),
         "item_log_prob": tf.zeros([NUM_COLUMNS]),
+        "seed": tf.constant([5, 6], tf.int64),
     }
 
 
@@ -326,8 +333,23 @@ def gradients_of(model, batch, kind):
 def test_every_weight_learns(batch, kind):
     """Of a model as training starts it: nothing is disconnected, in both towers and in the scale."""
     _, gradients = gradients_of(build_model(num_videos=NUM_VIDEOS, num_columns=NUM_COLUMNS, emb_dim=DIM), batch, kind)
-    assert len(gradients) > 20
+    assert len(gradients) == 18
     assert [path for path, g in gradients.items() if g is None or not np.isfinite(g).all() or not g.any()] == []
+
+
+@pytest.mark.parametrize("kind", ["softmax", "bce"])
+@pytest.mark.parametrize("replicas", [2, 3, 5])
+def test_the_parts_of_replicas_add_up_to_the_loss_and_the_gradients_of_one(model, batch, kind, replicas):
+    """Also of more replicas than windows, some of which have none."""
+
+    def of(**part):
+        with tf.GradientTape() as tape:
+            losses = training_loss(model, batch, kind, training=False, **part)
+        return [*losses, *map(tf.convert_to_tensor, tape.gradient(losses[0], model.trainable_variables))]
+
+    whole, parts = of(), [of(replica=replica, num_replicas=replicas) for replica in range(replicas)]
+    for expected, *of_replicas in zip(whole, *parts, strict=True):
+        assert close(np.sum(of_replicas, axis=0), expected, 1e-4)
 
 
 @pytest.mark.parametrize("kind", ["softmax", "bce"])
@@ -342,7 +364,7 @@ def test_a_batch_without_targets_gives_a_finite_loss_and_gradients(model, batch,
 
 
 def test_the_loss_of_the_columns_is_the_cross_entropy_of_the_targets_alone(model, batch):
-    logits, expected = model(batch, training=False).numpy(), []
+    logits, expected = model(batch).numpy(), []
     for row, place in zip(*np.nonzero(batch["label"].numpy()), strict=True):
         expected.append(-log_softmax(logits[row, place])[int(batch["target_column"][row, place]) - 1])
     _, of_columns = training_loss(model, batch, "softmax", training=False)
@@ -356,7 +378,7 @@ def test_a_target_among_some_of_the_columns_is_found_by_its_number(model, batch)
               "target_column": tf.where(no_target, 0, batch["target_column"])}  # fmt: skip
     chosen = np.array([1, 3, 4, 5, 6], np.int32)
     log_prob = np.log(np.linspace(0.2, 0.9, len(chosen)))
-    logits, expected = model(batch, training=False).numpy(), []
+    logits, expected = model(batch).numpy(), []
     for row, place in zip(*np.nonzero(batch["label"].numpy()), strict=True):
         own = int(batch["target_column"][row, place])
         correction = np.where(chosen == own, 0, log_prob)
@@ -420,7 +442,8 @@ def records(tmp_path_factory):
 def counted(records):
     """(memories, index, histories of the training users as numbers)."""
     manifest, index, work_dir, histories = records
-    return count_memories(manifest, index, DECAYS, work_dir), index, histories
+    clicks = count_clicks(manifest, index, work_dir)
+    return count_memories(manifest, index, clicks, DECAYS, work_dir), index, histories
 
 
 def homes_of(index, histories):
@@ -493,7 +516,7 @@ def test_the_memory_keeps_the_strongest_columns_of_a_video_and_the_total_of_all(
     manifest, index, work_dir, histories = records
     of_videos, _, _ = brute_counts(index, histories, 0.6)
     monkeypatch.setattr(model_tf2, "MEMORY_WIDTH", 2)
-    kept = count_memories(manifest, index, [0.6], work_dir)[0.6].by_video
+    kept = count_memories(manifest, index, count_clicks(manifest, index, work_dir), [0.6], work_dir)[0.6].by_video
     assert (np.count_nonzero(dense(kept), axis=1) <= 2).all()
     assert close(dense(kept).sum(axis=1), np.sort(of_videos, axis=1)[:, -2:].sum(axis=1), 1e-9)
     assert close(kept.totals, of_videos.sum(axis=1), 1e-9)
