@@ -1,52 +1,64 @@
-"""Time a training step with 50,000 and with 1,000,000 videos, in turn, and hold it against the machine's GEMM peak.
+"""Time a training step: with 50,000 and with 1,000,000 videos, against the machine's GEMM peak, and against a naive fit.
 
-    python tests/bench/bench_train_step.py [PAIRS]
+    python tests/bench/bench_train.py [ROUNDS]
 
-Prints the median time of a step for each vocabulary, their ratio, targets a second, and MFU: the multiply-adds of the
-matrix products that a step needs, forward and backward, as a fraction of what tf.matmul does in the same time.
+MFU is the multiply-adds of the matrix products that a step needs, forward and backward, as a fraction of what tf.matmul
+does in the same time. The naive model: the same towers, but one sample for each click in a column, its history and one
+column (the clicked one or one of NEGATIVES others), binary cross-entropy, and Keras' fit with a batch of 128. At the end
+an evaluation of the validation split is held against an epoch of 20,000 users.
 """
 
 import statistics
 import sys
-import time
+import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
+import keras
 import numpy as np
 import tensorflow as tf
+from measure import cost_of, house, in_turn, seconds, write_clicks
 
-from get_dataset import BATCH_POSITIONS, ITEM_MAX_LEN, NUM_NEGATIVES
+from get_dataset import (
+    BATCH_POSITIONS,
+    ITEM_MAX_LEN,
+    NUM_NEGATIVES,
+    add_candidates,
+    column_table,
+    load_manifest,
+    make_dataset,
+)
 from get_tfrecord import USER_MAX_LEN
 from model_tf2 import EMB_DIM, FFN_RATIO, LOSS, build_model
-from train import LEARNING_RATE, LazyAdam, make_train_step
+from train import LEARNING_RATE, LazyAdam, evaluate, make_train_step, target_scorer
 
 COLUMNS = 1000
-VOCABULARIES = (50_000, 1_000_000)
+FEW, MANY = 50_000, 1_000_000
+NEGATIVES = 4
+NAIVE_BATCH = 128
+USERS = 20_000
 
 
-def random_batch(rng, num_videos):
+def random_batch(rng, num_videos, columns=COLUMNS, windows=BATCH_POSITIONS // USER_MAX_LEN, length=USER_MAX_LEN):
     """Return a training batch as get_dataset.py makes it, a quarter of whose clicks are targets."""
-    shape = [BATCH_POSITIONS // USER_MAX_LEN, USER_MAX_LEN]
-    videos = rng.integers(2, num_videos, [shape[0], shape[1] + 1])
-    columns = rng.integers(1, COLUMNS + 1, videos.shape) * (rng.random(videos.shape) < 0.25)
+    videos = rng.integers(2, num_videos, [windows, length + 1])
+    clicked = rng.integers(1, columns + 1, videos.shape) * (rng.random(videos.shape) < 0.25)
     batch = {
         "user_feature": videos[:, :-1],
-        "user_column": columns[:, :-1],
+        "user_column": clicked[:, :-1],
         "target_video": videos[:, 1:],
-        "target_column": columns[:, 1:],
-        "item_column": np.arange(1, COLUMNS + 1),
-        "item_feature": rng.integers(2, num_videos, [COLUMNS, ITEM_MAX_LEN]),
+        "target_column": clicked[:, 1:],
+        "item_column": np.arange(1, columns + 1),
+        "item_feature": rng.integers(2, num_videos, [columns, ITEM_MAX_LEN]),
         "negative_video": rng.integers(2, num_videos, [NUM_NEGATIVES]),
     }
     batch = {name: tf.constant(value, tf.int32) for name, value in batch.items()}
     label = tf.cast(batch["target_column"] > 0, tf.float32)
-    return batch | {"label": label, "item_log_prob": tf.zeros([COLUMNS])}
+    return batch | {"label": label, "item_log_prob": tf.zeros([columns]), "seed": tf.zeros([2], tf.int64)}
 
 
 def needed_flops(batch):
     """Return the floating point operations of a step's matrix products; backward costs twice forward."""
-    targets, positions = float(tf.reduce_sum(batch["label"])), BATCH_POSITIONS
+    targets, positions = float(tf.reduce_sum(batch["label"])), tf.size(batch["label"]).numpy()
     attention = 4 * positions * USER_MAX_LEN * EMB_DIM + 4 * COLUMNS * ITEM_MAX_LEN**2 * EMB_DIM
     alone = len(np.unique(batch["target_video"])) + NUM_NEGATIVES
     in_blocks = positions + COLUMNS * ITEM_MAX_LEN + alone
@@ -55,44 +67,86 @@ def needed_flops(batch):
     return 3 * (attention + blocks + logits)
 
 
-def gemm_peak(size=2048):
-    """Return the floating point operations a second of a large matrix product, the best of five."""
-    matrix = tf.random.normal([size, size])
-    return max(2 * size**3 / seconds(lambda: tf.matmul(matrix, matrix).numpy()) for _ in range(5))
+class Naive(keras.Model):
+    """The same towers, one column a sample."""
+
+    def __init__(self):
+        super().__init__()
+        self.towers = build_model(num_videos=FEW, num_columns=COLUMNS)
+
+    def call(self, inputs):
+        users = self.towers.user_vectors(inputs["videos"], inputs["columns"])[:, -1]
+        columns = self.towers.column_vectors(inputs["item_feature"], inputs["item_column"])
+        return self.towers.scale * tf.reduce_sum(users * columns, axis=1)
 
 
-def seconds(work):
-    """Return how long work() takes."""
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
+def naive_fit(rng, targets):
+    """Return a function that fits the naive model to the samples of so many targets."""
+    samples = targets * (1 + NEGATIVES)
+    inputs = {
+        "videos": rng.integers(2, FEW, [samples, USER_MAX_LEN]).astype(np.int32),
+        "columns": rng.integers(0, COLUMNS + 1, [samples, USER_MAX_LEN]).astype(np.int32),
+        "item_feature": rng.integers(2, FEW, [samples, ITEM_MAX_LEN]).astype(np.int32),
+        "item_column": rng.integers(1, COLUMNS + 1, samples).astype(np.int32),
+    }
+    label = (np.arange(samples) % (1 + NEGATIVES) == 0).astype(np.float32)
+    model = Naive()
+    model.compile(keras.optimizers.Adam(1e-3), keras.losses.BinaryCrossentropy(from_logits=True))
+    return lambda: model.fit(inputs, label, batch_size=NAIVE_BATCH, verbose=0)
 
 
-def main(pairs=30):
+def new_step(num_videos, batch):
+    """Return a training step of a new model for batches like this one."""
+    model = build_model(num_videos=num_videos, num_columns=COLUMNS)
+    optimizer = LazyAdam(model.trainable_variables, lambda step: LEARNING_RATE)
+    spec = {name: tf.TensorSpec.from_tensor(value) for name, value in batch.items()}
+    step = make_train_step(tf.distribute.get_strategy(), model, optimizer, spec, LOSS)
+    return lambda: step(batch).numpy()
+
+
+def epoch_and_evaluation(folder):
+    """Return (steps, seconds of the median step, seconds of an evaluation) of synthetic users."""
+    write_clicks(folder / "raw", USERS)
+    chain = house(folder / "house", folder / "raw")
+    for script in ("get_indexing", "get_tfrecord"):
+        cost_of(chain, script)
+    manifest, index = load_manifest(chain / "data/work")
+    videos = column_table(index, np.ones(2 + len(index.videos)))
+    batches = make_dataset(manifest, "train", chain / "data/work", seed=1)
+    steps = len(batches)
+    batches = add_candidates(batches, videos, np.ones(len(videos)), len(index.videos), seed=1)
+    model = build_model(num_videos=len(index.videos), num_columns=len(index.columns))
+    optimizer = LazyAdam(model.trainable_variables, lambda step: LEARNING_RATE)
+    step = make_train_step(tf.distribute.get_strategy(), model, optimizer, batches.element_spec, LOSS)
+    times = [seconds(lambda batch=batch: step(batch).numpy()) for batch in batches.take(60)]
+    validation, score = make_dataset(manifest, "val", chain / "data/work"), target_scorer(model, videos)
+    evaluation = in_turn(2, evaluation=lambda: evaluate(validation, score, lambda logits, *_: [("towers", logits)]))
+    return steps, statistics.median(times[5:]), evaluation["evaluation"]
+
+
+def main(rounds=20):
     rng = np.random.default_rng(0)
-    steps, times = [], {num_videos: [] for num_videos in VOCABULARIES}
-    for num_videos in VOCABULARIES:
-        model = build_model(num_videos=num_videos, num_columns=COLUMNS)
-        optimizer = LazyAdam(model.trainable_variables, lambda step: LEARNING_RATE)
-        batch = random_batch(rng, num_videos)
-        spec = {name: tf.TensorSpec.from_tensor(value) for name, value in batch.items()}
-        steps.append((num_videos, make_train_step(model, optimizer, spec, LOSS), batch))
-        steps[-1][1](batch)
-    for _ in range(pairs):
-        for num_videos, step, batch in steps:
-            times[num_videos].append(seconds(lambda step=step, batch=batch: step(batch).numpy()))
-    peak = gemm_peak()
-    for num_videos, _, batch in steps:
-        median = statistics.median(times[num_videos])
-        print(
-            f"{num_videos:>9,} videos: {1000 * median:.1f} ms a step, "
-            f"{float(tf.reduce_sum(batch['label'])) / median:,.0f} targets/s, "
-            f"MFU {needed_flops(batch) / median / peak:.2f} of {peak / 1e9:.0f} GFLOP/s"
-        )
-    few, many = (times[num_videos] for num_videos in VOCABULARIES)
-    ratio = statistics.median(b / a for a, b in zip(few, many, strict=True))
-    print(f"a step with {VOCABULARIES[1]:,} videos takes {ratio:.2f} times one with {VOCABULARIES[0]:,}")
+    batches = {number: random_batch(rng, number) for number in (FEW, MANY)}
+    few, many = (new_step(number, batch) for number, batch in batches.items())
+    matrix = tf.random.normal([2048, 2048])
+    times = in_turn(rounds, few=few, many=many, gemm=lambda: tf.matmul(matrix, matrix).numpy())
+    peak, targets = 2 * 2048**3 / times["gemm"], float(tf.reduce_sum(batches[FEW]["label"]))
+    print(f"step: {1e3 * times['few']:.1f} ms, {targets / times['few']:,.0f} targets/s, "
+          f"MFU {needed_flops(batches[FEW]) / times['few'] / peak:.2f} of {peak / 1e9:.0f} GFLOP/s; "
+          f"with {MANY:,} videos {times['many'] / times['few']:.2f} times one with {FEW:,}")  # fmt: skip
+
+    naive = 40 * NAIVE_BATCH // (1 + NEGATIVES)
+    times = in_turn(3, ours=few, naive=naive_fit(rng, naive))
+    ratio = targets / times["ours"] / (naive / times["naive"])
+    print(
+        f"naive fit, {NEGATIVES} negatives: {naive / times['naive']:,.0f} targets/s; ours is {ratio:.0f} times as fast"
+    )
+
+    with tempfile.TemporaryDirectory() as folder:
+        steps, step, evaluation = epoch_and_evaluation(Path(folder))
+    print(f"{USERS:,} users: {steps:,} steps of {1e3 * step:.0f} ms; an evaluation takes {evaluation:.1f} s, "
+          f"{evaluation / (steps * step):.1%} of an epoch's steps")  # fmt: skip
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:2]))
+    main(*map(int, sys.argv[1:]))

@@ -1,0 +1,72 @@
+"""get_indexing.py, get_tfrecord.py and infer.py give on Spark the bytes that they give on one machine."""
+
+import os
+import re
+import signal
+import time
+
+import pytest
+from bench.kill_battery import standing
+from cluster import copy_of, python, small_folder, submit, well
+
+CLUSTER = "local-cluster[2,1,1024]"
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """A folder in which one machine did all of it."""
+    folder = small_folder(tmp_path_factory.mktemp("spark") / "alone")
+    (folder / "data/sample/vid2title.json").unlink()  # so that get_indexing.py reads the clicks
+    for script in ("get_indexing", "get_tfrecord", "train", "infer"):
+        python(folder, script)
+    return folder
+
+
+@pytest.mark.parametrize("script", ["get_indexing", "get_tfrecord", "infer"])
+def test_a_spark_cluster_gives_the_bytes_of_one_machine(alone, script):
+    folder, stage = copy_of(alone, f"cluster-{script}"), {"get_indexing": "indexing", "get_tfrecord": "tfrecord"}
+    expected = standing(folder, script)
+    for path in (folder / "data/work" / stage.get(script, "ranking")).iterdir():
+        path.unlink()
+    well(submit(folder, script, CLUSTER))
+    assert standing(folder, script) == expected and expected
+
+
+def test_a_task_whose_python_worker_is_killed_is_tried_again(alone):
+    """The first task to begin writes its process's number into a file and waits to be killed; what comes later does not."""
+    folder = copy_of(alone, "killed")
+    expected = standing(folder, "get_tfrecord")
+    for path in (folder / "data/work/tfrecord").iterdir():
+        path.unlink()
+    script = folder / "get_tfrecord.py"
+    script.write_text(
+        script.read_text().replace(
+            "    from tensorflow.errors import OpError\n",
+            "    from tensorflow.errors import OpError\n    import os, time\n"
+            "    mark = f'{folder}/../../killed'\n"
+            "    if not os.path.exists(mark):\n"
+            "        open(mark, 'w').write(str(os.getpid()))\n"
+            "        time.sleep(60)\n",
+        )
+    )
+    process = submit(folder, "get_tfrecord", "local[2,4]")
+    mark = folder / "data/killed"
+    while not (mark.exists() and mark.read_text()):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    os.kill(int(mark.read_text()), signal.SIGKILL)
+    well(process)
+    assert standing(folder, "get_tfrecord") == expected
+
+
+def test_bad_input_is_one_line_on_spark_as_well(alone):
+    folder = copy_of(alone, "bad")
+    with open(folder / "data/sample/click_seq/a.json", "a") as file:
+        file.write("no JSON\n" * 50)
+    before = standing(folder)
+    process = submit(folder, "get_tfrecord", "local[2]")
+    out, err = process.communicate()
+    assert process.returncode == 1
+    (line,) = re.findall(r"^get_tfrecord\.py: .*", out + err, re.MULTILINE)
+    assert "a.json: 50 of " in line and "lines are bad" in line
+    assert standing(folder) == before

@@ -1,0 +1,142 @@
+"""Training on several workers, or on several devices of one, equals training on one."""
+
+import csv
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import h5py
+import numpy as np
+import pytest
+from bench.kill_battery import edit
+from cluster import QUIET, ROOT, addresses, copy_of, python, run, small_folder, well
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory):
+    """A folder ready to train: 2 epochs of 6 or so steps without dropout, shards of very different sizes."""
+    folder = small_folder(tmp_path_factory.mktemp("training") / "records", EPOCHS=2)
+    python(folder, "get_indexing")
+    python(folder, "get_tfrecord")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(records):
+    """A folder in which one process trained."""
+    folder = copy_of(records, "alone")
+    python(folder, "train")
+    return folder
+
+
+def start_workers(folder, workers=2, started=None):
+    """Start a training cluster of so many workers, or the first few of it."""
+    cluster = {"worker": addresses(workers)}
+    return [
+        run([sys.executable, "train.py"], folder,
+            TF_CONFIG=json.dumps({"cluster": cluster, "task": {"type": "worker", "index": index}}))
+        for index in range(started or workers)
+    ]  # fmt: skip
+
+
+def arrays_of(folder):
+    """The trained weights that stand in a folder, and its history without the seconds."""
+    (path,) = (folder / "data/work/model").glob("*.weights.h5")
+    arrays = {}
+    with h5py.File(path) as file:
+        file.visititems(lambda name, node: arrays.update({name: node[()]}) if isinstance(node, h5py.Dataset) else None)
+    with open(folder / "data/work/model/history.csv") as file:
+        history = [{k: float(v) for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
+    return arrays, history
+
+
+def assert_same(folder, other):
+    """The weights within 1e-3 and the history within 1e-3."""
+    (arrays, history), (others, other_history) = arrays_of(folder), arrays_of(other)
+    assert arrays.keys() == others.keys() and len(arrays) > 10
+    for name in arrays:
+        np.testing.assert_allclose(arrays[name], others[name], atol=1e-3, err_msg=name)
+    assert history == [pytest.approx(row, abs=1e-3) for row in other_history] and len(history) == 2
+
+
+def test_two_workers_train_what_one_process_trains_and_save_it_once(records, alone):
+    """Few steps; dropout 0. The loss, the targets and the validation metrics are those of all users, each counted once."""
+    folder = copy_of(records, "two")
+    first, second = (well(worker).splitlines() for worker in start_workers(folder))
+    lines = [[line.rpartition(", seconds")[0] for line in out if line.startswith("epoch")] for out in (first, second)]
+    assert lines[0] == lines[1] and len(lines[0]) == 2  # both saw the same losses and metrics
+    assert_same(folder, alone)
+    names = sorted(path.name.partition(".")[2] for path in (folder / "data/work/model").glob("*.*.*"))
+    assert names == ["memory.npz", "weights.h5"]
+    expected, metrics = (json.loads((f / "data/work/model/metrics.json").read_text()) for f in (alone, folder))
+    assert metrics["test"]["memory"] == expected["test"]["memory"]
+    assert metrics["test"]["towers"] == pytest.approx(expected["test"]["towers"], abs=1e-2)
+
+
+def test_a_lost_worker_ends_the_others_and_starting_again_goes_on(records, alone):
+    """The second worker is killed in its second epoch; the first says so; both, started again, end as one process does."""
+    folder = copy_of(records, "lost")
+    edit(folder, "get_dataset", MIN_STEPS=6)
+    first, second = start_workers(folder)
+    checkpoint = folder / "data/work/model/checkpoint.npz"
+    while not checkpoint.exists():
+        assert first.poll() is None, first.communicate()
+        time.sleep(0.01)
+    subprocess.run(["pkill", "-KILL", "-P", str(second.pid)], check=True)
+    _, err = first.communicate()
+    second.communicate()
+    if first.returncode:  # else the second was faster than its killer, and the end is the same
+        assert "train.py: worker 0 of 2 lost another one" in err and "start all workers again" in err
+        out = [well(worker) for worker in start_workers(folder)]
+        assert "going on after epoch 1 " in out[0] and "going on after epoch 1 " in out[1]
+    assert_same(folder, alone)
+
+
+def test_a_worker_that_never_starts_is_waited_for_only_so_long(records):
+    folder = copy_of(records, "missing")
+    edit(folder, "train", CLUSTER_TIMEOUT=3)
+    (worker,) = start_workers(folder, started=1)
+    _, err = worker.communicate()
+    assert worker.returncode not in (0, -signal.SIGKILL, 124)
+    assert "worker 0 waits for all 2 of TF_CONFIG; after 3 s an alarm ends it" in err
+
+
+@pytest.mark.parametrize("config", ["{", '{"cluster": {"worker": ["a:1"]}, "task": {"type": "worker", "index": 1}}'])
+def test_a_wrong_cluster_is_one_line(records, config):
+    process = run([sys.executable, "train.py"], records, TF_CONFIG=config)
+    _, err = process.communicate()
+    assert process.returncode == 1 and err.strip().splitlines()[-1].startswith("train.py: TF_CONFIG names no ")
+
+
+def test_two_devices_of_one_machine_take_the_steps_of_one(tmp_path):
+    """MirroredStrategy over two logical CPUs, as over two GPUs, against one device: the same weights after a few steps."""
+    program = tmp_path / "devices.py"
+    program.write_text(
+        "import sys\n"
+        "import numpy as np\n"
+        "import tensorflow as tf\n"
+        "cpu = tf.config.list_physical_devices('CPU')[0]\n"
+        "tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)\n"
+        "import keras\n"
+        "from bench_train import random_batch\n"
+        "from model_tf2 import build_model\n"
+        "from train import LazyAdam, make_train_step\n"
+        "results = []\n"
+        "for strategy in (tf.distribute.get_strategy(), tf.distribute.MirroredStrategy(['CPU:0', 'CPU:1'])):\n"
+        "    keras.utils.set_random_seed(1)\n"
+        "    with strategy.scope():\n"
+        "        model = build_model(num_videos=300, num_columns=20, emb_dim=16, dropout=0.0)\n"
+        "        optimizer = LazyAdam(model.trainable_variables, lambda step: 3e-3)\n"
+        "    batches = [random_batch(np.random.default_rng(n), 300, 20, 7, 9) for n in range(5)]\n"
+        "    spec = {name: tf.TensorSpec.from_tensor(value) for name, value in batches[0].items()}\n"
+        "    step = make_train_step(strategy, model, optimizer, spec, 'softmax')\n"
+        "    losses = [step(batch).numpy() for batch in batches]\n"
+        "    results.append([*losses, *(v.numpy() for v in model.variables)])\n"
+        "for one, two in zip(*results, strict=True):\n"
+        "    np.testing.assert_allclose(one, two, atol=1e-3)\n"
+        "print('same', len(results[0]))\n"
+    )
+    path = f"{ROOT}:{ROOT / 'tests/bench'}"
+    assert QUIET and "same" in well(run([sys.executable, str(program)], tmp_path, PYTHONPATH=path))
