@@ -36,7 +36,7 @@ MIN_CLICKS = 5  # clicks that put a video into the vocabulary where there is no 
 MAX_BAD_FRACTION = 0.01  # of a file's lines; more bad lines stop the run
 MAX_LINE_BYTES = 32 << 20  # a longer line is skipped: about 2.5 million clicks of one user
 MAX_ID_CHARS = 1000  # of a user, video or column; a line with a longer id is skipped
-RANGE_BYTES = 16 << 20  # of an input file: the work of one task
+RANGE_BYTES = 4 << 20  # of an input file: the work of one task
 NUM_WORKERS = os.cpu_count()  # processes that work on files
 
 PAD, UNKNOWN, FIRST_VIDEO = 0, 1, 2  # video numbers; as a column number 0 means no column
@@ -457,6 +457,7 @@ def map_files(function, tasks, desc, num_workers=NUM_WORKERS):
     if num_workers <= 1:
         yield from bar(map(function, tasks))
         return
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy in the workers, which are as many as the cores
     idle, spawn = SimpleQueue(), multiprocessing.get_context("spawn")
     for _ in range(num_workers):  # a pool each, so that it is known which task a dead process had
         idle.put(ProcessPoolExecutor(1, spawn, initializer=end_with_parent))
@@ -489,27 +490,23 @@ def map_files(function, tasks, desc, num_workers=NUM_WORKERS):
 
 def map_on_spark(function, tasks):
     """Return function(task) of each task, in order, computed by the executors, which import function's own script."""
-    from py4j.protocol import Py4JJavaError
     from pyspark import SparkContext
 
     shared = importlib.import_module("get_indexing")  # this module as the executors know it, not as __main__
     script = Path(sys.argv[0]).stem if function.__module__ == "__main__" else function.__module__
-    attempt = functools.partial(shared.attempt_task, script, function.__name__)
-    try:
-        outcomes = SparkContext.getOrCreate().parallelize(tasks, max(len(tasks), 1)).map(attempt).collect()
-    except Py4JJavaError as error:
-        raise InputError(f"Spark gave up: {error.java_exception.getMessage().splitlines()[0]}") from error
+    attempt = functools.partial(shared.attempt, script, function.__name__)
+    outcomes = SparkContext.getOrCreate().parallelize(tasks, max(len(tasks), 1)).map(attempt).collect()
     for outcome in outcomes:
-        if isinstance(outcome, shared.InputError):
+        if isinstance(outcome, shared.InputError | OSError):
             raise InputError(outcome)
     return outcomes
 
 
-def attempt_task(script, name, task):
-    """Return what the script's function of that name makes of a task, or the InputError that it raises."""
+def attempt(script, name, task):
+    """Return what the script's function of that name makes of a task, or the error that is worth one line."""
     try:
         return getattr(importlib.import_module(script), name)(task)
-    except InputError as error:
+    except (InputError, OSError) as error:
         return error
 
 

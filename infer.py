@@ -15,12 +15,11 @@ import gzip
 import itertools
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
-import tensorflow as tf
 
-from get_dataset import column_table
 from get_indexing import (
     DATA_DIR,
     UNKNOWN,
@@ -46,12 +45,10 @@ from get_indexing import (
     write_json,
 )
 from get_tfrecord import ClickEncoder
-from model_tf2 import MEMORY_CLICKS, mix
-from train import load_model
 
 CLICKS_DIR = f"{DATA_DIR}/click_seq"  # the users to rank for; name another folder to rank for others
 TOP_K = 0  # columns for each user; 0: all
-BATCH_USERS = 512
+BATCH_USERS = 128
 GZIP_LEVEL = 1  # level 9 takes 70 times as long for 12 % less
 MEMO_SIZE = 1 << 18  # scores whose text is remembered
 DECIMALS = 4  # of the scores; equal ones go by the order of the columns
@@ -67,7 +64,8 @@ def infer(clicks_dir=CLICKS_DIR, work_dir=WORK_DIR, top_k=TOP_K, **how):
     remove_leftovers(folder)
     manifest = read_json(folder / "manifest.json", "infer.py") if (folder / "manifest.json").exists() else {}
     model = read_json(work_dir / "model/model.json", "train.py")
-    made_with = fingerprint(constants("get_indexing", "model_tf2", "infer"), model, load_index(work_dir), top_k)
+    code = file_fingerprint(Path(__file__).with_name("model_tf2.py"))  # not its constants: they need TensorFlow
+    made_with = fingerprint(constants("get_indexing", "infer"), code, model, load_index(work_dir), top_k)
     outputs, made_from, tasks = {}, {}, []
     for path in find_files(clicks_dir):
         output = outputs[path] = folder / f"{input_name(path)}.json.gz"
@@ -91,6 +89,8 @@ def infer(clicks_dir=CLICKS_DIR, work_dir=WORK_DIR, top_k=TOP_K, **how):
         write_json(folder / "manifest.json", manifest)
         users += tally.lines - sum(tally.skipped.values())
     remove_leftovers(folder)  # of a task that was tried twice
+    for path in sorted(set(folder.glob("*.json.gz")) - set(outputs.values())):
+        print(f"{path}: no click file of this name any more; remove it if it should not be published", file=sys.stderr)
     ranked = len({where.path for where, *_ in tasks})
     print(f"{users:,} users ranked in {ranked:,} files, {len(outputs):,} files stand in {folder}")
     return list(outputs.values())
@@ -118,9 +118,17 @@ def load_ranker(work_dir, made_with):
 
 
 class Ranker:
-    """The trained model and the current columns: raw clicks in, ranked columns out."""
+    """The trained model and the current columns: raw clicks in, ranked columns out.
+
+    TensorFlow is imported here, by the workers: the process that starts them does without.
+    """
 
     def __init__(self, work_dir=WORK_DIR):
+        import tensorflow as tf
+
+        from get_dataset import column_table
+        from train import load_model
+
         self.model, self.memory, self.chosen, saved = load_model(work_dir)
         index = load_index(work_dir)
         self.encoder, self.user_max_len = ClickEncoder(index), saved["user_max_len"]
@@ -151,6 +159,8 @@ class Ranker:
 
     def scores(self, histories):
         """Return log probabilities float64 [n, current columns] of encoded histories, n pairs (videos, columns)."""
+        from model_tf2 import MEMORY_CLICKS, mix
+
         lengths = np.array([min(len(videos), self.user_max_len) for videos, _ in histories])
         padded = np.zeros([2, len(histories), max(1, lengths.max())], np.int32)
         for user, (history, length) in enumerate(zip(histories, lengths, strict=True)):
@@ -166,7 +176,8 @@ class Ranker:
         """Yield the output line of each of users, a list of (uid, clicks)."""
         histories = [self.encoder.encode(clicks) for _, clicks in users]
         known = [max(videos, default=0) > UNKNOWN or any(columns) for videos, columns in histories]
-        scores = np.where(np.array(known)[:, None], self.scores(histories), self.popularity)
+        scores = self.scores(histories)
+        scores[~np.array(known)] = self.popularity
         if not np.isfinite(scores).all():
             raise InputError("the model gives scores that are not finite; run train.py again")
         for (uid, _), is_known, *best in zip(users, known, *best_first(scores, top_k), strict=True):
@@ -185,11 +196,12 @@ def best_first(scores, top_k=0):
     A cost is -score * 10**DECIMALS as an integer. Cost and place in one number need one sort, which has no ties.
     """
     num_columns = scores.shape[1]
-    keys = np.rint(scores * -(10.0**DECIMALS)).astype(np.int64) * num_columns + np.arange(num_columns)
+    bits = num_columns.bit_length()
+    keys = (np.rint(scores * -(10.0**DECIMALS)).astype(np.int64) << bits) + np.arange(num_columns)
     if 0 < top_k < num_columns:
         keys = np.partition(keys, top_k - 1)[:, :top_k]
-    costs, places = np.divmod(np.sort(keys), num_columns)
-    return places.tolist(), costs.tolist()
+    keys.sort()
+    return (keys & (1 << bits) - 1).tolist(), (keys >> bits).tolist()
 
 
 class ScoreTexts(dict):

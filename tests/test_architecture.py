@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 CHAIN = ["get_indexing", "get_tfrecord", "get_dataset", "model_tf2", "train", "infer"]
 DEPENDENCIES = {"tensorflow", "keras", "numpy", "tqdm"}  # keras comes with tensorflow
-OF_SPARK = {"pyspark", "py4j"}  # there where spark-submit starts a script, and imported only then
+OF_SPARK = {"pyspark"}  # there where spark-submit starts a script, and imported only then
 
 
 def tree_of(script):

@@ -1,11 +1,12 @@
 """Kill every stage at random moments and see that nothing is lost.
 
-    python tests/bench/kill_battery.py [number of kills] [seed]
+    python tests/bench/kill_battery.py [KILLS [SEED]]
 
 Every kill (SIGKILL to the script, its workers left to themselves) falls on a run over changed data, in a folder where the
 outputs of former data stand. After it no process may be left, and all that stands must be whole: former or new, never
-half. Then the script runs again, and its outputs must be byte for byte those of a run that nobody disturbed
-(the trained weights: number for number). The moment is drawn from the time that the stage is at work, after its imports.
+half. A script is killed a few times in a row and then left to end; its outputs must be byte for byte those of a run that
+nobody disturbed (the trained weights: number for number). The moment is drawn from the time that the stage is at work,
+after its imports.
 """
 
 import contextlib
@@ -45,6 +46,7 @@ SMALL = {
     "get_dataset": dict(MIN_STEPS=6),
     "train": dict(EPOCHS=2),
 }
+IN_A_ROW = 4  # kills of a script before it is left to end
 PATIENCE = 120  # seconds until a process that does not end is called hung
 
 
@@ -295,26 +297,24 @@ class Battery:
         assert not left, f"{script}.py leaves {left} behind"
 
 
-def main():
-    kills, seed = [int(arg) for arg in sys.argv[1:]] + [200, 1][len(sys.argv) - 1 :]
-    rng, counts = random.Random(seed), {script: dict(runs=0, lost=0) for script in STAGES}
+def main(kills=200, seed=1):
+    rng, lost = random.Random(seed), 0
     with tempfile.TemporaryDirectory() as folder:
         battery = Battery(Path(folder))
-        for number in range(kills):
-            script = list(STAGES)[number % len(STAGES)]
-            moment = rng.random()
-            counts[script]["runs"] += 1
+        for number in range(0, kills, IN_A_ROW):
+            script = list(STAGES)[number // IN_A_ROW % len(STAGES)]
+            moments = sorted(rng.random() for _ in range(IN_A_ROW))
             try:
-                battery.survive(script, [moment])
+                battery.survive(script, moments)
             except (AssertionError, ValueError, OSError) as error:
-                counts[script]["lost"] += 1
-                print(f"kill {number + 1}: {script}.py at {moment:.0%} of its work: {error}", flush=True)
-    for script, of in counts.items():
-        print(f"{script}.py: {of['runs']} runs, {battery.killed[script]} killed at work, {of['lost']} lost something")
-    lost = sum(of["lost"] for of in counts.values())
-    print(f"all: {kills} runs, {sum(battery.killed.values())} killed at work, {lost} lost something")
+                lost += 1
+                print(
+                    f"{script}.py killed at {', '.join(f'{m:.0%}' for m in moments)} of its work: {error}", flush=True
+                )
+    counts = ", ".join(f"{script}.py {count}" for script, count in battery.killed.items())
+    print(f"{sum(battery.killed.values())} kills at work ({counts}), {lost} lost something")
     sys.exit(lost > 0)
 
 
 if __name__ == "__main__":
-    main()
+    main(*map(int, sys.argv[1:]))

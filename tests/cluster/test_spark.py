@@ -3,10 +3,9 @@
 import os
 import re
 import signal
-import time
 
 import pytest
-from bench.kill_battery import standing
+from bench.kill_battery import standing, wait_for
 from cluster import copy_of, python, small_folder, submit, well
 
 CLUSTER = "local-cluster[2,1,1024]"
@@ -42,18 +41,16 @@ def test_a_task_whose_python_worker_is_killed_is_tried_again(alone):
     script.write_text(
         script.read_text().replace(
             "    from tensorflow.errors import OpError\n",
-            "    from tensorflow.errors import OpError\n    import os, time\n"
+            "    from tensorflow.errors import OpError\n    import os, signal\n"
             "    mark = f'{folder}/../../killed'\n"
             "    if not os.path.exists(mark):\n"
             "        open(mark, 'w').write(str(os.getpid()))\n"
-            "        time.sleep(60)\n",
+            "        signal.pause()\n",
         )
     )
     process = submit(folder, "get_tfrecord", "local[2,4]")
     mark = folder / "data/killed"
-    while not (mark.exists() and mark.read_text()):
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.05)
+    wait_for(lambda: mark.exists() and mark.read_text() or process.poll() is not None, "no task begins")
     os.kill(int(mark.read_text()), signal.SIGKILL)
     well(process)
     assert standing(folder, "get_tfrecord") == expected

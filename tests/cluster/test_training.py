@@ -5,12 +5,11 @@ import json
 import signal
 import subprocess
 import sys
-import time
 
 import h5py
 import numpy as np
 import pytest
-from bench.kill_battery import edit
+from bench.kill_battery import edit, wait_for
 from cluster import QUIET, ROOT, addresses, copy_of, python, run, small_folder, well
 
 
@@ -81,9 +80,7 @@ def test_a_lost_worker_ends_the_others_and_starting_again_goes_on(records, alone
     edit(folder, "get_dataset", MIN_STEPS=6)
     first, second = start_workers(folder)
     checkpoint = folder / "data/work/model/checkpoint.npz"
-    while not checkpoint.exists():
-        assert first.poll() is None, first.communicate()
-        time.sleep(0.01)
+    wait_for(lambda: checkpoint.exists() or first.poll() is not None, "no epoch ends")
     subprocess.run(["pkill", "-KILL", "-P", str(second.pid)], check=True)
     _, err = first.communicate()
     second.communicate()
