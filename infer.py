@@ -58,8 +58,7 @@ as_json = functools.partial(json.dumps, ensure_ascii=False)
 
 def infer(clicks_dir=CLICKS_DIR, work_dir=WORK_DIR, top_k=TOP_K, **how):
     """Write the ranking of each click file as soon as it is whole, and return all paths; those still good are kept."""
-    work_dir = Path(work_dir).absolute()
-    folder = work_dir / "ranking"
+    folder, work_dir = Path(work_dir, "ranking"), Path(work_dir).absolute()
     folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder)
     manifest = read_json(folder / "manifest.json", "infer.py") if (folder / "manifest.json").exists() else {}
@@ -68,7 +67,7 @@ def infer(clicks_dir=CLICKS_DIR, work_dir=WORK_DIR, top_k=TOP_K, **how):
     made_with = fingerprint(constants("get_indexing", "infer"), code, model, load_index(work_dir), top_k)
     outputs, made_from, tasks = {}, {}, []
     for path in find_files(clicks_dir):
-        output = outputs[path] = folder / f"{input_name(path)}.json.gz"
+        output = outputs[path] = work_dir / "ranking" / f"{input_name(path)}.json.gz"
         made_from[path] = fingerprint(made_with, file_fingerprint(path))
         if not output.exists() or manifest.get(output.name) != [made_from[path], file_fingerprint(output)]:
             parts = [(where, output.with_name(f".{output.name}.{where.start}.tmp")) for where in file_ranges([path])]
@@ -89,7 +88,7 @@ def infer(clicks_dir=CLICKS_DIR, work_dir=WORK_DIR, top_k=TOP_K, **how):
         write_json(folder / "manifest.json", manifest)
         users += tally.lines - sum(tally.skipped.values())
     remove_leftovers(folder)  # of a task that was tried twice
-    for path in sorted(set(folder.glob("*.json.gz")) - set(outputs.values())):
+    for path in sorted(set((work_dir / "ranking").glob("*.json.gz")) - set(outputs.values())):
         print(f"{path}: no click file of this name any more; remove it if it should not be published", file=sys.stderr)
     ranked = len({where.path for where, *_ in tasks})
     print(f"{users:,} users ranked in {ranked:,} files, {len(outputs):,} files stand in {folder}")

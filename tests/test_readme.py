@@ -79,7 +79,12 @@ def test_commands_name_existing_files():
     scripts = [name for text in commands for name in re.findall(r"\bpython (\S+\.py)", text)]
     options = [name for text in commands for name in re.findall(r" -[rc] (\S+)", text)]
     assert set(scripts) == set(SCRIPTS) - {"model_tf2.py"}
-    assert set(options) == {"requirements.txt", "tests/requirements.txt", ".pytest.ini"}
+    assert set(options) == {
+        "requirements.txt",
+        "tests/requirements.txt",
+        "tests/cluster/requirements.txt",
+        ".pytest.ini",
+    }
     missing = [name for name in scripts + options if not (ROOT / name).is_file()]
     assert not missing
 
@@ -142,7 +147,7 @@ def assigned_names(script):
 def test_constants_named_in_the_text_are_in_the_table():
     listed = {names(name)[0] for name, *_ in table("name", "Constants")}
     mentioned = set(re.findall(r"`([A-Z][A-Z_]{3,})(?: = [^`]*)?`", README))
-    assert mentioned <= listed | {"BST_DSSM"}
+    assert mentioned <= listed | {"BST_DSSM", "TF_CONFIG", "PYSPARK_PYTHON"}
 
 
 def test_sample_lines_shown_are_in_the_sample():

@@ -1,6 +1,7 @@
 """What the cluster tests share: folders with small data, and bounded processes on loopback."""
 
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -11,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from bench.kill_battery import edit, fresh_folder
 from conftest import _clicks_like_real, _raw
 
-ROOT = Path(__file__).parents[2]
+ROOT, BIN = Path(__file__).parents[2], Path(sys.executable).parent
 SCRIPTS = "get_indexing.py,get_tfrecord.py,get_dataset.py,model_tf2.py,train.py,infer.py"
 QUIET = {"TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "", "PYTHONDONTWRITEBYTECODE": "1"}
 
@@ -52,13 +53,16 @@ def python(folder, script, **how):
     return well(run([sys.executable, f"{script}.py"], folder, **how))
 
 
-def submit(folder, script, master, *options, **how):
+def submit(folder, script, master):
     """Start a script with spark-submit."""
-    submitting = [sys.executable, "-m", "pyspark.find_spark_home"]
-    home = subprocess.run(submitting, check=True, capture_output=True, text=True).stdout.strip()
-    command = [f"{home}/bin/spark-submit", "--master", master, "--conf", "spark.ui.enabled=false", *options]
-    command += ["--py-files", SCRIPTS, f"{script}.py"]
-    return run(command, folder, PYSPARK_PYTHON=sys.executable, SPARK_LOCAL_IP="127.0.0.1", **how)
+    command = [str(BIN / "spark-submit"), "--master", master, "--py-files", SCRIPTS, f"{script}.py"]
+    return run(command, folder, PYSPARK_PYTHON=sys.executable)
+
+
+def as_the_readme_says(number, folder):
+    """Run the README's n-th command of this section in a folder, in the environment of the tests, to its good end."""
+    commands = re.findall(r"^```shell\n(.*?)^```$", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    return well(run(["bash", "-c", commands[number]], folder, PATH=f"{BIN}:{os.environ['PATH']}"))
 
 
 def addresses(number):

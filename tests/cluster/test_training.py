@@ -10,7 +10,7 @@ import h5py
 import numpy as np
 import pytest
 from bench.kill_battery import edit, wait_for
-from cluster import QUIET, ROOT, addresses, copy_of, python, run, small_folder, well
+from cluster import QUIET, ROOT, addresses, as_the_readme_says, copy_of, python, run, small_folder, well
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +72,13 @@ def test_two_workers_train_what_one_process_trains_and_save_it_once(records, alo
     expected, metrics = (json.loads((f / "data/work/model/metrics.json").read_text()) for f in (alone, folder))
     assert metrics["test"]["memory"] == expected["test"]["memory"]
     assert metrics["test"]["towers"] == pytest.approx(expected["test"]["towers"], abs=1e-2)
+
+
+def test_the_two_workers_of_the_readme_train_the_same(records, alone):
+    folder = copy_of(records, "readme")
+    out = as_the_readme_says(1, folder)
+    assert len([line for line in out.splitlines() if line.startswith("epoch 2, ")]) == 2
+    assert_same(folder, alone)
 
 
 def test_a_lost_worker_ends_the_others_and_starting_again_goes_on(records, alone):
