@@ -474,9 +474,11 @@ def map_files(function, tasks, desc, num_workers=NUM_WORKERS):
             idle.put(worker)
 
     # Ctrl-C reaches the whole group of processes: the workers inherit that it is blocked, and leave it to this one.
-    threads = ThreadPoolExecutor(num_workers, "map", signal.pthread_sigmask, (signal.SIG_BLOCK, {signal.SIGINT}))
+    threads = ThreadPoolExecutor(num_workers, "map", signal.pthread_sigmask, (signal.SIG_SETMASK, {signal.SIGINT}))
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})  # until `finally` will be run
     results = [threads.submit(run, task) for task in tasks]
     try:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         yield from bar(result.result() for result in results)
     finally:
         threads.shutdown(wait=False, cancel_futures=True)
