@@ -350,7 +350,10 @@ def metrics_of(ranks, num_columns):
 
 
 def choose_mix(batches, score, memories):
-    """Return the Mix with the best NDCG@10 on batches: first of the memory's own constants, then of its weight."""
+    """Return the Mix with the best NDCG@10 on batches: first of the memory's own constants, then of its weight.
+
+    A weight is judged by the mean of its own NDCG and those of the next lower and higher weight: a lone peak is noise.
+    """
 
     def memory_alone(_, videos, columns):
         for decay, memory in memories.items():
@@ -358,16 +361,23 @@ def choose_mix(batches, score, memories):
             for own_weight in OWN_WEIGHTS:
                 yield Mix(decay, own_weight, 1.0, 1.0), near + own_weight * own
 
+    results = evaluate(batches, score, memory_alone)
+    best = max(results, key=lambda choice: results[choice]["NDCG@10"])
+
     def mixed(logits, videos, columns):
         remembered = memories[best.decay].scores(videos, columns, best.own_weight)
         for memory_weight, temperature in itertools.product(MEMORY_WEIGHTS, TEMPERATURES):
-            choice = Mix(best.decay, best.own_weight, memory_weight, temperature)
-            yield choice, mix(logits, remembered, memory_weight, temperature)
+            yield (memory_weight, temperature), mix(logits, remembered, memory_weight, temperature)
 
-    for rankings in (memory_alone, mixed):
-        results = evaluate(batches, score, rankings)
-        best = max(results, key=lambda choice: results[choice]["NDCG@10"])
-    return best
+    results = evaluate(batches, score, mixed)
+
+    def steady(place, temperature):
+        weights = MEMORY_WEIGHTS[max(place - 1, 0) : place + 2]
+        return np.mean([results[weight, temperature]["NDCG@10"] for weight in weights])
+
+    choices = itertools.product(range(len(MEMORY_WEIGHTS)), TEMPERATURES)
+    place, temperature = max(choices, key=lambda choice: steady(*choice))
+    return Mix(best.decay, best.own_weight, MEMORY_WEIGHTS[place], temperature)
 
 
 def all_rankings(manifest, memory, chosen, work_dir):
