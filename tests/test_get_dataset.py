@@ -370,7 +370,9 @@ def test_nothing_counted_is_an_empty_table():
     assert table.weighted_rows(np.array([[0, 4]]), np.ones([1, 2])).tolist() == [[0, 0, 0]]
 
 
-def test_weighted_rows_equal_the_dense_matrix_product():
+@pytest.mark.parametrize("matrix_size", [0, 1000], ids=["sparse", "as a matrix"])
+def test_weighted_rows_equal_the_dense_matrix_product(monkeypatch, matrix_size):
+    monkeypatch.setattr(script, "MATRIX_SIZE", matrix_size)
     pairs, dense = random_pairs(20, 9, batches=3, size=25)
     counter = PairCounter(20, 9, width=9)
     for rows, columns, weight in pairs:
@@ -381,6 +383,7 @@ def test_weighted_rows_equal_the_dense_matrix_product():
     expected = np.array(
         [sum(w * dense[row] for row, w in zip(*line, strict=True)) for line in zip(rows, weights, strict=True)]
     )
+    assert (counter.table().matrix is None) == (matrix_size == 0)
     found = counter.table().weighted_rows(rows, weights)
     assert found.shape == (13, 9) and found.dtype == np.float64
     np.testing.assert_allclose(found, expected, atol=1e-12)

@@ -290,6 +290,16 @@ def stamp(path):
     return path.stat().st_mtime_ns, path.stat().st_ino
 
 
+def test_the_ranking_of_a_click_file_that_is_gone_is_kept_and_named(own, capsys):
+    asked = _raw(own / "asked", users=[("a", HEARD)], click_file="one") / "click_seq"
+    _raw(own / "asked", users=[("b", HEARD)], click_file="two")
+    _, two = infer(asked, own / "work", num_workers=1)
+    (asked / "two.json").unlink()
+    capsys.readouterr()
+    infer(asked, own / "work", num_workers=1)
+    assert two.exists() and f"{two}: no click file of this name any more" in capsys.readouterr().err
+
+
 def test_a_finished_file_is_not_computed_again(own):
     asked = _raw(own / "asked", users=[("a", HEARD)], click_file="one") / "click_seq"
     _raw(own / "asked", users=[("b", HEARD)], click_file="two")

@@ -221,6 +221,27 @@ def test_clicks_older_than_max_age_are_still_read():
     assert not close(model.user_vectors(videos, none)[0, -1], model.user_vectors(other, none)[0, -1], 1e-4)
 
 
+# ---------------------------------------------------------------- dropout
+
+
+def test_dropout_drops_its_share_and_keeps_the_sum_in_expectation():
+    dropped = model_tf2.drop_out(tf.ones([301, 77]), 0.3, tf.constant([1, 2], tf.int64)).numpy()
+    kept = 1 - 77 / 256  # the rate in 1 / 256
+    assert np.isin(dropped, [0, np.float32(1 / kept)]).all()
+    assert abs((dropped == 0).mean() - 0.3) < 0.01 and abs(dropped.mean() - 1) < 0.02
+    assert (
+        abs(np.corrcoef(dropped[:, :-1].ravel(), dropped[:, 1:].ravel())[0, 1]) < 0.03
+    )  # neighbours do not go together
+
+
+def test_dropout_is_that_of_its_seed_and_without_one_there_is_none():
+    states = tf.random.stateless_normal([9, 5], [3, 4])
+    first, again, other = (model_tf2.drop_out(states, 0.5, tf.constant([seed, 7], tf.int64)) for seed in (1, 1, 2))
+    assert np.array_equal(first, again) and not np.array_equal(first, other)
+    assert np.array_equal(model_tf2.drop_out(states, 0.5, None), states)
+    assert np.array_equal(model_tf2.drop_out(states, 0.0, tf.constant([1, 7], tf.int64)), states)
+
+
 # ---------------------------------------------------------------- losses
 
 

@@ -15,7 +15,7 @@ from conftest import _clicks_like_real, _raw
 import get_dataset
 import train as train_module
 from get_dataset import load_manifest, make_dataset
-from get_indexing import InputError, get_indexing
+from get_indexing import InputError, cluster_place, get_indexing
 from get_tfrecord import get_tfrecord, split_of
 from model_tf2 import MEMORY_CLICKS, PLAIN_TOWERS, Memory, build_model, count_clicks, count_memories
 from train import (
@@ -134,6 +134,18 @@ def test_gauc_is_the_mean_over_pairs_of_a_target_and_another_column():
     scores, targets = rng.permutation(40 * 7).reshape(40, 7), rng.integers(1, 8, 40)
     pairs = [scores[i, t - 1] > scores[i, c] for i, t in enumerate(targets) for c in range(7) if c != t - 1]
     assert metrics_of(rank_of(scores, targets), 7)["GAUC"].mean() == pytest.approx(np.mean(pairs))
+
+
+# ---------------------------------------------------------------- places in a cluster
+
+
+@pytest.mark.parametrize(
+    ("kind", "number", "place"), [("chief", 0, (0, 3)), ("worker", 0, (1, 3)), ("worker", 1, (2, 3))]
+)
+def test_the_chief_comes_before_the_workers(monkeypatch, kind, number, place):
+    cluster = {"worker": ["a:1", "b:1"], "chief": ["c:1"]}
+    monkeypatch.setenv("TF_CONFIG", json.dumps({"cluster": cluster, "task": {"type": kind, "index": number}}))
+    assert cluster_place() == place
 
 
 # ---------------------------------------------------------------- evaluation
