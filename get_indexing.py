@@ -1,18 +1,20 @@
 """Number the videos and the columns: the first step of the chain.
 
-Reads   DATA_DIR/cid2vids*.json[.gz]    {"cid": "c7", "vids": ["v1", "v2"], "name": "..."}
-        DATA_DIR/vid2title*.json[.gz]   {"vid": "v1", "title": "..."}                        (optional)
-        DATA_DIR/click_seq/*.json[.gz]  only where there is no vid2title file
+Reads   DATA_DIR/cid2vids*    {"cid": "c7", "vids": ["v1", "v2"], "name": "..."}     a JSON line each; files end in
+        DATA_DIR/vid2title*   {"vid": "v1", "title": "..."}           (optional)    .json or .jsonl, plain or .gz
+        DATA_DIR/click_seq/*  only where there is no vid2title file
 Writes  WORK_DIR/indexing/vid2idx.json  {"v1": 2, ...}        0 is padding, 1 any unknown video
         WORK_DIR/indexing/cid2vidx.json {"c7": [2, 3], ...}   a column's number is its place, from 1
 
     python get_indexing.py
 
 Numbers are for life: a later run keeps every number given, appends what is new and empties the columns that went.
+The second half of this file is the toolbox of all six scripts: the index, reading, writing, custody, running.
 """
 
 import collections
 import contextlib
+import errno
 import fcntl
 import functools
 import gzip
@@ -24,7 +26,6 @@ import os
 import signal
 import sys
 import threading
-import time
 import uuid
 import zlib
 from pathlib import Path
@@ -36,26 +37,27 @@ MIN_CLICKS = 5  # clicks that put a video into the vocabulary where there is no 
 MAX_BAD_FRACTION = 0.01  # of a file's lines; more bad lines stop the run
 MAX_LINE_BYTES = 32 << 20  # a longer line is skipped: about 2.5 million clicks of one user
 MAX_ID_CHARS = 1000  # of a user, video or column; a line with a longer id is skipped
-RANGE_BYTES = 4 << 20  # of an input file: the work of one task
-NUM_WORKERS = os.cpu_count()  # processes that work on files
+RANGE_BYTES = 4 << 20  # of input files: the work of one task
+NUM_WORKERS = None  # processes that work on files; None: one for each core
 
 PAD, UNKNOWN, FIRST_VIDEO = 0, 1, 2  # video numbers; as a column number 0 means no column
+ENDINGS = (".json", ".jsonl", ".json.gz", ".jsonl.gz")  # of the files that are read
+UNPACKS_TO = 8  # bytes that one of a gzip file holds, or so
 
 
-def get_indexing(data_dir=DATA_DIR, work_dir=WORK_DIR, min_clicks=MIN_CLICKS):
+def get_indexing(data_dir=DATA_DIR, work_dir=WORK_DIR, min_clicks=MIN_CLICKS, num_workers=NUM_WORKERS):
     """Write the index of data_dir's videos and columns, continuing the one that stands, and return it."""
-    data_dir = Path(data_dir)
+    data_dir, old = Path(data_dir), load_index(work_dir, new=True)
     columns, catalogue = read_columns(data_dir), dict(read_all(data_dir, "vid2title*", parse_title))
     shelved = dict.fromkeys(vid for vids in columns.values() for vid in vids)
     if not find_files(data_dir, "vid2title*", required=False):
-        catalogue = dict.fromkeys(clicked_videos(data_dir, shelved, columns, min_clicks))
+        known = {**old.videos, **shelved}, {**old.columns, **columns}
+        catalogue = dict.fromkeys(clicked_videos(data_dir, *known, min_clicks, num_workers))
 
-    old = load_index(work_dir, new=True)
     videos = dict(old.videos)
     for vid in itertools.chain(shelved, catalogue):
         videos.setdefault(vid, FIRST_VIDEO + len(videos))
     numbered = {cid: [videos[vid] for vid in columns.get(cid, ())] for cid in {**old.columns, **columns}}
-
     if not videos:
         raise InputError(
             f"{data_dir.absolute()}: no video in any column, and none in a catalogue or clicked often enough"
@@ -88,52 +90,89 @@ def read_columns(data_dir):
 
 def read_names(data_dir):
     """Return ({vid: title}, {cid: name}) as far as the raw data names them."""
-    columns = read_all(data_dir, "cid2vids*", parse_column)
-    return dict(read_all(data_dir, "vid2title*", parse_title)), {cid: name for cid, _, name in columns if name}
+    titles, columns = read_all(data_dir, "vid2title*", parse_title), read_all(data_dir, "cid2vids*", parse_column)
+    return {vid: title for vid, title in titles if title}, {cid: name for cid, _, name in columns if name}
 
 
-def clicked_videos(data_dir, shelved, columns, min_clicks):
-    """Return the videos with at least min_clicks clicks, most clicked first."""
-    tasks = [(where, shelved, columns) for where in file_ranges(find_files(Path(data_dir, "click_seq")))]
-    totals, tallies = collections.Counter(), {}
-    for counts, tally in map_files(count_videos, tasks, desc="count clicks"):
-        totals.update(counts)
-        tallies.setdefault(tally.path, Tally(tally.path)).append(tally)
-    for tally in tallies.values():
-        tally.check()
-    enough = [vid for vid, clicks in totals.items() if clicks >= min_clicks and 0 < len(vid) <= MAX_ID_CHARS]
-    return sorted(enough, key=lambda vid: (-totals[vid], vid))
+def clicked_videos(data_dir, videos, columns, min_clicks, num_workers=None):
+    """Return the videos with at least min_clicks clicks, most clicked first; videos and columns are those known."""
+    tasks, tallies = cut_files(find_files(Path(data_dir, "click_seq"))), Tallies()
+    clicks, tails = collections.Counter(), set()
+    count = functools.partial(count_videos, videos=videos, columns=columns)
+    with map_files(count, tasks, "count clicks", num_workers) as results:
+        for of_task in results:
+            tallies.extend(of_task[0])
+            clicks.update(of_task[1])
+            tails |= of_task[2]
+    tallies.check()
+    clicks = own_clicks(clicks, tails, videos)
+    enough = (vid for vid, number in clicks.items() if number >= min_clicks and 0 < len(vid) <= MAX_ID_CHARS)
+    return sorted(enough, key=lambda vid: (-clicks[vid], vid))
 
 
-def count_videos(task):
-    """Return (clicks of each video, tally) of one FileRange."""
-    where, shelved, columns = task
-    tally = Tally(where.path)
-    clicks = itertools.chain.from_iterable(clicks for _, clicks in read_records(tally, parse_clicks, *where[1:]))
-    return collections.Counter(split_click(click, shelved, columns)[0] for click in clicks), tally
+def count_videos(ranges, videos, columns):
+    """Return ([Tally, ...], clicks of each video, what stood for a column after a known video) of FileRanges."""
+    tallies, counts, tails = [], collections.Counter(), set()
+    for file_range in ranges:
+        tallies.append(Tally(file_range.path))
+        for _, clicks in read_records(tallies[-1], parse_clicks, file_range):
+            for click in clicks:
+                vid, cid = split_click(click, videos, columns)
+                counts[vid] += 1
+                if cid is None and vid != click:
+                    tails.add(click[len(vid) + 1 :])
+    return tallies, counts, tails
+
+
+def own_clicks(clicks, tails, videos):
+    """Return the clicks of each video, given those of each text that no known column ends.
+
+    "<vid>_<anything>" of a video that was also clicked by itself is a click on that video. Where <anything> comes after
+    several videos it is taken for a column that is away, and the text for no video: once in the index, it would be one for life.
+    """
+    unknown = [text for text in clicks if text not in videos]
+    ends = collections.Counter(text[at + 1 :] for text in unknown for at in underscores(text))
+    own = collections.Counter()
+    for text, number in clicks.items():
+        places = [] if text in videos else list(underscores(text))
+        heads = [text[:at] for at in places if text[:at] in clicks]
+        if heads:
+            own[heads[-1]] += number
+        elif not any(ends[end] > 1 or end in tails for end in (text[at + 1 :] for at in places)):
+            own[text] += number
+    return own
 
 
 def split_click(click, videos, columns):
     """Return (vid, cid) of a click "<vid>_<cid>" or (vid, None) of "<vid>", where both ids may contain underscores.
 
     A known video as a whole is a plain click; else the split with both sides known; else the longest known column
-    after an underscore, whose video is unknown; else the whole is an unknown video.
+    after an underscore, whose video is unknown; else the longest known video before one, in no known column (then vid
+    is not the whole click); else the whole is an unknown video.
     """
     if click in videos:
         return click, None
     vid, _, cid = click.partition("_")
     if vid in videos and cid in columns:  # the usual case, and the first that the loop would find
         return vid, cid
-    unknown = None
-    at = click.find("_", max(0, len(click) - MAX_ID_CHARS - 1))
-    while at >= 0:
+    unknown_video = unknown_column = None
+    for at in underscores(click):
         vid, cid = click[:at], click[at + 1 :]
         if cid in columns:
             if vid in videos:
                 return vid, cid
-            unknown = unknown or (vid, cid)
-        at = click.find("_", at + 1)
-    return unknown or (click, None)
+            unknown_video = unknown_video or (vid, cid)
+        elif vid in videos:
+            unknown_column = vid, None
+    return unknown_video or unknown_column or (click, None)
+
+
+def underscores(text):
+    """Yield the places of a text's underscores that an id can end before or begin after."""
+    at = text.find("_")
+    while at >= 0:
+        yield at
+        at = text.find("_", at + 1 if at < MAX_ID_CHARS else max(at + 1, len(text) - MAX_ID_CHARS - 1))
 
 
 # ---------------------------------------------------------------- one line of each raw format
@@ -145,41 +184,40 @@ def parse_column(record):
     if type(vids) is str:
         vids = [vid.strip() for vid in vids.split(",")]
     if type(vids) is not list:
-        raise BadLine("wrong type")
+        raise BadLine("wrong type of vids")
     name = record.get("name")
-    return text_id(record["cid"]), [text_id(v) for v in vids if v != ""], name if type(name) is str else None
+    vids = [text_id(vid, "vids") for vid in vids if vid != ""]
+    return text_id(record["cid"], "cid"), vids, name if type(name) is str else None
 
 
 def parse_title(record):
-    """{"vid", "title"} -> (vid, title)."""
+    """{"vid", "title"} -> (vid, title); a title of null costs the title alone."""
     title = record["title"]
-    if type(title) is not str:
-        raise BadLine("wrong type")
-    return text_id(record["vid"]), title
+    if type(title) is not str and title is not None:
+        raise BadLine("wrong type of title")
+    return text_id(record["vid"], "vid"), title
 
 
 def parse_clicks(record):
     """{"uid", "click_seq"} -> (uid, [click, ...])."""
     clicks = record["click_seq"]
-    if type(clicks) is not list:
-        raise BadLine("wrong type")
-    types = set(map(type, clicks))
+    types = set(map(type, clicks)) if type(clicks) is list else {type(clicks), list}
     if not types <= {str, int}:
-        raise BadLine("wrong type")
-    return text_id(record["uid"]), list(map(str, clicks)) if int in types else clicks
+        raise BadLine("wrong type of click_seq")
+    return text_id(record["uid"], "uid"), list(map(str, clicks)) if int in types else clicks
 
 
-def text_id(value):
+def text_id(value, key):
     """Return an id as text: a string as it is, an integer in decimal."""
     text = str(value) if type(value) is int else value
     if type(text) is not str:
-        raise BadLine("wrong type")
+        raise BadLine(f"wrong type of {key}")
     if not 0 < len(text) <= MAX_ID_CHARS:
         raise BadLine("id too long" if text else "empty id")
     return text
 
 
-# ---------------------------------------------------------------- helpers of the whole chain: the index
+# ---------------------------------------------------------------- toolbox: the index
 
 
 class Index(NamedTuple):
@@ -193,10 +231,17 @@ class Index(NamedTuple):
         videos, columns = list(self.videos)[:num_videos], list(self.columns)[:num_columns]
         return {"videos": len(videos), "columns": len(columns), "sha256": fingerprint(videos, columns)}
 
-    def check(self, made_with, what, script):
-        """Refuse the file `what`, made with the index of that fingerprint, unless this index continues it."""
-        if self.fingerprint(made_with["videos"], made_with["columns"]) != made_with:
-            raise InputError(f"{what} was made with another index than indexing/vid2idx.json; run {script} again")
+    def continues(self, made_with):
+        """Return whether this index is the one of that fingerprint, grown perhaps."""
+        return self.fingerprint(made_with["videos"], made_with["columns"]) == made_with
+
+    def check(self, made_with, path, script):
+        """Refuse the file at path, made with the index of that fingerprint, unless this index continues it."""
+        if not self.continues(made_with):
+            raise InputError(
+                f"{path} was made with another index ({made_with}) than indexing/vid2idx.json ({self.fingerprint()}); "
+                f"run {script} again"
+            )
 
 
 def load_index(work_dir=WORK_DIR, new=False):
@@ -215,7 +260,7 @@ def load_index(work_dir=WORK_DIR, new=False):
     return index
 
 
-# ---------------------------------------------------------------- helpers: reading
+# ---------------------------------------------------------------- toolbox: reading
 
 
 class InputError(ValueError):
@@ -227,14 +272,23 @@ class BadLine(ValueError):
 
 
 class Tally:
-    """Counts of one file's lines: all, skipped by reason, and the first few that were skipped (line number, reason)."""
+    """Counts of one file's lines: all, skipped by reason, the first few skipped (line number, reason); and a digest.
 
-    def __init__(self, path, lines=0, skipped=None, first=None):
-        self.path, self.lines, self.skipped, self.first = path, lines, skipped or {}, first or []
+    The digest is a sum over the lines, so the ranges of a file add up to that of the file, however it was cut.
+    """
+
+    def __init__(self, path):
+        self.path, self.lines, self.skipped, self.first, self.digest = path, 0, collections.Counter(), [], 0
+
+    def count(self, line, place):
+        """Count a line, bytes that begin at that place of the file."""
+        self.lines += 1
+        digest = hashlib.blake2b(line, digest_size=32, salt=place.to_bytes(16, "big")).digest()
+        self.digest = (self.digest + int.from_bytes(digest, "big")) % (1 << 256)
 
     def skip(self, reason):
         """Count the line just read as skipped."""
-        self.skipped[reason] = self.skipped.get(reason, 0) + 1
+        self.skipped[reason] += 1
         if reason != "blank" and len(self.first) < 3:
             self.first.append((self.lines, reason))
 
@@ -242,19 +296,41 @@ class Tally:
         """Add the counts of the byte range that follows in the file."""
         self.first = (self.first + [(self.lines + line, reason) for line, reason in tally.first])[:3]
         self.lines += tally.lines
-        for reason, count in tally.skipped.items():
-            self.skipped[reason] = self.skipped.get(reason, 0) + count
+        self.skipped.update(tally.skipped)
+        self.digest = (self.digest + tally.digest) % (1 << 256)
+
+    def hexdigest(self):
+        """Return what identifies the lines counted."""
+        return f"{self.digest:064x}"
 
     def check(self):
         """Report the skipped lines of the whole file, blank ones apart; raise InputError if they are too many."""
-        bad = sum(self.skipped.values()) - self.skipped.get("blank", 0)
+        bad = self.skipped.total() - self.skipped["blank"]
         if not bad:
             return
-        where = ", ".join(f"line {line}: {reason}" for line, reason in self.first)
-        message = f"{self.path}: {bad:,} of {self.lines:,} lines are bad ({where}{', ...' if bad > 3 else ''})"
+        places = ", ".join(f"line {line}: {reason}" for line, reason in self.first)
+        message = f"{self.path}: {bad:,} of {self.lines:,} lines are bad ({places}{', ...' if bad > 3 else ''})"
         if bad > MAX_BAD_FRACTION * self.lines:
             raise InputError(f"{message}, more than MAX_BAD_FRACTION = {MAX_BAD_FRACTION}; mend the file")
         print(f"{message}: skipped", file=sys.stderr)
+
+
+class Tallies(dict):
+    """{path: Tally of the whole file}, put together from those of its ranges, which must come in order."""
+
+    def extend(self, tallies):
+        """Add the Tallies of the ranges that follow."""
+        for tally in tallies:
+            self.setdefault(tally.path, Tally(tally.path)).append(tally)
+
+    def check(self):
+        """Check them all."""
+        for tally in self.values():
+            tally.check()
+
+    def digests(self):
+        """Return {file name: digest}: the content of the files, however they were cut and whatever folder holds them."""
+        return {Path(path).name: tally.hexdigest() for path, tally in self.items()}
 
 
 def read_all(data_dir, pattern, parse):
@@ -266,56 +342,72 @@ def read_all(data_dir, pattern, parse):
 
 
 def find_files(folder, pattern="*", required=True):
-    """Return the paths of folder's pattern.json and .json.gz files, sorted by name."""
+    """Return the paths of folder's files of that name that end in ENDINGS, by name; the others are named."""
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"{folder.absolute()}: no such folder; put the raw data there or edit DATA_DIR")
-    paths = {}
-    for path in sorted([*folder.glob(pattern + ".json"), *folder.glob(pattern + ".json.gz")]):
-        if (name := input_name(path)) in paths:
+    paths, others = {}, []
+    for path in sorted(folder.glob(pattern)):
+        if path.name.startswith("."):
+            continue
+        if not path.name.endswith(ENDINGS) or path.is_dir():
+            others.append(path.name)
+        elif (name := input_name(path)) in paths:
             raise InputError(f"{path} and {paths[name]} have the same name; remove one")
-        paths[name] = str(path.absolute())
+        else:
+            paths[name] = str(path.absolute())
+    if others and required:
+        few = ", ".join(others[:5]) + (", ..." if len(others) > 5 else "")
+        print(f"{folder}: {len(others):,} not read ({few}); files end in {', '.join(ENDINGS)}", file=sys.stderr)
     if required and not paths:
-        raise InputError(f"{folder.absolute()}: no {pattern}.json or {pattern}.json.gz file")
+        raise InputError(f"{folder.absolute()}: no {pattern}.json, .jsonl, .json.gz or .jsonl.gz file")
     return list(paths.values())
 
 
 def input_name(path):
-    """Return a file's name without .json or .json.gz."""
-    return Path(path).name.removesuffix(".gz").removesuffix(".json")
+    """Return a file's name without its ending."""
+    return Path(path).name.removesuffix(".gz").removesuffix(".json").removesuffix(".jsonl")
 
 
 class FileRange(NamedTuple):
-    """The lines that begin in bytes [start, end) of a file: the work of one task."""
+    """The lines that begin in bytes [start, end) of a file; end is None to the end, of a compressed file."""
 
     path: str
-    start: int
-    end: int | None  # None: to the end, of a compressed file
+    start: int = 0
+    end: int | None = None
 
 
-def file_ranges(paths, range_bytes=RANGE_BYTES):
-    """Return the FileRanges that cover the files; a compressed file cannot be cut."""
-    ranges = []
+def cut_files(paths, range_bytes=None):
+    """Return the tasks that cover the files, lists of FileRanges of range_bytes (RANGE_BYTES) or so between them.
+
+    A large file is cut, small ones are put together, and a compressed one stays whole.
+    """
+    range_bytes, tasks, room = range_bytes or RANGE_BYTES, [], 0
     for path in paths:
-        if path.endswith(".gz"):
-            ranges.append(FileRange(path, 0, None))
-        else:
-            starts = range(0, max(os.path.getsize(path), 1), range_bytes)
-            ranges += [FileRange(path, start, start + range_bytes) for start in starts]
-    return ranges
+        size = os.path.getsize(path)
+        cuts = [None] if path.endswith(".gz") else range(range_bytes, max(size, 1) + range_bytes, range_bytes)
+        start = 0
+        for end in cuts:
+            length = size * UNPACKS_TO if end is None else min(end, size) - start
+            if not tasks or length > room:
+                tasks.append([])
+                room = range_bytes
+            tasks[-1].append(FileRange(path, start, end))
+            start, room = end, room - length
+    return tasks
 
 
-def read_records(tally, parse, start=0, end=None):
-    """Yield parse(record) of the good lines that begin in bytes [start, end) of tally.path, counting all in tally."""
-    for line in read_lines(tally.path, start, end):
-        tally.lines += 1
+def read_records(tally, parse, file_range=None):
+    """Yield parse(record) of the good lines of a FileRange, of the whole tally.path without; all count in the tally."""
+    for line, place in read_lines(file_range or FileRange(tally.path)):
+        tally.count(line, place)
         try:
             if len(line) > MAX_LINE_BYTES:
                 raise BadLine("too long")
             text = line.decode("utf-8-sig" if tally.lines == 1 else "utf-8")
             record = json.loads(text)
             if type(record) is not dict:
-                raise BadLine("wrong type")
+                raise BadLine("wrong type of line")
             if "\\u" in text:  # an escaped half of a character has no UTF-8
                 json.dumps(record, ensure_ascii=False).encode()
             parsed = parse(record)
@@ -326,43 +418,44 @@ def read_records(tally, parse, start=0, end=None):
         except KeyError as key:
             tally.skip(f"no {key.args[0]}")
         except (ValueError, RecursionError):
-            tally.skip("not JSON" if line.strip() else "blank")
+            tally.skip("not JSON" if text.strip() else "blank")
         else:
             yield parsed
 
 
-def read_lines(path, start=0, end=None):
-    """Yield the lines, as bytes, that begin in [start, end); of one over MAX_LINE_BYTES only its beginning."""
+def read_lines(file_range):
+    """Yield (line, place in the file) of a FileRange, as bytes; of a line over MAX_LINE_BYTES only its beginning."""
+    path, start, end = file_range
     if path.endswith(".gz") and not os.path.getsize(path):
         raise InputError(f"{path}: an empty gzip file; copy it again")
     try:
         with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as file:
             if start:  # the line under way at `start` belongs to the range before
                 file.seek(start - 1)
-                start += skip_line(file) - 1
+                start += skip_line(file, end) - 1
             while end is None or start < end:
                 line = file.readline(MAX_LINE_BYTES + 1)
                 if not line:
                     return
+                yield line, start
                 start += len(line)
                 if len(line) > MAX_LINE_BYTES and not line.endswith(b"\n"):
-                    start += skip_line(file)
-                yield line
+                    start += skip_line(file, end)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise InputError(f"{path}: not a whole gzip file ({error}); copy it again") from error
 
 
-def skip_line(file):
-    """Read to the end of the line and return how many bytes that was."""
-    skipped = 0
-    while part := file.readline(1 << 20):
+def skip_line(file, end=None):
+    """Read to the end of the line, or beyond byte `end` if that comes first, and return how many bytes that was."""
+    skipped, left = 0, float("inf") if end is None else end - file.tell()
+    while skipped <= left and (part := file.readline(1 << 20)):
         skipped += len(part)
         if part.endswith(b"\n"):
             break
     return skipped
 
 
-# ---------------------------------------------------------------- helpers: writing
+# ---------------------------------------------------------------- toolbox: writing
 
 
 @contextlib.contextmanager
@@ -387,10 +480,15 @@ def remove_leftovers(folder):
 
 
 def sync(path):
-    """Wait until a file or folder is on disk."""
+    """Wait until a file or folder is on disk, where its file system can do that."""
     descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def write_json(path, value):
@@ -413,9 +511,12 @@ def read_json(path, script):
     return value
 
 
+# ---------------------------------------------------------------- toolbox: custody
+
+
 def fingerprint(*parts):
     """Return the SHA-256 of values as JSON."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=repr).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def file_fingerprint(path):
@@ -427,115 +528,145 @@ def file_fingerprint(path):
     return digest.hexdigest()
 
 
-def constants(*scripts):
-    """Return the constants of scripts, {name: value}: all that shapes their output, so no folders and worker counts."""
-    values = {name: value for script in scripts for name, value in vars(importlib.import_module(script)).items()}
-    return {name: values[name] for name in values if name.isupper() and not name.endswith(("_DIR", "_WORKERS"))}
+def check_same(path, made_with, now, script):
+    """Refuse the file at path where an entry of what it was made with, a dict, is another now."""
+    for name, value in now.items():
+        if made_with.get(name) != value:
+            raise InputError(f"{path}: made with {name} = {made_with.get(name)}, now it is {value}; run {script} again")
 
 
-# ---------------------------------------------------------------- helpers: running
+# ---------------------------------------------------------------- toolbox: running
 
 
+@contextlib.contextmanager
 def map_files(function, tasks, desc, num_workers=NUM_WORKERS):
-    """Yield function(task) of each task, in order, computed by spawned worker processes with a progress bar.
+    """Give an iterator over function(task) of each task, in order, computed by spawned worker processes.
 
-    Started by spark-submit, the Spark cluster computes it. A task is a tuple that begins with its FileRange, by which
-    InputError names the file at which a worker died; it may be tried twice, even at the same time.
+    Started by spark-submit, the Spark cluster computes them. The function, a functools.partial say, is sent to each worker
+    once; a task may be tried twice, even at the same time. Where the block ends, however, no worker is left.
     """
+    bar = functools.partial(progress, total=len(tasks), desc=desc, unit="part")
+    num_workers = min(num_workers or count_cores(), len(tasks))
     if "PYSPARK_GATEWAY_PORT" in os.environ:
-        yield from map_on_spark(function, tasks)
+        yield map_on_spark(function, tasks)
+        return
+    if num_workers <= 1:
+        yield bar(map(function, tasks))
         return
     import multiprocessing
-    from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-    from concurrent.futures.process import BrokenProcessPool
-    from queue import SimpleQueue
+    from concurrent.futures import ProcessPoolExecutor
 
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy in the workers, which are as many as the cores
+    signals = {signal.SIGINT, signal.SIGTERM}
+    pool = ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn"), start_worker, (function,))
+    try:
+        # A signal that comes while workers are started waits; they inherit that, and leave Ctrl-C to this process.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+        results = pool.map(run_task, tasks)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        yield bar(named_deaths(results))
+    finally:
+        for process in multiprocessing.active_children():
+            process.kill()
+        pool.shutdown(cancel_futures=True)
+
+
+def progress(items, total, desc, unit):
+    """Return items with a progress bar, which is seen on a terminal only and goes when it is done."""
     from tqdm import tqdm
 
-    bar = functools.partial(tqdm, total=len(tasks), desc=desc, unit="part", disable=None)
-    num_workers = min(num_workers, len(tasks))
-    if num_workers <= 1:
-        yield from bar(map(function, tasks))
-        return
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy in the workers, which are as many as the cores
-    idle, spawn = SimpleQueue(), multiprocessing.get_context("spawn")
-    for _ in range(num_workers):  # a pool each, so that it is known which task a dead process had
-        idle.put(ProcessPoolExecutor(1, spawn, initializer=end_with_parent))
+    on_terminal = sys.stderr is not None and sys.stderr.isatty()
+    return tqdm(items, total=total, desc=desc, unit=unit, leave=False, disable=not on_terminal)
 
-    def run(task):
-        worker = idle.get()
-        try:
-            return worker.submit(function, task).result()
-        except BrokenProcessPool as error:
-            raise InputError(
-                f"{task[0].path}: the worker process died, for lack of memory perhaps; run again"
-            ) from error
-        finally:
-            idle.put(worker)
 
-    # Ctrl-C reaches the whole group of processes: the workers inherit that it is blocked, and leave it to this one.
-    threads = ThreadPoolExecutor(num_workers, "map", signal.pthread_sigmask, (signal.SIG_SETMASK, {signal.SIGINT}))
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})  # until `finally` will be run
-    results = [threads.submit(run, task) for task in tasks]
+def start_worker(function):
+    """Make this process a worker, which ends when the one that started it does, however that ended."""
+    import multiprocessing
+
+    def end_with_parent():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    run_task.function = function
+
+
+def run_task(task):
+    """Return what a worker's function makes of a task."""
+    return run_task.function(task)
+
+
+def named_deaths(results):
+    """Yield results; the death of a worker becomes an InputError."""
+    from concurrent.futures.process import BrokenProcessPool
+
     try:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        yield from bar(result.result() for result in results)
-    finally:
-        threads.shutdown(wait=False, cancel_futures=True)
-        while True:  # a worker that is only starting is not among the children yet
-            for process in multiprocessing.active_children():
-                process.terminate()
-            if all(result.done() for result in results):
-                break
-            time.sleep(0.05)
+        yield from results
+    except BrokenProcessPool as error:
+        raise InputError(
+            "a worker process died, for lack of memory perhaps; run again, or lower NUM_WORKERS"
+        ) from error
 
 
 def map_on_spark(function, tasks):
-    """Return function(task) of each task, in order, computed by the executors, which import function's own script."""
+    """Yield function(task) of each task, in order, computed by the executors, which import function's own script."""
     from pyspark import SparkContext
 
     shared = importlib.import_module("get_indexing")  # this module as the executors know it, not as __main__
-    script = Path(sys.argv[0]).stem if function.__module__ == "__main__" else function.__module__
-    attempt = functools.partial(shared.attempt, script, function.__name__)
-    outcomes = SparkContext.getOrCreate().parallelize(tasks, max(len(tasks), 1)).map(attempt).collect()
-    for outcome in outcomes:
-        if isinstance(outcome, shared.InputError | OSError):
-            raise InputError(outcome)
-    return outcomes
+    work = function if isinstance(function, functools.partial) else functools.partial(function)
+    script = Path(sys.argv[0]).stem if work.func.__module__ == "__main__" else work.func.__module__
+    attempt = functools.partial(shared.attempt, script, work.func.__name__, work.args, work.keywords)
+    context = SparkContext.getOrCreate()
+    at_once = 8 * context.defaultParallelism  # results that wait here
+    for start in range(0, len(tasks), at_once):
+        part = tasks[start : start + at_once]
+        for outcome in context.parallelize(part, len(part)).map(attempt).collect():
+            if isinstance(outcome, shared.InputError | OSError):
+                raise InputError(outcome)
+            yield outcome
 
 
-def attempt(script, name, task):
+def attempt(script, name, args, keywords, task):
     """Return what the script's function of that name makes of a task, or the error that is worth one line."""
     try:
-        return getattr(importlib.import_module(script), name)(task)
+        return getattr(importlib.import_module(script), name)(*args, task, **keywords)
     except (InputError, OSError) as error:
         return error
 
 
-def end_with_parent():
-    """Let this worker process end when the process that started it does, however that ended."""
-    import multiprocessing
-
-    def wait():
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
+def count_cores():
+    """Return how many cores this process may use: those of its affinity, within its control group's share of time."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return max(1, min(cores, int(quota) // int(period)))
+    except (OSError, ValueError):  # no control group, or one without a limit
+        return cores
 
 
 def cluster_place():
     """Return (this process's place, number of processes) in the training cluster of TF_CONFIG; (0, 1) without one."""
     try:
-        config = json.loads(os.environ.get("TF_CONFIG", '{"cluster": {"worker": [""]}, "task": {}}'))
-        workers = [(kind, n) for kind in ("chief", "worker") for n in range(len(config["cluster"].get(kind, [])))]
-        return workers.index((config["task"].get("type", "worker"), config["task"].get("index", 0))), len(workers)
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        config = json.loads(os.environ.get("TF_CONFIG") or "{}")
+        cluster, task = config.get("cluster"), config.get("task", {})
+        if not cluster:
+            return 0, 1
+        workers = [(kind, n) for kind in ("chief", "worker") for n in range(len(cluster.get(kind, [])))]
+        return workers.index((task.get("type", "worker"), int(task.get("index", 0)))), len(workers)
+    except (ValueError, AttributeError, TypeError) as error:
         raise InputError(f"TF_CONFIG names no chief or worker of its cluster ({error}); see README.md") from error
 
 
 def run_script(main, work_dir=WORK_DIR):
     """Run a script's main(): what is the input's fault, and a signal, end with one line and exit status 1."""
     name = Path(sys.argv[0]).name
+    if sys.argv[1:] == ["--help"]:
+        print(sys.modules["__main__"].__doc__)
+        return
+    if sys.argv[1:]:
+        sys.exit(f"{name}: takes no arguments, not {' '.join(sys.argv[1:])!r}; edit the constants at its top")
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # None: closed
+        stream.reconfigure(line_buffering=True, errors="backslashreplace")
 
     def stop(number, _):
         raise KeyboardInterrupt("terminated" if number == signal.SIGTERM else "interrupted")
@@ -543,19 +674,24 @@ def run_script(main, work_dir=WORK_DIR):
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
     try:
-        Path(work_dir).mkdir(parents=True, exist_ok=True)
-        place, _ = cluster_place()  # the workers of a cluster share the folder
-        with open(Path(work_dir, f".{name}{place or ''}.lock"), "w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise InputError(f"another {name} is at work in {Path(work_dir).absolute()}; let it end") from error
+        with only_one(name, Path(work_dir)):
             main()
     except (InputError, OSError, KeyboardInterrupt) as error:
-        message = f"{name}: {error}"
-    else:
-        return
-    sys.exit(message)  # outside the except block: main()'s frames are gone, and map_files has ended its workers
+        sys.exit(f"{name}: {error}")
+
+
+@contextlib.contextmanager
+def only_one(name, work_dir):
+    """Let no second script of this name work in work_dir meanwhile; each worker of a cluster is one of its own."""
+    work_dir.mkdir(parents=True, exist_ok=True)
+    with open(work_dir / f".{name}{cluster_place()[0] or ''}.lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(f"another {name} is at work in {work_dir.absolute()}; let it end") from error
+        except OSError as error:  # a file system without locks
+            print(f"{name}: {work_dir.absolute()} cannot be locked ({error}); run one at a time", file=sys.stderr)
+        yield
 
 
 def main():

@@ -1,34 +1,36 @@
-"""Cut each user's clicks into windows and write them as TFRecord shards, split by user.
+"""Cut each user's clicks into windows, hold out the last column click of some users, and write all as TFRecord shards.
 
-Reads   DATA_DIR/click_seq/*.json[.gz]   {"uid": "u1", "click_seq": ["v1", "v2_c7"]}, oldest click first
+Reads   DATA_DIR/click_seq/*   {"uid": "u1", "click_seq": ["v1", "v2_c7"]}, a line a user, oldest click first
         WORK_DIR/indexing/
-Writes  WORK_DIR/tfrecord/{train,val,test}-*.tfrecord   one tf.train.SequenceExample per window
-        WORK_DIR/tfrecord/part-*.json                   what is in the shards of one byte range of the input
+Writes  WORK_DIR/tfrecord/{train,val,test}-*.tfrecord   one tf.train.SequenceExample for each window
+        WORK_DIR/tfrecord/part-*.json                   what is in the shards of one task
         WORK_DIR/tfrecord/manifest.json                 last: what all shards hold and what they were made from
 
     python get_tfrecord.py
 
 A window is one record with its clicks stored once; every column click in it that has a history is a training target.
+What is held out is what is served: of some users the last click in a current column, after everything that they did before.
 """
 
 import collections
 import contextlib
 import functools
 import hashlib
-import shutil
+import heapq
+import math
+import sys
 from pathlib import Path
-
-import numpy as np
 
 from get_indexing import (
     DATA_DIR,
+    NUM_WORKERS,
     UNKNOWN,
     WORK_DIR,
     InputError,
+    Tallies,
     Tally,
-    constants,
+    cut_files,
     file_fingerprint,
-    file_ranges,
     find_files,
     fingerprint,
     load_index,
@@ -46,110 +48,209 @@ from get_indexing import (
 USER_MAX_LEN = 50  # clicks in a window, and the most that the user tower reads
 WINDOW_OVERLAP = 16  # clicks that a window repeats from the one before it: the history of its first target
 MIN_HISTORY = 1  # clicks that a target must have before it
-VAL_RATIO = 0.05  # of the users
-TEST_RATIO = 0.05  # of the users
+HELD_OUT_USERS = 3000  # for validation, and as many for the test; of fewer users half each
+SKETCH_SIZE = 4096  # users by whom it is estimated how many there are
 SPLITS = ("train", "val", "test")
-FORMAT = 1  # of records and manifest
-NEW = ".new"  # folder of the shards of a run under way, so that the former ones stay as they are
+FORMAT = 2  # of records and manifest
 
 
-def get_tfrecord(data_dir=DATA_DIR, work_dir=WORK_DIR, user_max_len=USER_MAX_LEN, window_overlap=WINDOW_OVERLAP,
-                 min_history=MIN_HISTORY, val_ratio=VAL_RATIO, test_ratio=TEST_RATIO, **how):  # fmt: skip
-    """Write the shards and their manifest, which is returned; shards that still stand for their input are kept."""
-    settings = dict(USER_MAX_LEN=user_max_len, WINDOW_OVERLAP=window_overlap, MIN_HISTORY=min_history,
-                     VAL_RATIO=val_ratio, TEST_RATIO=test_ratio)  # fmt: skip
-    if not 1 <= min_history <= window_overlap < user_max_len:
-        raise InputError(f"1 <= MIN_HISTORY <= WINDOW_OVERLAP < USER_MAX_LEN must hold, not {settings}")
+def get_tfrecord(data_dir=DATA_DIR, work_dir=WORK_DIR, num_workers=NUM_WORKERS, **constants):
+    """Write the shards and their manifest, which is returned; shards that still stand for their input are kept.
+
+    constants are those of record_constants().
+    """
+    settings = record_constants(**constants)
     work_dir = Path(work_dir).absolute()
     index, folder = load_index(work_dir), work_dir / "tfrecord"
-    made_with = fingerprint(constants("get_indexing", "get_tfrecord"), settings, index.fingerprint())
-    paths = find_files(Path(data_dir, "click_seq"))
-    ranges, inputs = file_ranges(paths), {path: file_fingerprint(path) for path in paths}
-    names = [
-        f"{number:05}-{fingerprint(made_with, inputs[where.path], where[1:])[:16]}"
-        for number, where in enumerate(ranges)
-    ]
-    tasks = [(where, name, folder, work_dir, settings, made_with) for where, name in zip(ranges, names, strict=True)]
-    (folder / NEW).mkdir(parents=True, exist_ok=True)
-    remove_leftovers(folder / NEW)
-    tallies, parts = {}, []
-    for where, part in zip(ranges, map_files(write_shards, tasks, desc="write records", **how), strict=True):
-        parts.append(part)
-        tallies.setdefault(where.path, Tally(where.path)).append(Tally(where.path, **part["tally"]))
-    for tally in tallies.values():
-        tally.check()
-    manifest = {"format": FORMAT, "index": index.fingerprint(), "constants": settings, **summarize(parts)}
-    check_enough(manifest, settings)
-    remove_leftovers(folder / NEW)  # of a task that was tried twice
-    for path in (folder / NEW).iterdir():
-        path.rename(folder / path.name)
-    write_json(folder / "manifest.json", manifest)
-    shutil.rmtree(folder / NEW)
-    current = {"manifest.json", *manifest["shards"], *(part["file"] for part in parts)}
-    for path in folder.iterdir():  # shards of former input, and what a killed run left
-        if path.name not in current:
-            path.unlink()
+    tasks = cut_files(find_files(Path(data_dir, "click_seq")))
+    tallies, users = survey(tasks, num_workers)
+    made_with = {
+        "format": FORMAT,
+        "index": index.fingerprint(),
+        "current_columns": fingerprint([cid for cid, videos in index.columns.items() if videos]),
+        "constants": settings,
+        "held_out_share": min(settings["HELD_OUT_USERS"] / max(users.users(), 1), 0.5),
+        "input": tallies.digests(),
+    }
+    manifest = standing_manifest(folder, made_with, num_workers)
+    if not manifest:
+        folder.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(folder)
+        write = functools.partial(write_shards, folder=folder, work_dir=work_dir, made_with=made_with)
+        with map_files(write, list(enumerate(tasks)), "write records", num_workers) as parts:
+            manifest = {**made_with, **add_up(parts)}
+        manifest["report"] = {**tally_report(tallies, users), **manifest["report"]}
+        check_enough(manifest)
+        write_json(folder / "manifest.json", manifest)
+        remove_others(folder, manifest)
     print_report(manifest)
     return manifest
 
 
-def write_shards(task):
-    """Write the shards of one FileRange, then their part file, and return what it says; what stands is kept."""
-    where, name, folder, work_dir, settings, made_with = task
-    files = [f"part-{name}.json", *(f"{split}-{name}.tfrecord" for split in SPLITS)]
-    for place in (folder, folder / NEW):
-        part_file, *shards = (place / file for file in files)
-        if part_file.exists():
-            part = read_json(part_file, "get_tfrecord.py")
-            if all(
-                shard.exists() and file_fingerprint(shard) == part["shards"][shard.name]["sha256"] for shard in shards
-            ):
-                return part
+def record_constants(user_max_len=USER_MAX_LEN, window_overlap=WINDOW_OVERLAP, min_history=MIN_HISTORY,
+                     held_out_users=HELD_OUT_USERS):  # fmt: skip
+    """Return the constants that shape the records, by name; values that contradict each other raise InputError."""
+    settings = dict(USER_MAX_LEN=user_max_len, WINDOW_OVERLAP=window_overlap, MIN_HISTORY=min_history,
+                    HELD_OUT_USERS=held_out_users)  # fmt: skip
+    if not 1 <= min_history <= window_overlap < user_max_len:
+        raise InputError(f"1 <= MIN_HISTORY <= WINDOW_OVERLAP < USER_MAX_LEN must hold, not {settings}")
+    if held_out_users < 1:
+        raise InputError(f"HELD_OUT_USERS = {held_out_users}: validation and the test need one user each at least")
+    return settings
+
+
+# ---------------------------------------------------------------- the first pass: how many users, which bytes
+
+
+def survey(tasks, num_workers=None):
+    """Return (Tallies, UserSketch) of the click files; too many bad lines, or histories of one click, are refused."""
+    tallies, users, longest = Tallies(), UserSketch(), 0
+    with map_files(survey_ranges, tasks, "read clicks", num_workers) as results:
+        for of_task in results:
+            tallies.extend(of_task[0])
+            users.update(of_task[1])
+            longest = max(longest, of_task[2])
+    tallies.check()
+    if longest == 1:
+        raise InputError(
+            "every history is of one click; click_seq needs one line for each user, with all their clicks, oldest first"
+        )
+    if users.repeated():
+        print(
+            f"about {users.users():,.0f} users are on {users.lines:,} lines, {users.repeated():.1%} of them on several: "
+            "each line is trained on and ranked by itself; put all clicks of a user on one line",
+            file=sys.stderr,
+        )
+    return tallies, users
+
+
+def survey_ranges(ranges):
+    """Return ([Tally, ...], UserSketch, clicks of the longest history) of FileRanges."""
+    tallies, users, longest = [], UserSketch(), 0
+    for file_range in ranges:
+        tallies.append(Tally(file_range.path))
+        for uid, clicks in read_records(tallies[-1], parse_clicks, file_range):
+            users.add(draw_of(uid))
+            longest = max(longest, len(clicks))
+    return tallies, users, longest
+
+
+class UserSketch:
+    """Counts the lines of the users with the SKETCH_SIZE lowest draws, which tells how many users there are.
+
+    The k-th lowest of n even draws from [0, 1) is about k / n (Bar-Yossef et al. 2002), however often each is seen.
+    """
+
+    def __init__(self):
+        self.lines, self.of_user, self.highest = 0, collections.Counter(), None  # None: all users are in of_user
+
+    def add(self, draw, lines=1):
+        """Count lines of the user of that draw."""
+        self.lines += lines
+        if self.highest is None or draw <= self.highest:
+            self.of_user[draw] += lines
+            if len(self.of_user) >= 2 * SKETCH_SIZE:
+                self.cut()
+
+    def update(self, other):
+        """Add the lines that another sketch counted."""
+        for draw, lines in other.of_user.items():
+            self.add(draw, lines)
+        self.lines += other.lines - other.of_user.total()
+        if other.highest is not None:
+            self.cut()
+
+    def cut(self):
+        """Forget all but the lowest draws."""
+        if len(self.of_user) > SKETCH_SIZE:
+            lowest = heapq.nsmallest(SKETCH_SIZE, self.of_user)
+            self.of_user, self.highest = collections.Counter({d: self.of_user[d] for d in lowest}), lowest[-1]
+
+    def users(self):
+        """Return about how many users there are; exactly, up to SKETCH_SIZE."""
+        self.cut()
+        return len(self.of_user) if self.highest is None else (len(self.of_user) - 1) / self.highest
+
+    def repeated(self):
+        """Return about which share of the users is on several lines."""
+        return sum(lines > 1 for lines in self.of_user.values()) / max(len(self.of_user), 1)
+
+
+def draw_of(uid):
+    """Return a number in [0, 1), always the same for the same user, whatever other users there are."""
+    return int.from_bytes(hashlib.blake2b(uid.encode(), digest_size=8).digest(), "big") / 2**64
+
+
+# ---------------------------------------------------------------- the second pass: windows
+
+
+def write_shards(numbered, folder, work_dir, made_with):
+    """Write the shards of one task, (number, FileRanges), then their part file, and return what it says.
+
+    What stands is kept. Shards that no manifest lists yet are no one's, so they may stand beside the former ones.
+    """
+    number, ranges = numbered
+    of_all = {name: value for name, value in made_with.items() if name != "input"}
+    of_files = [(name, made_with["input"][name], *cut) for path, *cut in ranges for name in [Path(path).name]]
+    name = f"{number:05}-{fingerprint(of_all, of_files)[:16]}"
+    part_file, shards = folder / f"part-{name}.json", {split: folder / f"{split}-{name}.tfrecord" for split in SPLITS}
+    if part_file.exists():
+        part = read_json(part_file, "get_tfrecord.py")
+        if all_stand(part["shards"].items(), folder):
+            return part
     from tensorflow.errors import OpError
 
+    encoder = load_encoder(work_dir, made_with["index"]["sha256"], made_with["current_columns"])
     try:
-        part = write_windows(where, dict(zip(SPLITS, shards, strict=True)), load_encoder(work_dir, made_with), settings)
+        part = write_windows(ranges, shards, encoder, made_with)
     except OpError as error:  # TensorFlow's own, of a full disk say
         raise OSError(f"{folder}: {error.message}") from None
-    part["file"] = part_file.name
-    part["shards"] = {path.name: {"bytes": path.stat().st_size, "sha256": file_fingerprint(path)} for path in shards}
+    part["shards"] = {
+        path.name: {"bytes": path.stat().st_size, "sha256": file_fingerprint(path)} for path in shards.values()
+    }
     write_json(part_file, part)
     return part
 
 
-def write_windows(where, shards, encoder, settings):
-    """Write the windows of one FileRange into shards {split: path}; return the counts for its part file."""
+def write_windows(ranges, shards, encoder, made_with):
+    """Write the windows of FileRanges into shards {split: path}; return the counts for their part file."""
     from tensorflow.io import TFRecordWriter
 
-    tally, lengths, serialize = Tally(where.path), collections.Counter(), window_serializer()
-    report = dict(clicks=0, unknown_videos=0, column_clicks=0)
-    splits = {s: {"users": 0, "targets": 0, "windows": [0] * (settings["USER_MAX_LEN"] + 1)} for s in SPLITS}
+    settings, share = made_with["constants"], made_with["held_out_share"]
+    longest = {split: settings["USER_MAX_LEN"] * (1 if split == "train" else 2) for split in SPLITS}
+    splits = {split: {"users": 0, "targets": 0, "windows": [0] * (longest[split] + 1)} for split in SPLITS}
+    lengths, report, serialize = collections.Counter(), collections.Counter(), window_serializer()
     with contextlib.ExitStack() as stack:
         writers = {}
         for split, path in shards.items():
             temporary = stack.enter_context(replacing(path))
             writers[split] = stack.enter_context(TFRecordWriter(str(temporary)))
-        for uid, clicks in read_records(tally, parse_clicks, *where[1:]):
-            videos, columns = encoder.encode(clicks)
-            split = split_of(uid, settings["VAL_RATIO"], settings["TEST_RATIO"])
-            counts = splits[split]
-            for window in cut_windows(uid, videos, columns, settings):
-                writers[split].write(serialize(window))
-                counts["windows"][len(window["label"])] += 1
-                counts["targets"] += window["label"].count(1.0)
-            counts["users"] += 1
-            lengths[len(clicks)] += 1
-            report["clicks"] += len(clicks)
-            report["unknown_videos"] += videos.count(UNKNOWN)
-            report["column_clicks"] += len(columns) - columns.count(0)
-    counted = {"lines": tally.lines, "skipped": tally.skipped, "first": tally.first}
-    return {"tally": counted, "report": report, "lengths": sorted(lengths.items()), "splits": splits}
+        for file_range in ranges:
+            for uid, clicks in read_records(Tally(file_range.path), parse_clicks, file_range):
+                videos, columns = encoder.encode(clicks)
+                for split, windows in split_windows(uid, videos, columns, encoder.current, share, settings).items():
+                    counts = splits[split]
+                    counts["users"] += bool(windows)
+                    for window in windows:
+                        writers[split].write(serialize(window))
+                        counts["windows"][len(window["label"])] += 1
+                        counts["targets"] += window["label"].count(1.0)
+                lengths[len(clicks)] += 1
+                report.update(clicks=len(clicks), unknown_videos=videos.count(UNKNOWN),
+                              column_clicks=len(columns) - columns.count(0))  # fmt: skip
+    report["unknown_columns"] = encoder.take_unknown_columns()
+    return {"report": report, "lengths": sorted(lengths.items()), "splits": splits}
 
 
 @functools.lru_cache(maxsize=1)
-def load_encoder(work_dir, made_with):
-    """Return the ClickEncoder of work_dir's index, once for a process and an index, which made_with tells apart."""
-    return ClickEncoder(load_index(work_dir))
+def load_encoder(work_dir, sha256, current_columns):
+    """Return the ClickEncoder of work_dir's index, once for a process; another index than the run began with ends it."""
+    index = load_index(work_dir)
+    encoder = ClickEncoder(index)
+    current = fingerprint([cid for cid, videos in index.columns.items() if videos])
+    if (index.fingerprint()["sha256"], current) != (sha256, current_columns):
+        raise InputError(f"{work_dir}/indexing was changed while get_tfrecord.py was at work; run it again")
+    return encoder
 
 
 class ClickEncoder:
@@ -158,6 +259,8 @@ class ClickEncoder:
     def __init__(self, index):
         self.videos = index.videos
         self.columns = {cid: number for number, cid in enumerate(index.columns, start=1)}
+        self.current = {number for number, videos in enumerate(index.columns.values(), start=1) if videos}
+        self.unknown_columns = 0  # clicks on known videos in columns that no index knew, so far
 
     def encode(self, clicks):
         """[click, ...] -> (video numbers, column numbers), lists of the same length; a column is 0 for none."""
@@ -166,29 +269,72 @@ class ClickEncoder:
             if video is None:
                 vid, cid = split_click(clicks[place], self.videos, self.columns)
                 videos[place], columns[place] = self.videos.get(vid, UNKNOWN), self.columns.get(cid, 0)
+                self.unknown_columns += cid is None and vid != clicks[place]
         return videos, columns
 
+    def take_unknown_columns(self):
+        """Return how many clicks were in unknown columns since this was last asked."""
+        taken, self.unknown_columns = self.unknown_columns, 0
+        return taken
 
-def split_of(uid, val_ratio=VAL_RATIO, test_ratio=TEST_RATIO):
-    """Return "train", "val" or "test": always the same for the same uid, whatever other users there are."""
-    draw = int.from_bytes(hashlib.blake2b(uid.encode(), digest_size=8).digest(), "big") / 2**64
-    return "val" if draw < val_ratio else "test" if draw < val_ratio + test_ratio else "train"
+
+def split_windows(uid, videos, columns, current, share, settings):
+    """Return {split: [window, ...]} of one user; of a held-out user, also what "val" or "test" holds of them.
+
+    Validation takes the lowest draws and the test the highest. As the share falls, users only leave either: nobody
+    ever enters who was trained on before.
+    """
+    draw, held_out = draw_of(uid), None
+    split = "val" if draw < share else "test" if draw >= 1 - share else "train"
+    if split != "train":
+        places = range(len(columns) - 1, settings["MIN_HISTORY"] - 1, -1)
+        held_out = next((place for place in places if columns[place] in current), None)
+    windows = {"train": list(cut_windows(uid, videos[:held_out], columns[:held_out], settings))}
+    if held_out is not None:
+        windows[split] = list(held_out_windows(uid, videos, columns, held_out, settings))
+    return windows
 
 
 def cut_windows(uid, videos, columns, settings):
-    """Yield a user's windows as {"uid", "start", "user_feature" [n], "user_column" [n], "label" [n]}, lists of numbers.
+    """Yield a user's windows as {"uid", "start", "repeated", "user_feature" [n], "user_column" [n], "label" [n]}.
 
+    `start` is the window's place in the history, `repeated` how many of its first clicks are in an earlier window too.
     label is 1.0 where the next click of the window is a target: made in a column, with at least MIN_HISTORY clicks
-    before it, and not a target of the window before. `start` is the window's place in the history.
+    before it, and not in an earlier window.
     """
     max_len, overlap = settings["USER_MAX_LEN"], settings["WINDOW_OVERLAP"]
-    clicked = [1.0 if column else 0.0 for column in columns]
-    for start in range(0, max(len(videos) - overlap, 1), max_len - overlap):
-        end, first = min(start + max_len, len(videos)), overlap if start else settings["MIN_HISTORY"]
-        label = [0.0] * (first - 1) + clicked[start + first : end] + [0.0]
-        if end - start > 1:
-            yield {"uid": uid, "start": start, "user_feature": videos[start:end], "user_column": columns[start:end],
-                   "label": label[: end - start]}  # fmt: skip
+    for start in range(0, max(len(videos) - overlap, min(len(videos), 1)), max_len - overlap):
+        repeated, end = overlap if start else 0, start + max_len
+        first = max(repeated, settings["MIN_HISTORY"])
+        label = [0.0] * (first - 1) + [float(column > 0) for column in columns[start + first : end]]
+        yield make_window(uid, start, repeated, videos[start:end], columns[start:end], label)
+
+
+def held_out_windows(uid, videos, columns, place, settings):
+    """Yield the window whose one target is the click at `place`, after what a user tower reads of the clicks before it.
+
+    The clicks after it are there to be counted, for a model that is published; many of them take more windows.
+    """
+    max_len, overlap = settings["USER_MAX_LEN"], settings["WINDOW_OVERLAP"]
+    start, end = max(place - max_len, 0), place + max_len
+    label = [0.0] * (place - start - 1) + [1.0]
+    yield make_window(uid, start, place - start, videos[start:end], columns[start:end], label)
+    while end < len(videos):
+        start, end = end - overlap, end - overlap + max_len
+        yield make_window(uid, start, overlap, videos[start:end], columns[start:end], [])
+
+
+def make_window(uid, start, repeated, videos, columns, label):
+    """Return a window; a label that is too short or too long gets as many zeros as it lacks, or is cut."""
+    label = (label + [0.0] * len(videos))[: len(videos)]
+    return {
+        "uid": uid,
+        "start": start,
+        "repeated": repeated,
+        "user_feature": videos,
+        "user_column": columns,
+        "label": label,
+    }
 
 
 def window_serializer():
@@ -200,7 +346,8 @@ def window_serializer():
 
     example = SequenceExample()
     context, lists = example.context.feature, example.feature_lists.feature_list
-    uid, start = context["uid"].bytes_list.value, context["start"].int64_list.value
+    uid = context["uid"].bytes_list.value
+    start, repeated = (context[name].int64_list.value for name in ("start", "repeated"))
     values = {
         "user_feature": lists["user_feature"].feature.add().int64_list.value,
         "user_column": lists["user_column"].feature.add().int64_list.value,
@@ -208,7 +355,7 @@ def window_serializer():
     }
 
     def serialize(window):
-        uid[:], start[:] = [window["uid"].encode()], [window["start"]]
+        uid[:], start[:], repeated[:] = [window["uid"].encode()], [window["start"]], [window["repeated"]]
         for name, value in values.items():
             value[:] = window[name]
         return example.SerializeToString(deterministic=True)
@@ -216,52 +363,86 @@ def window_serializer():
     return serialize
 
 
-def summarize(parts):
-    """Add up the parts: {"shards", "splits", "report"} of the manifest."""
-    splits, shards, report, lengths, skipped = (
-        {},
-        {},
-        collections.Counter(),
-        collections.Counter(),
-        collections.Counter(),
-    )
+# ---------------------------------------------------------------- the manifest
+
+
+def standing_manifest(folder, made_with, num_workers=None):
+    """Return the manifest that stands in folder if it was made with the same and its shards are intact, else None."""
+    path = folder / "manifest.json"
+    try:
+        manifest = read_json(path, "get_tfrecord.py")
+    except (InputError, FileNotFoundError):
+        return None
+    if any(manifest.get(name) != value for name, value in made_with.items()):
+        return None
+    shards = list(manifest["shards"].items())
+    tasks = [shards[start : start + 48] for start in range(0, len(shards), 48)]
+    with map_files(functools.partial(all_stand, folder=folder), tasks, "check records", num_workers) as intact:
+        return manifest if all(intact) else None
+
+
+def all_stand(shards, folder):
+    """Return whether each of the shards, (name, {"sha256"}), stands in folder as it was written."""
+    return all((folder / name).exists() and file_fingerprint(folder / name) == of["sha256"] for name, of in shards)
+
+
+def add_up(parts):
+    """Add up what the part files say: {"shards", "splits", "report"} of the manifest."""
+    shards, splits, report, lengths = {}, {}, collections.Counter(), collections.Counter()
     for part in parts:
         shards |= part["shards"]
-        report.update(lines=part["tally"]["lines"], **part["report"])
-        skipped.update(part["tally"]["skipped"])
+        report.update(part["report"])
         lengths.update(dict(part["lengths"]))
         for split, counts in part["splits"].items():
-            splits.setdefault(split, []).append(counts)
-    for split, counts in splits.items():
-        splits[split] = {key: np.sum([c[key] for c in counts], axis=0).tolist() for key in counts[0]}
-    history = np.repeat(*np.array(sorted(lengths.items()), int).reshape(-1, 2).T) if lengths else np.zeros(1, int)
-    at = {"p50": 50, "p90": 90, "max": 100}
+            so_far = splits.setdefault(split, {"users": 0, "targets": 0, "windows": [0] * len(counts["windows"])})
+            so_far["users"] += counts["users"]
+            so_far["targets"] += counts["targets"]
+            so_far["windows"] = [a + b for a, b in zip(so_far["windows"], counts["windows"], strict=True)]
     report["targets"] = sum(split["targets"] for split in splits.values())
-    return {
-        "shards": shards,
-        "splits": splits,
-        "report": {
-            **report,
-            "skipped": skipped,
-            "history": {name: int(np.percentile(history, q, method="lower")) for name, q in at.items()},
-        },
-    }
+    history = {"p50": quantile(lengths, 0.5), "p90": quantile(lengths, 0.9), "max": max(lengths, default=0)}
+    return {"shards": shards, "splits": splits, "report": {**report, "history": history}}
 
 
-def check_enough(manifest, settings):
-    """Refuse records that cannot train: no click in any column, or no target for validation or test."""
+def quantile(counts, share):
+    """Return the lowest value of a Counter that at least that share of what it counts does not exceed."""
+    rank, seen = share * (counts.total() - 1), 0
+    for value in sorted(counts):
+        seen += counts[value]
+        if seen > rank:
+            return value
+    return 0
+
+
+def tally_report(tallies, users):
+    """Return what the first pass says for the report."""
+    skipped = sum((tally.skipped for tally in tallies.values()), collections.Counter())
+    lines = sum(tally.lines for tally in tallies.values())
+    return {"lines": lines, "skipped": skipped, "users": round(users.users()), "on_several_lines": users.repeated()}
+
+
+def check_enough(manifest):
+    """Refuse records that cannot train: no click in any column, or no target for training, validation or the test."""
     if not manifest["report"]["column_clicks"]:
         raise InputError(
             "no click was made in a known column; clicks look like <vid>_<cid>, with the cids of cid2vids*.json"
         )
-    users = sum(counts["users"] for counts in manifest["splits"].values())
-    smallest = min(settings["VAL_RATIO"], settings["TEST_RATIO"], 1 - settings["VAL_RATIO"] - settings["TEST_RATIO"])
-    if smallest <= 0:
-        raise InputError(f"VAL_RATIO and TEST_RATIO must be positive and leave users for training, not {settings}")
+    users, share = manifest["report"]["users"], manifest["held_out_share"]
     for split, counts in manifest["splits"].items():
         if not counts["targets"]:
-            enough = int(np.ceil(np.log(0.01) / np.log1p(-smallest)))
-            raise InputError(f"none of {users:,} users leaves a target for {split}; about {enough:,} users are needed")
+            enough = math.ceil(math.log(0.01) / math.log1p(-share))
+            raise InputError(
+                f"none of {users:,} users leaves a target for {split}; about {enough:,} users are needed who clicked in a "
+                "column twice or more, after other clicks"
+            )
+
+
+def remove_others(folder, manifest):
+    """Remove the shards and part files of former input, and those that a killed run left: files of these names alone."""
+    of_parts = {f"part-{shard.partition('-')[2].removesuffix('.tfrecord')}.json" for shard in manifest["shards"]}
+    for pattern in ("part-*.json", *(f"{split}-*.tfrecord" for split in SPLITS)):
+        for path in folder.glob(pattern):
+            if path.name not in manifest["shards"] and path.name not in of_parts and path.is_file():
+                path.unlink()
 
 
 def print_report(manifest):
@@ -269,7 +450,8 @@ def print_report(manifest):
     report, history = manifest["report"], manifest["report"]["history"]
     skipped = ", ".join(f"{count:,} {reason}" for reason, count in report["skipped"].items()) or "none"
     print(f"{report['lines']:,} lines (skipped: {skipped}), {report['clicks']:,} clicks, "
-          f"{report['unknown_videos']:,} of unknown videos, {report['column_clicks']:,} in columns; "
+          f"{report['unknown_videos']:,} of unknown videos, {report['column_clicks']:,} in columns, "
+          f"{report['unknown_columns']:,} in unknown columns; "
           f"history p50 {history['p50']}, p90 {history['p90']}, max {history['max']}")  # fmt: skip
     for split, counts in manifest["splits"].items():
         print(

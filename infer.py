@@ -1,8 +1,9 @@
 """Rank the columns for every user of the click files.
 
-Reads   DATA_DIR/click_seq/*.json[.gz], WORK_DIR/indexing/, WORK_DIR/model/
-Writes  WORK_DIR/ranking/<input name>.json.gz   a line per user, in the order of the input:
+Reads   CLICKS_DIR/*, WORK_DIR/indexing/, WORK_DIR/model/; for the printed example also the titles in DATA_DIR
+Writes  RANKING_DIR/<input name>.json.gz   a line per user, in the order of the input:
         {"uid": "u1", "columns": ["c3", ...], "scores": [-0.7, ...], "source": "model"}
+        RANKING_DIR/manifest.jsonl         a line per finished file: what it was made from; of two the later holds
 
     python infer.py
 
@@ -10,6 +11,7 @@ Scores are log probabilities that the user's next column click is in the column.
 the columns by popularity, "source": "popular". Finished files are not computed again unless something changed.
 """
 
+import contextlib
 import functools
 import gzip
 import itertools
@@ -22,13 +24,14 @@ import numpy as np
 
 from get_indexing import (
     DATA_DIR,
+    NUM_WORKERS,
     UNKNOWN,
     WORK_DIR,
     InputError,
+    Tallies,
     Tally,
-    constants,
+    cut_files,
     file_fingerprint,
-    file_ranges,
     find_files,
     fingerprint,
     input_name,
@@ -36,17 +39,18 @@ from get_indexing import (
     map_files,
     parse_clicks,
     read_json,
+    read_lines,
     read_names,
     read_records,
     remove_leftovers,
     replacing,
     run_script,
     split_click,
-    write_json,
 )
 from get_tfrecord import ClickEncoder
 
 CLICKS_DIR = f"{DATA_DIR}/click_seq"  # the users to rank for; name another folder to rank for others
+RANKING_DIR = f"{WORK_DIR}/ranking"  # one for each folder of users
 TOP_K = 0  # columns for each user; 0: all
 BATCH_USERS = 128
 GZIP_LEVEL = 1  # level 9 takes 70 times as long for 12 % less
@@ -56,120 +60,177 @@ DECIMALS = 4  # of the scores; equal ones go by the order of the columns
 as_json = functools.partial(json.dumps, ensure_ascii=False)
 
 
-def infer(clicks_dir=CLICKS_DIR, work_dir=WORK_DIR, top_k=TOP_K, **how):
+def infer(clicks_dir=CLICKS_DIR, work_dir=WORK_DIR, ranking_dir=RANKING_DIR, top_k=TOP_K, num_workers=NUM_WORKERS):
     """Write the ranking of each click file as soon as it is whole, and return all paths; those still good are kept."""
-    folder, work_dir = Path(work_dir, "ranking"), Path(work_dir).absolute()
+    folder, work_dir = Path(ranking_dir).absolute(), Path(work_dir).absolute()
     folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder)
-    manifest = read_json(folder / "manifest.json", "infer.py") if (folder / "manifest.json").exists() else {}
-    model = read_json(work_dir / "model/model.json", "train.py")
-    code = file_fingerprint(Path(__file__).with_name("model_tf2.py"))  # not its constants: they need TensorFlow
-    made_with = fingerprint(constants("get_indexing", "infer"), code, model, load_index(work_dir), top_k)
-    outputs, made_from, tasks = {}, {}, []
-    for path in find_files(clicks_dir):
-        output = outputs[path] = work_dir / "ranking" / f"{input_name(path)}.json.gz"
-        made_from[path] = fingerprint(made_with, file_fingerprint(path))
-        if not output.exists() or manifest.get(output.name) != [made_from[path], file_fingerprint(output)]:
-            parts = [(where, output.with_name(f".{output.name}.{where.start}.tmp")) for where in file_ranges([path])]
-            tasks += [(where, part, work_dir, made_with, top_k) for where, part in parts]
+    index, model = load_index(work_dir), read_json(work_dir / "model/model.json", "train.py")
+    made_with = {
+        "model": model.get("id"),
+        "index": fingerprint(index.videos, index.columns),
+        "constants": {"TOP_K": top_k, "DECIMALS": DECIMALS},
+    }
+    manifest = read_manifest(folder)
+    outputs = {path: folder / f"{input_name(path)}.json.gz" for path in find_files(clicks_dir)}
+    for output in outputs.values():
+        check_folder(manifest.get(output.name), output, clicks_dir)
+    stands = standing_rankings(outputs, manifest, made_with, num_workers)
+    tasks = cut_files([path for path in outputs if path not in stands])
+    rank = functools.partial(rank_ranges, folder=folder, work_dir=work_dir, made_with=made_with)
 
-    users = 0
-    results = zip(tasks, map_files(rank_range, tasks, desc="rank", **how), strict=True)
-    for path, of_file in itertools.groupby(results, key=lambda result: result[0][0].path):
-        tally = Tally(path)
-        with replacing(outputs[path]) as temporary, open(temporary, "wb") as whole:
-            for (_, part, *_), part_tally in of_file:  # gzip files in a row are one gzip file
-                with open(part, "rb") as ranked:
-                    shutil.copyfileobj(ranked, whole)
-                part.unlink()
-                tally.append(part_tally)
-            tally.check()
-        manifest[outputs[path].name] = [made_from[path], file_fingerprint(outputs[path])]
-        write_json(folder / "manifest.json", manifest)
-        users += tally.lines - sum(tally.skipped.values())
+    users, chain = 0, itertools.chain.from_iterable
+    with map_files(rank, tasks, "rank", num_workers) as results:
+        parts = chain(zip(*of_task, strict=True) for of_task in zip(tasks, results, strict=True))
+        for path, of_file in itertools.groupby(parts, key=lambda part: part[0].path):
+            tally = join_parts(outputs[path], of_file)
+            made_from = made_with | {"clicks": str(clicks_dir), "input": tally.hexdigest()}
+            append_manifest(folder, outputs[path], manifest, made_from)
+            users += tally.lines - tally.skipped.total()
     remove_leftovers(folder)  # of a task that was tried twice
-    for path in sorted(set((work_dir / "ranking").glob("*.json.gz")) - set(outputs.values())):
-        print(f"{path}: no click file of this name any more; remove it if it should not be published", file=sys.stderr)
-    ranked = len({where.path for where, *_ in tasks})
-    print(f"{users:,} users ranked in {ranked:,} files, {len(outputs):,} files stand in {folder}")
+    for name, of_file in sorted(manifest.items()):
+        if of_file["clicks"] == str(clicks_dir) and folder / name not in outputs.values() and (folder / name).exists():
+            print(
+                f"{folder / name}: no click file of this name any more; remove it if it should not be published",
+                file=sys.stderr,
+            )
+    print(
+        f"{users:,} users ranked in {len(outputs) - len(stands):,} files, {len(outputs):,} files stand in {ranking_dir}"
+    )
     return list(outputs.values())
 
 
-def rank_range(task):
-    """Rank the users of one FileRange into its part file and return the tally of its lines."""
-    where, part, work_dir, made_with, top_k = task
-    ranker, tally = load_ranker(work_dir, made_with), Tally(where.path)
-    users = read_records(tally, parse_clicks, *where[1:])
-    with (
-        replacing(part) as temporary,
-        open(temporary, "wb") as file,
-        gzip.GzipFile("", "wb", GZIP_LEVEL, file, mtime=0) as packed,
-    ):
-        while block := list(itertools.islice(users, BATCH_USERS)):
-            packed.write("".join(ranker.lines(block, top_k)).encode())
-    return tally
+def join_parts(output, parts):
+    """Write a ranking from its parts, (FileRange, Tally) in order, and return the Tally of all."""
+    tallies = Tallies()
+    with replacing(output) as temporary, open(temporary, "wb") as whole:
+        for file_range, tally in parts:  # gzip files in a row are one gzip file
+            with open(part_of(output.parent, file_range), "rb") as part:
+                shutil.copyfileobj(part, whole)
+            part_of(output.parent, file_range).unlink()
+            tallies.extend([tally])
+        tallies.check()
+    return tallies[file_range.path]
+
+
+def read_manifest(folder):
+    """Return {output name: what it was made from}, and write it anew: a line that a killed run cut short goes."""
+    path, manifest = folder / "manifest.jsonl", {}
+    if path.exists():
+        with contextlib.suppress(ValueError):
+            for line in path.read_text(encoding="utf-8").splitlines():
+                manifest.update(json.loads(line))
+        with replacing(path) as temporary:
+            temporary.write_text("".join(as_json({name: of}) + "\n" for name, of in manifest.items()), encoding="utf-8")
+    return manifest
+
+
+def append_manifest(folder, output, manifest, made_from):
+    """Add a finished ranking, by its hash, to the manifest and its file."""
+    manifest[output.name] = made_from | {"sha256": file_fingerprint(output)}
+    with open(folder / "manifest.jsonl", "a", encoding="utf-8") as file:
+        file.write(as_json({output.name: manifest[output.name]}) + "\n")
+
+
+def check_folder(made_from, output, clicks_dir):
+    """Refuse to write over the ranking of another folder's file of the same name."""
+    if made_from and made_from["clicks"] != str(clicks_dir) and output.exists():
+        raise InputError(
+            f"{output} is the ranking of a file in {made_from['clicks']}, not in {clicks_dir}; give this folder a "
+            "RANKING_DIR of its own in infer.py"
+        )
+
+
+def standing_rankings(outputs, manifest, made_with, num_workers):
+    """Return the paths of the click files whose rankings stand: those made with the same, of the same clicks."""
+    maybe = [
+        path
+        for path, output in outputs.items()
+        if output.exists() and made_with.items() <= manifest.get(output.name, {}).items()
+    ]
+    tallies = Tallies()
+    with map_files(read_digests, cut_files(maybe), "check rankings", num_workers) as results:
+        for of_task in results:
+            tallies.extend(of_task)
+    return {
+        path
+        for path in maybe
+        if manifest[outputs[path].name]["input"] == tallies[path].hexdigest()
+        and manifest[outputs[path].name]["sha256"] == file_fingerprint(outputs[path])
+    }
+
+
+def read_digests(ranges):
+    """Return the [Tally, ...] of FileRanges, which hold their digests."""
+    tallies = []
+    for file_range in ranges:
+        tallies.append(Tally(file_range.path))
+        for line, place in read_lines(file_range):
+            tallies[-1].count(line, place)
+    return tallies
+
+
+def part_of(folder, file_range):
+    """Return the path of the ranking of one FileRange, until it is joined with the others of its file."""
+    return folder / f".{input_name(file_range.path)}.json.gz.{file_range.start}.tmp"
+
+
+def rank_ranges(ranges, folder, work_dir, made_with):
+    """Rank the users of FileRanges, each into its part file, and return the [Tally, ...] of their lines."""
+    ranker, tallies = load_ranker(work_dir, made_with["model"], made_with["index"]), []
+    for file_range in ranges:
+        tallies.append(Tally(file_range.path))
+        users = read_records(tallies[-1], parse_clicks, file_range)
+        with (
+            replacing(part_of(folder, file_range)) as temporary,
+            open(temporary, "wb") as file,
+            gzip.GzipFile("", "wb", GZIP_LEVEL, file, mtime=0) as packed,
+        ):
+            while block := list(itertools.islice(users, BATCH_USERS)):
+                packed.write("".join(ranker.lines(block, made_with["constants"]["TOP_K"])).encode())
+    return tallies
 
 
 @functools.lru_cache(maxsize=1)
-def load_ranker(work_dir, made_with):
-    """Return the Ranker of work_dir, once for a process and what it is made with."""
-    return Ranker(work_dir)
+def load_ranker(work_dir, model, index):
+    """Return the Ranker of work_dir, once for a process; another model or index than the run began with ends it."""
+    ranker = Ranker(work_dir)
+    if (ranker.id, fingerprint(ranker.index.videos, ranker.index.columns)) != (model, index):
+        raise InputError(f"{work_dir}: model or index changed while infer.py was at work; run it again")
+    return ranker
 
 
 class Ranker:
-    """The trained model and the current columns: raw clicks in, ranked columns out.
+    """The model that stands and the current columns: raw clicks in, ranked columns out.
 
     TensorFlow is imported here, by the workers: the process that starts them does without.
     """
 
     def __init__(self, work_dir=WORK_DIR):
-        import tensorflow as tf
-
-        from get_dataset import column_table
+        from model_tf2 import Scorer
         from train import load_model
 
-        self.model, self.memory, self.chosen, saved = load_model(work_dir)
-        index = load_index(work_dir)
-        self.encoder, self.user_max_len = ClickEncoder(index), saved["user_max_len"]
-        numbers = np.array([number for number, videos in enumerate(index.columns.values(), start=1) if videos])
-        if not len(numbers):
+        self.index = load_index(work_dir)
+        model, memory, self.mix, saved = load_model(work_dir, self.index)
+        self.id, self.user_max_len, self.encoder = saved["id"], saved["user_max_len"], ClickEncoder(self.index)
+        if not self.encoder.current:
             raise InputError(
                 "no column holds a video, so there is nothing to rank; run get_indexing.py on today's columns"
             )
-        self.columns = numbers - 1  # the current ones, in the order of the index
-        cids = list(index.columns)
-        self.texts = [as_json(cids[column]) for column in self.columns], ScoreTexts()
-        videos = column_table(index, self.memory.video_clicks, saved["item_max_len"])[numbers]
-        self.column_vectors = self.model.column_vectors(videos, numbers)
-        clicks = self.of_current(self.memory.column_clicks[None, 1:])[0] + 0.5
+        self.scorer = Scorer(model, memory, self.index, saved["item_max_len"])
+        cids = list(self.index.columns)
+        self.texts = [as_json(cids[number - 1]) for number in self.scorer.numbers], ScoreTexts()
+        clicks = self.scorer.of_current(memory.column_clicks[None, 1:])[0] + 0.5
         self.popularity = np.log(clicks / clicks.sum())
-
-        @tf.function(reduce_retracing=True)
-        def logits(videos, columns, last):
-            users = self.model.user_vectors(videos, columns)
-            return self.model.logits(tf.gather(users, last, batch_dims=1), self.column_vectors)
-
-        self.logits = logits
-
-    def of_current(self, scores):
-        """Scores [n, columns the memory knows] -> [n, current columns]; a newer column scores 0."""
-        newer = self.columns[-1] + 1 - scores.shape[1]
-        return np.pad(scores, [(0, 0), (0, max(newer, 0))])[:, self.columns]
 
     def scores(self, histories):
         """Return log probabilities float64 [n, current columns] of encoded histories, n pairs (videos, columns)."""
-        from model_tf2 import MEMORY_CLICKS, mix
-
-        lengths = np.array([min(len(videos), self.user_max_len) for videos, _ in histories])
-        padded = np.zeros([2, len(histories), max(1, lengths.max())], np.int32)
-        for user, (history, length) in enumerate(zip(histories, lengths, strict=True)):
+        longest = max(1, *(min(len(videos), self.user_max_len) for videos, _ in histories))
+        padded = np.zeros([2, len(histories), longest], np.int32)
+        for user, history in enumerate(histories):
             for row, numbers in zip(padded[:, user], history, strict=True):
-                row[:length] = numbers[len(numbers) - length :]
-        logits = self.logits(*padded, np.maximum(lengths - 1, 0)).numpy()
-        places = lengths[:, None] - 1 - np.arange(MEMORY_CLICKS)
-        latest = np.where(places >= 0, np.take_along_axis(padded, np.maximum(places, 0)[None], axis=2), 0)
-        remembered = self.of_current(self.memory.scores(*latest, self.chosen.own_weight))
-        return mix(logits, remembered, self.chosen.memory_weight, self.chosen.temperature)
+                row[: len(numbers[-self.user_max_len :])] = numbers[-self.user_max_len :]
+        return self.scorer.scores(*padded, self.mix)
 
     def lines(self, users, top_k=0):
         """Yield the output line of each of users, a list of (uid, clicks)."""
@@ -215,7 +276,7 @@ class ScoreTexts(dict):
 
 def print_example(output, clicks_path, data_dir=DATA_DIR):
     """Print in words what the first ranked user of a file clicked last, and the columns that come first for them."""
-    titles, names = read_names(data_dir)
+    titles, names = read_names(data_dir) if Path(data_dir).is_dir() else ({}, {})
     index = load_index()
     with gzip.open(output, "rt", encoding="utf-8") as ranked:
         first = ranked.readline()

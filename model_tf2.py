@@ -8,6 +8,8 @@ transformer for e-commerce recommendation in Alibaba").
     python model_tf2.py          prints a summary on random input; nothing is read or written
 """
 
+import functools
+import os
 from typing import NamedTuple
 
 import keras
@@ -15,8 +17,8 @@ import numpy as np
 import tensorflow as tf
 from keras import layers, ops
 
-from get_dataset import ITEM_MAX_LEN, NUM_NEGATIVES, CountTable, PairCounter, first_seen
-from get_indexing import FIRST_VIDEO, PAD, UNKNOWN, run_script
+from get_dataset import ITEM_MAX_LEN, NUM_NEGATIVES, column_table, read_windows, shards_of
+from get_indexing import FIRST_VIDEO, PAD, UNKNOWN, WORK_DIR, map_files, run_script
 from get_tfrecord import USER_MAX_LEN
 
 EMB_DIM = 64  # of the embeddings and of both towers' vectors
@@ -36,8 +38,16 @@ POPULARITY_WEIGHT = 0.1
 MEMORY_CLICKS = 30  # last clicks that the memory reads
 MEMORY_WIDTH = 64  # columns remembered for a video
 COLUMN_WIDTH = 1024  # columns remembered for a column
+MAX_LAG = 16  # clicks from one to another that counts as near; no more than a window repeats
 NEGLIGIBLE = 0.02  # decayed counts below it are left out
+COUNT_BYTES = 16 << 20  # of shards: the work of one task of counting
+COUNT_BLOCK = 1024  # windows counted at once
+MAX_PAIRS = 8_000_000  # pairs that are counted exactly; of more, each video keeps COUNT_SLACK * MEMORY_WIDTH columns
+COUNT_SLACK = 8
+MATRIX_ROWS, MATRIX_SIZE = 4096, 1 << 22  # rows and numbers of a table of counts that is also kept as a matrix
+COLUMNS_AT_ONCE = 8192  # columns whose vectors are computed at once
 LOSS = "softmax"  # over the candidates; or "bce": binary cross-entropy of each candidate
+LOSSES = ("softmax", "bce")
 
 
 class Block(layers.Layer):
@@ -207,34 +217,29 @@ def training_loss(model, batch, kind=LOSS, aux_weight=AUX_WEIGHT, training=True,
     Both are means over the targets of the batch. Of several replicas each gives the part of every num_replicas-th
     window, counted from `replica`, against the candidates of the whole batch: the parts add up to the loss of one.
     """
-    videos, clicked, next_video, next_column = (
-        batch[name][replica::num_replicas] for name in ("user_feature", "user_column", "target_video", "target_column")
-    )
+    names = ("user_feature", "user_column", "target_video", "target_column", "target_item")
+    videos, clicked, next_video, next_column, next_item = (batch[name][replica::num_replicas] for name in names)
     seed = batch["seed"] + tf.cast([0, replica], tf.int64) if training else None
     of_users, of_columns, of_videos = split_seed(seed, 3)
     users = model.user_vectors(videos, clicked, of_users)
 
-    def loss_of(users, own, others, is_own, log_prob):
-        own = model.scale * tf.reduce_sum(users * own, axis=1)
-        return candidate_loss(own, tf.where(is_own, -1e9, model.logits(users, others)), log_prob, kind)
-
-    is_target, candidates = next_column > 0, batch["item_column"]
-    next_column = tf.boolean_mask(next_column, is_target)
-    columns = model.column_vectors(batch["item_feature"], candidates, of_columns)
-    own = tf.gather(columns, tf.searchsorted(candidates, next_column))
-    is_own = next_column[:, None] == candidates
-    column_loss = loss_of(tf.boolean_mask(users, is_target), own, columns, is_own, batch["item_log_prob"])
+    is_target, drawn = next_column > 0, tf.size(batch["item_log_prob"])
+    items = model.column_vectors(batch["item_feature"], batch["item_column"], of_columns)
+    own = tf.gather(items, tf.boolean_mask(next_item, is_target))
+    is_own = tf.boolean_mask(next_column, is_target)[:, None] == batch["item_column"][-drawn:]
+    logits = target_logits(model, tf.boolean_mask(users, is_target), own, items[-drawn:], is_own)
+    column_loss = candidate_loss(*logits, batch["item_log_prob"], kind)
 
     # Auxiliary: the video clicked next, taken as a column of that one video, among random videos.
     has_next, random_video = next_video >= FIRST_VIDEO, batch["negative_video"]
     next_video = tf.boolean_mask(next_video, has_next)
     distinct, place = tf.unique(next_video)
-    alone = tf.concat([distinct, random_video], 0)[:, None]
-    alone = model.column_vectors(alone, tf.zeros_like(alone[:, 0]), of_videos)
-    own, others = tf.gather(alone, place), alone[tf.size(distinct) :]
+    single = tf.concat([distinct, random_video], 0)[:, None]
+    single = model.column_vectors(single, tf.zeros_like(single[:, 0]), of_videos)
+    own, others = tf.gather(single, place), single[tf.size(distinct) :]
+    logits = target_logits(model, tf.boolean_mask(users, has_next), own, others, next_video[:, None] == random_video)
     log_prob = tf.fill([NUM_NEGATIVES], np.float32(np.log(NUM_NEGATIVES / model.num_videos)))
-    is_own = next_video[:, None] == random_video
-    video_loss = loss_of(tf.boolean_mask(users, has_next), own, others, is_own, log_prob)
+    video_loss = candidate_loss(*logits, log_prob, kind)
 
     column_loss = tf.math.divide_no_nan(column_loss, count(batch["target_column"] > 0))
     video_loss = tf.math.divide_no_nan(video_loss, count(batch["target_video"] >= FIRST_VIDEO))
@@ -246,12 +251,21 @@ def count(mask):
     return tf.reduce_sum(tf.cast(mask, tf.float32))
 
 
-def candidate_loss(own, others, log_prob, kind=LOSS):
-    """Return the sum of the losses of targets, a scalar: own [n] are their logits, others [n, m] those of the others.
+def target_logits(model, users, own, candidates, is_own):
+    """Return the logits of targets, of users and own vectors [n, dim], and of candidates [m, dim]: [n], [n, m].
 
-    log_prob [m] is the log probability of being drawn as a candidate. Each is weighted by the inverse of that
-    probability, so that a sample stands for all (Bengio and Senecal 2008). "softmax" is the cross-entropy over own and
-    others, "bce" the sum of their binary cross-entropies. A logit of -1e9 leaves a candidate out.
+    A target among its own candidates, is_own [n, m], is left out there by a logit of -1e9.
+    """
+    logits = tf.where(is_own, -1e9, model.logits(users, candidates))
+    return model.scale * tf.reduce_sum(users * own, axis=1), logits
+
+
+def candidate_loss(own, others, log_prob, kind=LOSS):
+    """Return the sum of the losses of targets, a scalar: own [n] are their logits, others [n, m] the candidates'.
+
+    log_prob [m] is the log of how often a candidate is drawn. Each is weighted by the inverse of that, so that a sample
+    stands for all (Bengio and Senecal 2008). "softmax" is the cross-entropy over own and others, "bce" the sum of their
+    binary cross-entropies. A logit of -1e9 leaves a candidate out.
     """
     if kind == "softmax":
         logits = tf.concat([own[:, None], others - log_prob], axis=1)
@@ -261,30 +275,206 @@ def candidate_loss(own, others, log_prob, kind=LOSS):
     return tf.reduce_sum(losses)
 
 
-# ---------------------------------------------------------------- the memory: what was clicked near what
+# ---------------------------------------------------------------- counting: what was clicked, and near what
+
+
+class Pairs(NamedTuple):
+    """A sparse table of sums: rising keys row * (columns + 1) + column number [n], and their values [n, any].
+
+    Column 0 is no column, or the sum of what a row lost to keep_strongest().
+    """
+
+    keys: np.ndarray
+    values: np.ndarray
+
+    def keep_strongest(self, size, width):
+        """Return the table with the `width` largest columns of each row; what the others held goes to column 0."""
+        strength = np.where(self.keys % size > 0, self.values.sum(axis=1), 0)
+        rows = self.keys // size
+        order = np.lexsort((self.keys, -strength, rows))
+        lost = np.arange(len(rows)) - np.searchsorted(rows, rows) >= width
+        keys = self.keys[order]
+        return add_pairs(Pairs(np.where(lost, keys - keys % size, keys), self.values[order]))
+
+
+def add_pairs(*tables):
+    """Return the sum of Pairs, whose keys may come in any order and more than once."""
+    keys, values = (np.concatenate(of_tables) for of_tables in zip(*tables, strict=True))
+    order = np.argsort(keys, kind="stable")
+    keys = keys[order]
+    starts = np.flatnonzero(np.diff(keys, prepend=-1))
+    return Pairs(keys[starts], np.add.reduceat(values[order], starts)) if len(starts) else Pairs(keys, values)
+
+
+class Counts(NamedTuple):
+    """Three tables of all that is counted; their columns are column numbers."""
+
+    clicks: Pairs  # of each video in each column, 0 where in none
+    near: Pairs  # rows are videos: clicks in each column near it, weighted by each of the decays: values [n, decays]
+    next: Pairs  # rows are columns: which column was clicked next after it
+
+    @classmethod
+    def add(cls, *counts):
+        """Return the sum."""
+        return cls(*(add_pairs(*tables) for tables in zip(*counts, strict=True)))
+
+
+def count_windows(manifest, splits, decays, index, work_dir=WORK_DIR, num_workers=None):
+    """Return the Counts of the windows of splits, computed by map_files()."""
+    paths, tasks, room = [path for split in splits for path in shards_of(manifest, split, work_dir)], [], 0
+    for path in paths:
+        if os.path.getsize(path) > room or not tasks:
+            tasks.append([])
+            room = COUNT_BYTES
+        tasks[-1].append(path)
+        room -= os.path.getsize(path)
+    size = 1 + len(index.columns)
+    max_lag = min(MAX_LAG, manifest["constants"]["WINDOW_OVERLAP"])
+    count = functools.partial(count_shards, decays=decays, max_lag=max_lag, size=size)
+    total, waiting, number = [], [], 0
+    with map_files(count, tasks, "count", num_workers) as results:
+        for counts in results:
+            waiting.append(counts)
+            number += len(counts.near.keys)
+            if number > MAX_PAIRS:
+                total, waiting, number = [bounded(Counts.add(*total, *waiting), size)], [], 0
+    return bounded(Counts.add(*total, *waiting), size)
+
+
+def bounded(counts, size):
+    """Return counts of which a video keeps its strongest columns, many more than a memory does, where there are too many."""
+    if len(counts.near.keys) <= MAX_PAIRS:
+        return counts
+    return counts._replace(near=counts.near.keep_strongest(size, COUNT_SLACK * MEMORY_WIDTH))
+
+
+def count_shards(paths, decays, max_lag, size):
+    """Return the Counts of the windows of shards, of pairs up to max_lag clicks apart; size is the number of columns + 1.
+
+    A pair counts in the window in which its later click is new, so once.
+    """
+    total, waiting, number = [], [], 0
+    weights = np.array(decays) ** np.arange(max_lag)[:, None]  # [lags, decays]
+    weights[weights < NEGLIGIBLE] = 0
+    for block in read_windows(paths, COUNT_BLOCK):
+        videos, columns = block["user_feature"].astype(np.int64), block["user_column"].astype(np.int64)
+        is_new = (np.arange(videos.shape[1]) >= block["repeated"][:, None]) & (videos != PAD)
+        keys, values = [np.zeros(0, np.int64)], [np.zeros([0, len(decays)])]
+        for lag in range(1, min(videos.shape[1], 1 + max_lag)):
+            earlier, later = np.s_[:, :-lag], np.s_[:, lag:]
+            for near, clicked in ((videos[earlier], columns[later]), (videos[later], columns[earlier])):
+                counted = is_new[later] & (clicked > 0) & (near >= FIRST_VIDEO)
+                keys.append((near * size + clicked)[counted])
+                values.append(np.broadcast_to(weights[lag - 1], [len(keys[-1]), len(decays)]))
+        waiting.append(
+            Counts(
+                add_pairs(ones((videos * size + columns)[is_new])),
+                add_pairs(Pairs(np.concatenate(keys), np.concatenate(values))),
+                add_pairs(ones(next_columns(columns, is_new, size))),
+            )
+        )
+        number += len(waiting[-1].near.keys)
+        if number > MAX_PAIRS // 4:
+            total, waiting, number = [Counts.add(*total, *waiting)], [], 0
+    return Counts.add(
+        *total, *waiting, Counts(*(Pairs(np.zeros(0, np.int64), np.zeros([0, n])) for n in (1, len(decays), 1)))
+    )
+
+
+def ones(keys):
+    """Return Pairs that count each key once."""
+    return Pairs(keys, np.ones([len(keys), 1]))
+
+
+def next_columns(columns, is_new, size):
+    """Return the key of each two column clicks that follow each other, of windows [n, len], the later one new."""
+    rows, places = np.nonzero(columns)
+    clicked = columns[rows, places]
+    follows = (rows[1:] == rows[:-1]) & is_new[rows, places][1:]
+    return (clicked[:-1] * size + clicked[1:])[follows]
+
+
+class CountTable:
+    """A sparse matrix of counts [rows, columns], row by row: `columns` and `counts` from offsets[row] to offsets[row + 1].
+
+    Columns count from 0. `totals` [rows] count also what the table dropped. A table of few rows is a plain matrix as well.
+    """
+
+    def __init__(self, totals, offsets, columns, counts, num_columns):
+        self.totals, self.offsets, self.columns, self.counts = totals, offsets, columns, counts
+        self.num_columns, self.matrix = num_columns, None
+        if len(totals) <= MATRIX_ROWS and len(totals) * num_columns <= MATRIX_SIZE:
+            self.matrix = np.zeros([len(totals), num_columns])
+            self.matrix[np.repeat(np.arange(len(totals)), np.diff(offsets)), columns] = counts
+
+    @classmethod
+    def of_pairs(cls, pairs, num_rows, size, width):
+        """Return the table of Pairs of one value each, with the `width` largest columns of each row."""
+        totals = np.bincount(pairs.keys // size, pairs.values[:, 0], num_rows)
+        rows, columns = np.divmod(pairs.keep_strongest(size, width).keys, size)
+        pairs = pairs.keep_strongest(size, width)
+        kept = columns > 0
+        offsets = np.searchsorted(rows[kept], np.arange(num_rows + 1))
+        return cls(totals, offsets, columns[kept] - 1, pairs.values[kept, 0], size - 1)
+
+    def arrays(self):
+        """Return what the table is made of, by name."""
+        return {name: getattr(self, name) for name in ("totals", "offsets", "columns", "counts")}
+
+    def weighted_rows(self, rows, weights):
+        """Return sum_j weights[i, j] * row(rows[i, j]), float64 [n, columns], of rows and weights [n, h]."""
+        if self.matrix is not None:
+            size = len(self.totals)
+            places = rows + size * np.arange(len(rows))[:, None]
+            return np.bincount(places.ravel(), weights.ravel(), size * len(rows)).reshape(-1, size) @ self.matrix
+        starts = self.offsets[rows.ravel()]
+        lengths = self.offsets[rows.ravel() + 1] - starts
+        entries = np.repeat(starts - np.cumsum(lengths) + lengths, lengths) + np.arange(lengths.sum())
+        outputs = np.repeat(np.arange(rows.size) // rows.shape[1], lengths) * self.num_columns + self.columns[entries]
+        added = self.counts[entries] * np.repeat(weights.ravel(), lengths)
+        return np.bincount(outputs, added, len(rows) * self.num_columns).reshape(len(rows), -1).astype(float)
+
+
+# ---------------------------------------------------------------- the memory, and how it is mixed with the towers
 
 
 class Mix(NamedTuple):
-    """How memory and towers are put together; chosen on validation."""
+    """How the memory is read and put together with the towers: what is chosen on validation, and the constants."""
 
     decay: float  # of the memory's counts, per click between two that are near
     own_weight: float  # of the user's own columns in the memory
     memory_weight: float  # 0 leaves the plain towers
     temperature: float  # of the towers' softmax
+    video_decay: float = VIDEO_DECAY
+    own_decay: float = OWN_DECAY
+    video_backoff: float = VIDEO_BACKOFF
+    column_backoff: float = COLUMN_BACKOFF
+    popularity_weight: float = POPULARITY_WEIGHT
+    memory_clicks: int = MEMORY_CLICKS
+
+    def constants(self):
+        """Return the part that is not chosen, by the constants' names."""
+        return {name.upper(): value for name, value in list(self._asdict().items())[4:]}
 
 
 PLAIN_TOWERS = Mix(decay=0.6, own_weight=0.0, memory_weight=0.0, temperature=1.0)
 
 
-def mix(logits, remembered, memory_weight, temperature):
-    """Return log((1 - w) softmax(logits / temperature) + w remembered / sum), [n, columns]; w = 0: the towers alone."""
+def mix(logits, remembered, is_remembered, memory_weight, temperature):
+    """Return log probabilities [n, columns]: (1 - w) softmax(logits / temperature) + w remembered / its sum.
+
+    A column newer than the memory, False in is_remembered [columns], keeps what the towers give it, and the memory
+    shares out what they give the others. Weight w = 0 leaves the towers alone.
+    """
     exponent = (logits - logits.max(axis=1, keepdims=True)) / temperature
     towers = np.exp(exponent)
+    total = towers.sum(axis=1, keepdims=True)
     if memory_weight == 0:
-        return exponent - np.log(towers.sum(axis=1, keepdims=True))
-    remembered = np.maximum(remembered, 1e-9)
-    towers *= (1 - memory_weight) / towers.sum(axis=1, keepdims=True)
-    return np.log(towers + remembered * (memory_weight / remembered.sum(axis=1, keepdims=True)))
+        return exponent - np.log(total)
+    towers /= total
+    remembered = np.maximum(remembered, 1e-9) * is_remembered
+    share = memory_weight * (towers @ is_remembered) / remembered.sum(axis=1)
+    return np.log(towers * (1 - memory_weight * is_remembered) + remembered * share[:, None])
 
 
 class Memory:
@@ -295,31 +485,53 @@ class Memory:
     """
 
     def __init__(self, video_clicks, column_clicks, video_column, by_video, by_column):
-        self.video_clicks, self.column_clicks = video_clicks, column_clicks  # int [videos], [columns + 1]
+        self.video_clicks, self.column_clicks = video_clicks, column_clicks  # [videos], [columns + 1]
         self.video_column = video_column  # int [videos]: the column that each was clicked in most, 0 = in none
         self.by_video, self.by_column = by_video, by_column  # CountTables: what was clicked near it
-        self.popularity = column_clicks[1:] / column_clicks.sum()
+        self.popularity = column_clicks[1:] / max(column_clicks.sum(), 1)
 
-    def scores(self, videos, columns, own_weight):
-        """Return float64 [n, columns] for histories [n, h]: numbers of videos and columns, latest first, 0 padded."""
-        return self.near(videos, columns) + own_weight * self.own(columns)
+    @classmethod
+    def of_counts(cls, counts, decay, index):
+        """Return the Memory of Counts, with those near weighted by the decay of that place."""
+        num_videos, size = FIRST_VIDEO + len(index.videos), 1 + len(index.columns)
+        videos, columns = np.divmod(counts.clicks.keys, size)
+        video_clicks = np.bincount(videos, counts.clicks.values[:, 0], num_videos)
+        column_clicks = np.bincount(columns, counts.clicks.values[:, 0], size)
+        video_clicks[:FIRST_VIDEO] = column_clicks[0] = 0
 
-    def near(self, videos, columns):
-        """Return the part of the scores that comes from other users and from popularity."""
+        video_column = np.zeros(num_videos, int)
+        for number, shelf in reversed(list(enumerate(index.columns.values(), start=1))):
+            video_column[shelf] = number  # of a video never clicked in a column, the first that shows it
+        (main,) = np.nonzero((columns > 0) & (videos >= FIRST_VIDEO))
+        main = main[np.lexsort((-columns[main], counts.clicks.values[main, 0]))]  # the last one written stays
+        video_column[videos[main]] = columns[main]
+
+        near = Pairs(counts.near.keys, counts.near.values[:, decay : decay + 1])
+        rows, columns = np.divmod(near.keys, size)
+        has_column = video_column[rows] > 0
+        of_columns = Pairs((video_column[rows] * size + columns)[has_column], near.values[has_column])
+        by_video = CountTable.of_pairs(near, num_videos, size, MEMORY_WIDTH)
+        by_column = CountTable.of_pairs(add_pairs(of_columns), size, size, COLUMN_WIDTH)
+        return cls(video_clicks, column_clicks, video_column, by_video, by_column)
+
+    def near(self, videos, columns, by):
+        """Return float64 [n, columns] for histories [n, h], latest click first, 0 padded: what other users' clicks and
+        popularity give, as a Mix says."""
         videos = np.where(videos < len(self.video_column), videos, UNKNOWN)
-        weights = np.where(videos != PAD, VIDEO_DECAY ** np.arange(videos.shape[1]), 0)
-        share = weights / (self.by_video.totals[videos] + VIDEO_BACKOFF)
+        weights = np.where(videos != PAD, by.video_decay ** np.arange(videos.shape[1]), 0)
+        share = weights / (self.by_video.totals[videos] + by.video_backoff)
         scores = self.by_video.weighted_rows(videos, share)
         column = np.where(self.video_column[videos] > 0, self.video_column[videos], self.known(columns))
-        share *= VIDEO_BACKOFF / (self.by_column.totals[column] + COLUMN_BACKOFF)
+        share *= by.video_backoff / (self.by_column.totals[column] + by.column_backoff)
         scores += self.by_column.weighted_rows(column, share)
-        return scores + (COLUMN_BACKOFF * share.sum(axis=1, keepdims=True) + POPULARITY_WEIGHT) * self.popularity
+        popular = by.column_backoff * share.sum(axis=1, keepdims=True) + by.popularity_weight
+        return scores + popular * self.popularity
 
-    def own(self, columns):
-        """Return how recently and often the user clicked in each column."""
+    def own(self, columns, by):
+        """Return float64 [n, columns]: how recently and often the user clicked in each column."""
         size = 1 + len(self.popularity)
         places = self.known(columns) + size * np.arange(len(columns))[:, None]
-        weights = np.broadcast_to(OWN_DECAY ** np.arange(columns.shape[1]), columns.shape)
+        weights = np.broadcast_to(by.own_decay ** np.arange(columns.shape[1]), columns.shape)
         return np.bincount(places.ravel(), weights.ravel(), size * len(columns)).reshape(-1, size)[:, 1:]
 
     def known(self, columns):
@@ -331,7 +543,8 @@ class Memory:
         arrays = {name: getattr(self, name) for name in ("video_clicks", "column_clicks", "video_column")}
         for name in ("by_video", "by_column"):
             arrays |= {f"{name}.{key}": value for key, value in getattr(self, name).arrays().items()}
-        np.savez(path, **arrays)
+        with open(path, "wb") as file:
+            np.savez(file, **arrays)
 
     @classmethod
     def load(cls, path):
@@ -345,51 +558,71 @@ class Memory:
         return cls(**arrays, **{name: CountTable(num_columns=num_columns, **of) for name, of in tables.items()})
 
 
-def count_clicks(manifest, index, work_dir):
-    """Return a Memory that knows just how often each video and column was clicked in the training split."""
-    num_videos, num_columns = FIRST_VIDEO + len(index.videos), len(index.columns)
-    video_clicks, column_clicks = np.zeros(num_videos, int), np.zeros(1 + num_columns, int)
-    for videos, columns, new in first_seen(manifest, "train", work_dir):
-        video_clicks += np.bincount(videos[new], minlength=num_videos)
-        column_clicks += np.bincount(columns[new], minlength=1 + num_columns)
-    video_clicks[:FIRST_VIDEO] = column_clicks[0] = 0
-    none = [PairCounter(rows, num_columns, width=1).table() for rows in (num_videos, 1 + num_columns)]
-    return Memory(video_clicks, column_clicks, np.zeros(num_videos, int), *none)
+def latest_first(numbers, lengths, width):
+    """Return the last `width` of the first lengths[i] numbers of each row [n, len], the last one first, 0 padded."""
+    places = lengths[:, None] - 1 - np.arange(width)
+    taken = np.take_along_axis(numbers, np.clip(places, 0, numbers.shape[1] - 1), axis=1)
+    return np.where(places >= 0, taken, 0)
 
 
-def count_memories(manifest, index, clicks, decays, work_dir):
-    """Return {decay: Memory} for each decay of the counts: on the training split, what was clicked near what."""
-    num_videos, num_columns = FIRST_VIDEO + len(index.videos), len(index.columns)
-    homes = PairCounter(num_videos, num_columns, width=1)
-    for videos, columns, new in first_seen(manifest, "train", work_dir):
-        in_column = new & (columns > 0)
-        homes.add(videos[in_column], columns[in_column], 1.0)
+class Scorer:
+    """Scores the current columns for histories: the one way, for validation, for the test and for the rankings.
 
-    video_column = np.zeros(num_videos, int)
-    for number, videos in reversed(list(enumerate(index.columns.values(), start=1))):
-        video_column[videos] = number  # of a video never clicked in a column, the first that shows it
-    rows, columns = homes.table().pairs()
-    video_column[rows] = columns
-    video_column[:FIRST_VIDEO] = 0
+    A history is padded at its end: numbers of videos and of columns [n, len], oldest first.
+    """
 
-    by_video = {decay: PairCounter(num_videos, num_columns, MEMORY_WIDTH) for decay in decays}
-    by_column = {decay: PairCounter(1 + num_columns, num_columns, COLUMN_WIDTH) for decay in decays}
-    for videos, columns, new in first_seen(manifest, "train", work_dir):
-        for lag in range(1, min(videos.shape[1], 1 + manifest["constants"]["WINDOW_OVERLAP"])):
-            for near, clicked in ((videos[:, :-lag], columns[:, lag:]), (videos[:, lag:], columns[:, :-lag])):
-                counted = new[:, lag:] & (clicked > 0) & (near >= FIRST_VIDEO)
-                rows, clicked = near[counted], clicked[counted]
-                homed = video_column[rows] > 0
-                for decay in decays:
-                    if (weight := decay ** (lag - 1)) >= NEGLIGIBLE:
-                        by_video[decay].add(rows, clicked, weight)
-                        by_column[decay].add(video_column[rows[homed]], clicked[homed], weight)
-    return {
-        decay: Memory(
-            clicks.video_clicks, clicks.column_clicks, video_column, by_video[decay].table(), by_column[decay].table()
-        )
-        for decay in decays
-    }
+    def __init__(self, model, memory, index, item_max_len=ITEM_MAX_LEN):
+        self.model, self.memory = model, memory
+        self.numbers = np.array([number for number, videos in enumerate(index.columns.values(), start=1) if videos])
+        self.is_remembered = (self.numbers <= len(memory.popularity)).astype(float)
+        self.column_videos = column_table(index, memory.video_clicks, item_max_len)[self.numbers]
+        self.refresh()
+
+        @tf.function(reduce_retracing=True)
+        def logits(videos, columns, last, vectors):
+            users = model.user_vectors(videos, columns)
+            return model.logits(tf.gather(users, last, batch_dims=1), vectors)
+
+        self.logits = logits
+
+    def refresh(self):
+        """Take the columns' vectors from the model as it is now."""
+        blocks = np.array_split(np.arange(len(self.numbers)), 1 + len(self.numbers) // COLUMNS_AT_ONCE)
+        vectors = [self.model.column_vectors(self.column_videos[b], self.numbers[b]) for b in blocks]
+        self.vectors = tf.concat(vectors, axis=0)
+
+    def towers(self, videos, columns):
+        """Return what the towers give: logits [n, current columns]."""
+        last = np.maximum(np.count_nonzero(videos, axis=1) - 1, 0)
+        return self.logits(videos, columns, last, self.vectors).numpy()
+
+    def remembered(self, videos, columns, by):
+        """Return what the memory gives, of other users' clicks and of the user's own: two arrays [n, current columns]."""
+        lengths = np.count_nonzero(videos, axis=1)
+        videos, columns = (latest_first(numbers, lengths, by.memory_clicks) for numbers in (videos, columns))
+        return self.of_current(self.memory.near(videos, columns, by)), self.of_current(self.memory.own(columns, by))
+
+    def mixed(self, logits, near, own, by):
+        """Return log probabilities [n, current columns] of what towers() and remembered() give."""
+        remembered = near + by.own_weight * own
+        return mix(logits, remembered, self.is_remembered, by.memory_weight, by.temperature)
+
+    def scores(self, videos, columns, by):
+        """Return log probabilities [n, current columns] by a Mix."""
+        return self.mixed(self.towers(videos, columns), *self.remembered(videos, columns, by), by)
+
+    def rankable(self, users):
+        """Return the held-out users whose target is a current column, with its "place" among the current columns and
+        whether it was "clicked_before"."""
+        kept = np.isin(users["target_column"], self.numbers)
+        users = {name: values[kept] for name, values in users.items()}
+        before = (users["user_column"] == users["target_column"][:, None]).any(axis=1)
+        return users | {"place": np.searchsorted(self.numbers, users["target_column"]), "clicked_before": before}
+
+    def of_current(self, scores):
+        """Scores [n, columns the memory knows] -> [n, current columns]; a newer column scores 0."""
+        newer = self.numbers[-1] - scores.shape[1]
+        return np.pad(scores, [(0, 0), (0, max(newer, 0))])[:, self.numbers - 1]
 
 
 def main():

@@ -1,15 +1,19 @@
-"""Train the towers, count the memory, choose how to mix them, and measure it all beside simple baselines.
+"""Train the towers, count the memory, choose how to mix them, measure it all beside simple baselines, and publish it.
 
-Reads   WORK_DIR/tfrecord/, WORK_DIR/indexing/
-Writes  WORK_DIR/model/<hash>.weights.h5   the towers' best weights so far
-        WORK_DIR/model/<hash>.memory.npz   the memory
-        WORK_DIR/model/model.json          last: which of them belong together and how to rebuild the model
+Reads   WORK_DIR/tfrecord/, WORK_DIR/indexing/, the model that stands in WORK_DIR/model/
+Writes  WORK_DIR/model/checkpoint.npz      where a run that was killed goes on; gone when it has ended
         WORK_DIR/model/history.csv         one line an epoch
-        WORK_DIR/model/metrics.json        the table that is printed at the end, on the test split
-        WORK_DIR/model/checkpoint.npz      where a run that was killed goes on
-        WORK_DIR/model/logs/               for TensorBoard, where it is installed
+        WORK_DIR/model/logs/               for TensorBoard, where it is installed: a folder a run
+    and when all has ended, together
+        WORK_DIR/model/<hash>.weights.h5   the towers' best weights
+        WORK_DIR/model/<hash>.memory.npz   the memory
+        WORK_DIR/model/model.json          which of them belong together, and all that is needed to serve them
+        WORK_DIR/model/metrics.json        the table that is printed at the end, on the test users
+        WORK_DIR/model/test.csv            one line a test user: the target, and its rank in every row of the table
 
     python train.py
+
+Where a model stands, training starts from its weights and takes WARM_EPOCHS; until all has ended, that model ranks.
 """
 
 import contextlib
@@ -24,55 +28,74 @@ import sys
 import time
 import zipfile
 from pathlib import Path
+from typing import NamedTuple
 
 import keras
 import numpy as np
 import tensorflow as tf
-from tqdm import tqdm
 
 from get_dataset import (
+    BATCH_POSITIONS,
     ITEM_MAX_LEN,
-    PARSE_BLOCK,
-    PairCounter,
+    MAX_CANDIDATES,
+    MIN_STEPS,
+    NUM_NEGATIVES,
+    SHUFFLE_BUFFER,
     add_candidates,
     column_table,
-    first_seen,
+    held_out,
     load_manifest,
     make_dataset,
-    parse_block,
+    read_windows,
+    shards_of,
 )
 from get_indexing import (
+    DATA_DIR,
+    ENDINGS,
+    FIRST_VIDEO,
     WORK_DIR,
     InputError,
+    check_same,
     cluster_place,
-    constants,
     file_fingerprint,
     fingerprint,
     load_index,
+    progress,
     read_json,
     remove_leftovers,
     replacing,
     run_script,
     write_json,
 )
-from get_tfrecord import USER_MAX_LEN
 from model_tf2 import (
+    AUX_WEIGHT,
+    COLUMN_WIDTH,
+    INIT_SCALE,
+    INIT_STDDEV,
     LOSS,
-    MEMORY_CLICKS,
+    LOSSES,
+    MAX_LAG,
+    MEMORY_WIDTH,
+    NEGLIGIBLE,
     PLAIN_TOWERS,
+    Counts,
+    CountTable,
     Memory,
     Mix,
+    Scorer,
     build_model,
-    count_clicks,
-    count_memories,
-    mix,
+    count_windows,
+    latest_first,
     training_loss,
 )
 
 EPOCHS = 12  # at most; the learning rate falls along a cosine over so many
 PATIENCE = 4  # epochs without a better validation NDCG@10 before training ends
 LEARNING_RATE = 3e-3  # of Adam, at the start
-LOWEST_RATE = 0.02  # of LEARNING_RATE, at the end
+LOWEST_RATE = 0.02  # of the learning rate, at the end
+WARM_START = True  # False trains from nothing also where a model stands
+WARM_EPOCHS = 3  # instead of EPOCHS where training starts from the weights of a model
+WARM_RATE = 0.3  # of LEARNING_RATE, then
 SEED = 1  # of weights, dropout, shuffling and negatives
 MEMORY = True  # False leaves the plain two towers
 MEMORY_DECAYS = (0.6, 0.3, 0.9)  # per click between two that are counted as near; chosen on validation
@@ -81,71 +104,74 @@ MEMORY_WEIGHTS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)  # of the memory 
 TEMPERATURES = (1.0, 1.5)  # of the towers' softmax in the mix; chosen on validation
 CLUSTER_TIMEOUT = 600  # seconds that a worker waits for the others
 SCORES_AT_ONCE = 4_000_000  # numbers in a block of evaluated scores: bounds the memory needed
-MODEL_FORMAT = 1  # of model.json
+RESAMPLES = 1000  # of the test users, for the intervals
+MODEL_FORMAT = 2  # of model.json
 
 
-def train(work_dir=WORK_DIR, user_max_len=USER_MAX_LEN, epochs=EPOCHS, patience=PATIENCE, learning_rate=LEARNING_RATE,
-          loss=LOSS, memory=MEMORY, seed=SEED, **arguments):  # fmt: skip
-    """Train on the records under work_dir and return the metrics of the test split, {ranking: {metric: value}}.
+def train(work_dir=WORK_DIR, record_constants=None, epochs=EPOCHS, patience=PATIENCE, learning_rate=LEARNING_RATE,
+          loss=LOSS, use_memory=MEMORY, warm_start=WARM_START, warm_epochs=WARM_EPOCHS, seed=SEED, **arguments):  # fmt: skip
+    """Train on the records under work_dir and return the metrics of the test users, {ranking: {metric: value}}.
 
-    arguments are BST_DSSM's. A run that was killed goes on after its last finished epoch, to the same weights. In a
-    cluster (TF_CONFIG) every worker calls this; the first one writes and returns the metrics, the others return None.
+    record_constants are those that the records must be made with, by default today's; arguments are BST_DSSM's. A run
+    that was killed goes on after its last finished epoch, to the same weights; one over the same as the model that
+    stands does nothing. In a cluster (TF_CONFIG) every worker calls this; the first one writes and returns the metrics,
+    the others return None.
     """
-    strategy = make_strategy()
+    if loss not in LOSSES:
+        raise InputError(f"LOSS = {loss!r}: it must be one of {', '.join(LOSSES)}")
+    strategy, folder = make_strategy(), Path(work_dir, "model")
     keras.utils.set_random_seed(seed)
     tf.config.experimental.enable_op_determinism()
-    manifest, index = load_manifest(work_dir, user_max_len)
-    folder, clicks = Path(work_dir, "model"), count_clicks(manifest, index, work_dir)
-    column_videos = column_table(index, clicks.video_clicks)
-    steps = len(make_dataset(manifest, "train", work_dir))
+    manifest, index = load_manifest(work_dir, record_constants)
     with strategy.scope():
         model = build_model(num_videos=len(index.videos), num_columns=len(index.columns), **arguments)
-        schedule = keras.optimizers.schedules.CosineDecay(learning_rate, epochs * steps, LOWEST_RATE)
-        optimizer = LazyAdam(model.trainable_variables, schedule)
-    score = target_scorer(model, column_videos)
-    validation = make_dataset(manifest, "val", work_dir)
+    run = {
+        "constants": dict(
+            EPOCHS=epochs, PATIENCE=patience, LEARNING_RATE=learning_rate, LOWEST_RATE=LOWEST_RATE,
+            WARM_EPOCHS=warm_epochs, WARM_RATE=WARM_RATE, LOSS=loss, AUX_WEIGHT=AUX_WEIGHT, SEED=seed,
+            INIT_STDDEV=INIT_STDDEV, INIT_SCALE=INIT_SCALE, BATCH_POSITIONS=BATCH_POSITIONS, MIN_STEPS=MIN_STEPS,
+            SHUFFLE_BUFFER=SHUFFLE_BUFFER, ITEM_MAX_LEN=ITEM_MAX_LEN, MAX_CANDIDATES=MAX_CANDIDATES,
+            NUM_NEGATIVES=NUM_NEGATIVES, MEMORY=use_memory, MEMORY_DECAYS=MEMORY_DECAYS, OWN_WEIGHTS=OWN_WEIGHTS,
+            MEMORY_WEIGHTS=MEMORY_WEIGHTS, TEMPERATURES=TEMPERATURES, MAX_LAG=MAX_LAG, NEGLIGIBLE=NEGLIGIBLE,
+            MEMORY_WIDTH=MEMORY_WIDTH, COLUMN_WIDTH=COLUMN_WIDTH, **PLAIN_TOWERS.constants(),
+        ),
+        "arguments": model.arguments,
+        "records": {name: manifest[name] for name in ("format", "constants", "held_out_share", "input")},
+        "index": {**index.fingerprint(), "columns_hold": fingerprint(index.columns)},
+        "versions": versions(),
+    }  # fmt: skip
+    run = json.loads(json.dumps(run))  # as it will be read again
+    saved = standing_model(folder)
+    if saved and saved["run"] == run:
+        print(f"nothing to train: {folder / 'model.json'} was made of these records with these constants")
+        return read_json(folder / "metrics.json", "train.py")["test"]
 
-    used = constants("get_indexing", "get_dataset", "model_tf2", "train")
-    run = fingerprint(used, manifest, index.columns, epochs, learning_rate, loss, seed, model.arguments, versions())
-    history, is_first, train_step = restore_checkpoint(folder, model, optimizer, run), cluster_place()[0] == 0, None
-    while len(history) < epochs and len(history) < best_epoch(history) + patience:
-        epoch, started = len(history) + 1, time.time()
-        draw = seed * 1_000_000 + epoch
-        batches = make_dataset(manifest, "train", work_dir, seed=draw)
-        batches = add_candidates(batches, column_videos, clicks.column_clicks, len(index.videos), seed=draw)
-        train_step = train_step or make_train_step(strategy, model, optimizer, batches.element_spec, loss)
-        with lost_worker_named():
-            losses = train_epoch(train_step, batches, epoch, optimizer, manifest, work_dir)
-            metrics = evaluate(validation, score, lambda logits, *_: [("towers", logits)], strategy)["towers"]
-        history.append({"epoch": epoch, **losses, **metrics, "seconds": round(time.time() - started, 1)})
-        if is_first:
-            if best_epoch(history) == epoch:
-                save_model(folder, model, clicks, PLAIN_TOWERS, manifest, index, metrics, run)
-            write_history(folder, history)
-            log_tensorboard(folder / "logs", history[-1])
-            save_checkpoint(folder, model, optimizer, run, history)
-        print(", ".join(f"{k} {v:,.4g}" if type(v) is float else f"{k} {v:,}" for k, v in history[-1].items()))
-    if not is_first:
+    counts = count_windows(manifest, ["train"], MEMORY_DECAYS, index, work_dir)
+    reason = None if saved and warm_start else "no model stands" if warm_start else "WARM_START is False"
+    reason = reason or why_not_warm(saved, model.arguments, manifest, index)
+    standing = None if reason else load_model(work_dir, index)
+    if standing:
+        grow(standing.model, model, index)
+        epochs, learning_rate = warm_epochs, learning_rate * WARM_RATE
+    started = f"from nothing: {reason}" if reason else f"from the weights of the model of {saved['date']}"
+    print(f"training starts {started}; {epochs:,} epochs at most")
+
+    scorer = Scorer(model, Memory.of_counts(counts, 0, index), index)
+    weights, history = fit(strategy, scorer, manifest, index, work_dir, loss, seed, epochs, patience, learning_rate,
+                           {**run, "from": standing and saved["weights"]})  # fmt: skip
+    if cluster_place()[0]:
         return None
-
-    saved = read_json(folder / "model.json", "train.py")
-    model.load_weights(folder / saved["weights"]["file"])
-    chosen = PLAIN_TOWERS
-    if memory:
-        memories = count_memories(manifest, index, clicks, MEMORY_DECAYS, work_dir)
-        chosen = choose_mix(validation, score, memories)
-        clicks = memories[chosen.decay]
-    test = evaluate(make_dataset(manifest, "test", work_dir), score, all_rankings(manifest, clicks, chosen, work_dir))
-    save_model(folder, model, clicks, chosen, manifest, index, saved["validation"], run)
-    write_json(folder / "metrics.json", {"test": test, "validation": saved["validation"], "mix": chosen._asdict()})
-    print_table(test, chosen)
-    return test
+    model.set_weights(weights)
+    scorer.refresh()
+    return finish(scorer, standing, counts, manifest, index, work_dir, use_memory, run, history)
 
 
 def make_strategy():
     """Return how to train: on the cluster of TF_CONFIG, on all GPUs of this machine, or on its one device."""
-    if "TF_CONFIG" in os.environ:
-        place, places = cluster_place()
+    for gpu in tf.config.list_physical_devices("GPU"):
+        tf.config.experimental.set_memory_growth(gpu, True)
+    place, places = cluster_place()
+    if places > 1:
         print(
             f"worker {place} waits for all {places} of TF_CONFIG; after {CLUSTER_TIMEOUT} s an alarm ends it",
             file=sys.stderr,
@@ -158,6 +184,54 @@ def make_strategy():
     if len(tf.config.list_physical_devices("GPU")) > 1:
         return tf.distribute.MirroredStrategy()
     return tf.distribute.get_strategy()
+
+
+# ---------------------------------------------------------------- fitting the towers
+
+
+def fit(strategy, scorer, manifest, index, work_dir, loss, seed, epochs, patience, learning_rate, run):
+    """Train the scorer's towers; return (the weights of the best epoch, history).
+
+    Epoch 0 is the weights as they come, where `run` says from which model. A checkpoint of the same run goes on.
+    """
+    model, folder, is_first = scorer.model, Path(work_dir, "model"), cluster_place()[0] == 0
+    steps = len(make_dataset(manifest, work_dir))
+    with strategy.scope():
+        schedule = keras.optimizers.schedules.CosineDecay(learning_rate, epochs * steps, LOWEST_RATE)
+        optimizer = LazyAdam(model.trainable_variables, schedule)
+    column_videos = column_table(index, scorer.memory.video_clicks)
+    validation = scorer.rankable(held_out(manifest, "val", work_dir))
+    started, history, best = restore_checkpoint(folder, model, optimizer, run)
+    print_history(history)
+    train_step = None
+    while len(history) < epochs + bool(run["from"]) and last_epoch(history) < best_epoch(history) + patience:
+        epoch, clock = last_epoch(history) + 1 if history or not run["from"] else 0, time.time()
+        losses = dict.fromkeys(("loss", "column_loss", "targets"))
+        with lost_worker_named():
+            if epoch:
+                draw = seed * 1_000_000 + epoch
+                batches = add_candidates(
+                    make_dataset(manifest, work_dir, seed=draw), column_videos, len(index.videos), seed=draw
+                )
+                train_step = train_step or make_train_step(strategy, model, optimizer, batches.element_spec, loss)
+                losses = train_epoch(train_step, batches, epoch, optimizer, manifest, work_dir)
+            scorer.refresh()
+            ranks = ranks_of(validation, scorer, lambda *clicks: [("towers", scorer.towers(*clicks))])["towers"]
+            metrics = agreed(strategy, means(metrics_of(ranks, len(scorer.numbers))))
+        history.append({"epoch": epoch, **losses, **metrics, "seconds": round(time.time() - clock, 1)})
+        if best_epoch(history) == epoch:
+            best = model.get_weights()
+        if is_first:
+            write_history(folder, history)
+            log_tensorboard(folder / "logs" / started, history[-1])
+            save_checkpoint(folder, model, optimizer, run, started, history, best)
+        print_epoch(history)
+    return best, history
+
+
+def last_epoch(history):
+    """Return the number of the last finished epoch, 0 before the first."""
+    return history[-1]["epoch"] if history else 0
 
 
 # ---------------------------------------------------------------- one epoch
@@ -229,34 +303,36 @@ def make_train_step(strategy, model, optimizer, batch_spec, loss):
 def train_epoch(train_step, batches, epoch, optimizer, manifest, work_dir):
     """Run an epoch; return its mean losses and its number of targets. A loss that is not finite raises InputError."""
     sums = np.zeros(3)
-    bar = tqdm(batches, total=len(batches), desc=f"epoch {epoch}", unit="batch", disable=None)
-    for step, batch in enumerate(bar, start=1):
+    for step, batch in enumerate(progress(batches, len(batches), f"epoch {epoch}", "batch"), start=1):
         outcome = train_step(batch).numpy()
         if not np.isfinite(outcome).all():
-            rate, shards = float(optimizer.schedule(optimizer.step - 1)), shards_of(batch, manifest, work_dir)
+            rate, shards = float(optimizer.schedule(optimizer.step - 1)), shards_with(batch, manifest, work_dir)
             raise InputError(
                 f"the loss is {outcome[0]} at step {step} of epoch {epoch} (learning rate {rate:.3g}, windows of "
-                f"{', '.join(shards)}); the best weights so far are kept; lower LEARNING_RATE and run train.py again"
+                f"{', '.join(shards)}); the model that stands is kept; lower LEARNING_RATE and run train.py again"
             )
         sums += outcome
     return {"loss": float(sums[0] / step), "column_loss": float(sums[1] / step), "targets": int(sums[2])}
 
 
-def shards_of(batch, manifest, work_dir):
+def shards_with(batch, manifest, work_dir):
     """Yield the names of the training shards that hold windows of a batch's users."""
     uids = batch["uid"].numpy()
-    for name in manifest["shards"]:
-        if name.startswith("train"):
-            blocks = tf.data.TFRecordDataset(str(Path(work_dir, "tfrecord", name))).batch(PARSE_BLOCK).map(parse_block)
-            if any(np.isin(block["uid"], uids).any() for block in blocks.as_numpy_iterator()):
-                yield name
+    for path in shards_of(manifest, "train", work_dir):
+        if any(np.isin(block["uid"], uids).any() for block in read_windows([path])):
+            yield Path(path).name
 
 
 @contextlib.contextmanager
 def lost_worker_named():
-    """Turn what TensorFlow raises where another worker of the cluster is lost into an InputError."""
+    """Turn what TensorFlow raises where a shard is gone or damaged, or another worker lost, into an InputError."""
     try:
         yield
+    except (tf.errors.NotFoundError, tf.errors.DataLossError) as error:
+        raise InputError(
+            f"the shards changed or were damaged while train.py read them ({error.message}); run get_tfrecord.py, then "
+            "train.py again"
+        ) from error
     except tf.errors.OpError as error:
         place, places = cluster_place()
         if places == 1:
@@ -267,70 +343,39 @@ def lost_worker_named():
         ) from error
 
 
+def agreed(strategy, metrics):
+    """Return the first worker's metrics in every worker of a cluster: all must end at the same epoch."""
+    place, places = cluster_place()
+    if places == 1:
+        return metrics
+    per_replica = places / strategy.num_replicas_in_sync if place == 0 else 0.0  # a worker may have several replicas
+    values = tf.constant([value * per_replica for value in metrics.values()], tf.float64)
+    parts = strategy.experimental_distribute_values_from_function(lambda _: values)
+    return dict(zip(metrics, strategy.reduce("SUM", parts, axis=None).numpy().tolist(), strict=True))
+
+
 def best_epoch(history):
     """Return the number of the epoch with the best validation NDCG, 0 before the first."""
     return max(history, key=lambda row: row["NDCG@10"], default={"epoch": 0})["epoch"]
 
 
-# ---------------------------------------------------------------- evaluation: every column is ranked for every target
+# ---------------------------------------------------------------- evaluation: every current column is ranked for every user
 
 
-def target_scorer(model, column_videos):
-    """Return a function from batches to blocks of their targets: (logits [n, columns], videos [n, h], columns [n, h],
-    targets [n]), where the histories [n, h] before each target are as Memory.scores() takes them."""
-
-    @tf.function(reduce_retracing=True)
-    def target_logits(batch, columns):
-        users = model.user_vectors(batch["user_feature"], batch["user_column"])
-        return model.logits(tf.boolean_mask(users, batch["label"] > 0), columns)
-
-    def score(batches):
-        columns = model.column_vectors(column_videos[1:], np.arange(1, len(column_videos)))
-        for batch in batches:
-            rows, at = np.nonzero(batch["label"].numpy())
-            clicks = at[:, None] - np.arange(MEMORY_CLICKS)
-            videos, clicked = (
-                np.where(clicks >= 0, batch[name].numpy()[rows[:, None], np.maximum(clicks, 0)], 0)
-                for name in ("user_feature", "user_column")
-            )
-            outputs = target_logits(batch, columns).numpy(), videos, clicked, batch["target_column"].numpy()[rows, at]
-            yield from zip(
-                *(np.array_split(x, 1 + len(rows) * len(columns) // SCORES_AT_ONCE) for x in outputs), strict=True
-            )
-
-    return score
+def ranks_of(users, scorer, rankings):
+    """Return {name: ranks [n]} of the targets of users, as of Scorer.rankable(), by (name, scores) of rankings(clicks)."""
+    ranks, at_once = {}, max(1, SCORES_AT_ONCE // len(scorer.numbers))
+    for start in range(0, len(users["place"]), at_once):
+        block = {name: values[start : start + at_once] for name, values in users.items()}
+        for name, scores in rankings(block["user_feature"], block["user_column"]):
+            ranks.setdefault(name, []).append(rank_of(scores, block["place"]))
+    return {name: np.concatenate(blocks) for name, blocks in ranks.items()}
 
 
-def evaluate(batches, score, rankings, strategy=None):
-    """Return {name: metrics} of what rankings(logits, videos, columns) yields for every block: (name, scores).
-
-    With the strategy of a cluster each worker evaluates its part of the windows, and all return the same.
-    """
-    place, places = cluster_place() if strategy else (0, 1)
-    if places > 1:
-        batches = ({name: value[place::places] for name, value in batch.items()} for batch in batches)
-    sums = {}
-    for *inputs, targets in score(batches):
-        for name, scores in rankings(*inputs):
-            metrics = metrics_of(rank_of(scores, targets), scores.shape[1])
-            of_block = np.array([*(values.sum() for values in metrics.values()), len(targets)])
-            sums[name] = sums.get(name, 0) + of_block
-    if places > 1:
-        sums = {name: sum_over_workers(strategy, places, of) for name, of in sums.items()}
-    return {name: dict(zip(metrics, (of[:-1] / of[-1]).tolist(), strict=True)) for name, of in sums.items()}
-
-
-def sum_over_workers(strategy, workers, values):
-    """Return the sum of the workers' arrays of values."""
-    values = tf.constant(values * workers / strategy.num_replicas_in_sync)  # a worker may have several replicas
-    parts = strategy.experimental_distribute_values_from_function(lambda _: values)
-    return strategy.reduce("SUM", parts, axis=None).numpy()
-
-
-def rank_of(scores, targets):
-    """Return the rank, from 1, of column number targets[i] among scores[i]; of equal scores the first column wins."""
-    own = np.take_along_axis(scores, targets[:, None] - 1, axis=1)
-    earlier = np.arange(scores.shape[1]) < targets[:, None] - 1
+def rank_of(scores, places):
+    """Return the rank, from 1, of column places[i] among scores[i]; of equal scores the first column wins."""
+    own = np.take_along_axis(scores, places[:, None], axis=1)
+    earlier = np.arange(scores.shape[1]) < places[:, None]
     return 1 + ((scores > own) | ((scores == own) & earlier)).sum(axis=1)
 
 
@@ -349,114 +394,280 @@ def metrics_of(ranks, num_columns):
     }
 
 
-def choose_mix(batches, score, memories):
-    """Return the Mix with the best NDCG@10 on batches: first of the memory's own constants, then of its weight.
+def means(metrics):
+    """Return {metric: mean} of {metric: [n]}."""
+    return {name: float(np.mean(values)) for name, values in metrics.items()}
 
-    A weight is judged by the mean of its own NDCG and those of the next lower and higher weight: a lone peak is noise.
-    """
 
-    def memory_alone(_, videos, columns):
-        for decay, memory in memories.items():
-            near, own = memory.near(videos, columns), memory.own(columns)
+# ---------------------------------------------------------------- what follows: count, choose, test, publish
+
+
+def finish(scorer, standing, counts, manifest, index, work_dir, use_memory, run, history):
+    """Choose the mix on validation, test it, count the memory on all clicks, and publish; return the test's metrics."""
+    folder, chosen = Path(work_dir, "model"), PLAIN_TOWERS
+    if use_memory:
+        memories = [Memory.of_counts(counts, place, index) for place in range(len(MEMORY_DECAYS))]
+        chosen = choose_mix(scorer.rankable(held_out(manifest, "val", work_dir)), scorer, memories)
+        scorer.memory = memories[MEMORY_DECAYS.index(chosen.decay)]
+    users = scorer.rankable(held_out(manifest, "test", work_dir))
+    ranks = ranks_of(users, scorer, all_rankings(scorer, counts, chosen, standing, index))
+    table = make_table(ranks, users, len(scorer.numbers))
+
+    counts = Counts.add(counts, count_windows(manifest, ["val", "test"], MEMORY_DECAYS, index, work_dir))
+    memory = Memory.of_counts(counts, MEMORY_DECAYS.index(chosen.decay), index)
+    validation = history[[row["epoch"] for row in history].index(best_epoch(history))]
+    publish(folder, scorer.model, memory, chosen, manifest, index, run, validation, table, ranks, users)
+    print_table(table, chosen)
+    return table["test"]
+
+
+def choose_mix(users, scorer, memories):
+    """Return the Mix with the best NDCG@10 of users: first of the memory's own constants, then of its weight."""
+
+    def best_of(rankings):
+        ranks = ranks_of(users, scorer, rankings)
+        return max(ranks, key=lambda choice: means(metrics_of(ranks[choice], len(scorer.numbers)))["NDCG@10"])
+
+    def memory_alone(*clicks):
+        for decay, memory in zip(MEMORY_DECAYS, memories, strict=True):
+            scorer.memory = memory
+            near, own = scorer.remembered(*clicks, PLAIN_TOWERS)
             for own_weight in OWN_WEIGHTS:
                 yield Mix(decay, own_weight, 1.0, 1.0), near + own_weight * own
 
-    results = evaluate(batches, score, memory_alone)
-    best = max(results, key=lambda choice: results[choice]["NDCG@10"])
+    best = best_of(memory_alone)
+    scorer.memory = memories[MEMORY_DECAYS.index(best.decay)]
 
-    def mixed(logits, videos, columns):
-        remembered = memories[best.decay].scores(videos, columns, best.own_weight)
-        for memory_weight, temperature in itertools.product(MEMORY_WEIGHTS, TEMPERATURES):
-            yield (memory_weight, temperature), mix(logits, remembered, memory_weight, temperature)
+    def mixed(*clicks):
+        parts = scorer.towers(*clicks), *scorer.remembered(*clicks, best)
+        for weight, temperature in itertools.product(MEMORY_WEIGHTS, TEMPERATURES):
+            choice = best._replace(memory_weight=weight, temperature=temperature)
+            yield choice, scorer.mixed(*parts, choice)
 
-    results = evaluate(batches, score, mixed)
-
-    def steady(place, temperature):
-        weights = MEMORY_WEIGHTS[max(place - 1, 0) : place + 2]
-        return np.mean([results[weight, temperature]["NDCG@10"] for weight in weights])
-
-    choices = itertools.product(range(len(MEMORY_WEIGHTS)), TEMPERATURES)
-    place, temperature = max(choices, key=lambda choice: steady(*choice))
-    return Mix(best.decay, best.own_weight, MEMORY_WEIGHTS[place], temperature)
+    return best_of(mixed)
 
 
-def all_rankings(manifest, memory, chosen, work_dir):
-    """Return what ranks the test split, for evaluate(): baselines, the parts of the model, and their mix."""
-    rng, chain = np.random.default_rng(0), count_chain(manifest, len(memory.popularity), work_dir)
-    nudge = 1e-6 * memory.popularity  # of columns that are equal otherwise, the popular one first
+def all_rankings(scorer, counts, chosen, standing, index):
+    """Return what ranks the test users: baselines, the model that stands, the parts of the new one, and their mix."""
+    rng, size = np.random.default_rng(0), 1 + len(index.columns)
+    chain = CountTable.of_pairs(counts.next, size, size, width=size)
+    popularity = scorer.of_current(scorer.memory.popularity[None])
+    nudge = 1e-6 * popularity  # of columns that are equal otherwise, the popular one first
+    if standing:
+        stood = Scorer(standing.model, scorer.memory, index, standing.saved["item_max_len"])
+        if standing.mix.decay in MEMORY_DECAYS:
+            stood.memory = Memory.of_counts(counts, MEMORY_DECAYS.index(standing.mix.decay), index)
 
-    def rankings(logits, videos, columns):
-        yield "random", rng.random(logits.shape)
-        yield "popularity", np.broadcast_to(memory.popularity, logits.shape)
-        yield "own columns", memory.own(columns) + nudge
-        recency = np.where(columns > 0, 0.8 ** (np.cumsum(columns > 0, axis=1) - 1), 0)  # the last column click first
-        yield "chain", chain.weighted_rows(columns, recency / np.maximum(chain.totals[columns], 1)) + nudge
-        yield "towers", logits
+    def rankings(videos, columns):
+        shape = len(videos), len(scorer.numbers)
+        yield "random", rng.random(shape)
+        yield "popularity", np.broadcast_to(popularity, shape)
+        near, own = scorer.remembered(videos, columns, chosen)
+        yield "own columns", own + nudge
+        latest = latest_first(columns, np.count_nonzero(videos, axis=1), columns.shape[1])
+        recency = np.where(latest > 0, 0.8 ** (np.cumsum(latest > 0, axis=1) - 1), 0)  # the last column click first
+        yield (
+            "chain",
+            scorer.of_current(chain.weighted_rows(latest, recency / np.maximum(chain.totals[latest], 1))) + nudge,
+        )
+        if standing:
+            yield "standing", stood.scores(videos, columns, standing.mix)
+        yield "towers", scorer.towers(videos, columns)
         if chosen != PLAIN_TOWERS:
-            remembered = memory.scores(videos, columns, chosen.own_weight)
-            yield "memory", remembered
-            yield "mix", mix(logits, remembered, chosen.memory_weight, chosen.temperature)
+            yield "memory", near + chosen.own_weight * own
+            yield "mix", scorer.scores(videos, columns, chosen)
 
     return rankings
 
 
-def count_chain(manifest, num_columns, work_dir):
-    """Return the CountTable of which column was clicked next after which, in the training split."""
-    chain = PairCounter(1 + num_columns, num_columns, num_columns)
-    for _, columns, new in first_seen(manifest, "train", work_dir):
-        rows, at = np.nonzero(columns)
-        clicked = columns[rows, at]
-        follows = (rows[1:] == rows[:-1]) & new[rows, at][1:]
-        chain.add(clicked[:-1][follows], clicked[1:][follows], 1.0)
-    return chain.table()
+def make_table(ranks, users, num_columns):
+    """Return {"test": {row: {metric: mean}}, "slices": {slice: {"users": n, row: NDCG@10}}, "notes": [line, ...]}.
+
+    The 95 % intervals of NDCG@10 are percentiles over RESAMPLES draws of the test users with replacement, the same draws
+    for every row, so that differences between rows have one too (Efron 1979).
+    """
+    number, final = len(users["place"]), list(ranks)[-1]
+    draws = np.random.default_rng(0).multinomial(number, np.full(number, 1 / number), RESAMPLES) / number
+    metrics = {row: metrics_of(of_row, num_columns) for row, of_row in ranks.items()}
+    test, notes = {}, []
+    for row, of_row in metrics.items():
+        gain, rest = of_row["NDCG@10"], means(of_row)
+        low, high = np.percentile(draws @ gain, [2.5, 97.5]).tolist()
+        test[row] = rest | {"low": low, "high": high}
+        ahead = gain - metrics[final]["NDCG@10"]
+        low, high = np.percentile(draws @ ahead, [2.5, 97.5])
+        if row != final and high >= 0:
+            what = "better than" if low > 0 else "within the noise of"
+            notes.append(f"{row!r} is {what} {final!r} in NDCG@10: {ahead.mean():+.4f}, 95 % {low:+.4f} to {high:+.4f}")
+        better = [name for name in ("HR@10", "MRR", "GAUC") if rest[name] > means(metrics[final])[name]]
+        if row != final and better:
+            notes.append(f"{row!r} is ahead of {final!r} in {', '.join(better)}")
+    middle = int(np.median(users["history"]))
+    slices = {}
+    for name, of_slice in {
+        f"up to {middle} clicks": users["history"] <= middle,
+        f"more than {middle}": users["history"] > middle,
+        "clicked before": users["clicked_before"],
+        "never clicked": ~users["clicked_before"],
+    }.items():
+        gains = {row: of_row["NDCG@10"][of_slice] for row, of_row in metrics.items()}
+        slices[name] = {"users": int(of_slice.sum())} | {
+            row: float(gain.mean()) if len(gain) else None for row, gain in gains.items()
+        }
+    return {"test": test, "slices": slices, "notes": notes}
 
 
-def print_table(test, chosen):
-    """Print the metrics of every ranking, and where a baseline beats the model."""
-    names = list(next(iter(test.values())))
-    print(f"\n{'test split':12}" + "".join(f"{name:>9}" for name in names))
-    for ranking, values in test.items():
-        print(f"{ranking:12}" + "".join(f"{values[name]:9.4f}" for name in names))
-    final = list(test)[-1]
-    print(f"The model ranks by {final!r}: {chosen}")
-    for name in names:
-        best = max(test, key=lambda ranking: test[ranking][name])
-        if test[best][name] > test[final][name]:
-            print(f"Note: {best!r} is better than {final!r} in {name}.")
+def print_table(table, chosen):
+    """Print the metrics of every ranking, those of the slices, and where a baseline is as good as the model."""
+    print(f"\n{'test users':12}{'HR@10':>9}{'NDCG@10':>9}{'95 %':>18}{'MRR':>9}{'GAUC':>9}")
+    for row, of in table["test"].items():
+        interval = f"{of['low']:.4f} to {of['high']:.4f}"
+        print(f"{row:12}{of['HR@10']:9.4f}{of['NDCG@10']:9.4f}{interval:>18}{of['MRR']:9.4f}{of['GAUC']:9.4f}")
+    print(f"\n{'NDCG@10 of':12}" + "".join(f"{name:>18}" for name in table["slices"]))
+    print(f"{'users':12}" + "".join(f"{of['users']:18,}" for of in table["slices"].values()))
+    for row in table["test"]:
+        print(
+            f"{row:12}"
+            + "".join(f"{'-' if of[row] is None else format(of[row], '.4f'):>18}" for of in table["slices"].values())
+        )
+    final = list(table["test"])[-1]
+    print(f"The model ranks by {final!r}: " + ", ".join(f"{name} {value}" for name, value in chosen._asdict().items()))
+    for note in table["notes"]:
+        print(f"Note: {note}.")
 
 
-# ---------------------------------------------------------------- what is kept
+# ---------------------------------------------------------------- what stands
 
 
-def save_model(folder, model, memory, chosen, manifest, index, metrics, run):
-    """Write weights and memory under names of their own hash, then model.json, which vouches for them."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".room.tmp", "wb") as room:  # h5py does not survive a full disk, so ask for the room before
-        os.posix_fallocate(room.fileno(), 0, 2**20 + sum(weight.numpy().nbytes for weight in model.weights))
+class Standing(NamedTuple):
+    """A published model."""
+
+    model: keras.Model
+    memory: Memory
+    mix: Mix
+    saved: dict  # what model.json says
+
+
+def load_model(work_dir=WORK_DIR, index=None):
+    """Return the Standing model, after checking that its files and the index belong together."""
+    folder, index = Path(work_dir, "model").absolute(), index or load_index(work_dir)
+    path = folder / "model.json"
+    saved = read_json(path, "train.py")
+    check_same(path, saved, {"format": MODEL_FORMAT}, "train.py")
+    index.check(saved["index"], path, "get_tfrecord.py and train.py")
+    for part in (saved["weights"], saved["memory"]):
+        if not (folder / part["file"]).exists() or file_fingerprint(folder / part["file"]) != part["sha256"]:
+            raise InputError(f"{folder / part['file']}: not the file that {path} was written with; run train.py again")
+    weights, memory = (folder / saved[part]["file"] for part in ("weights", "memory"))
+    with damage_named(weights):
+        model = build_model(**saved["arguments"])
+        model.load_weights(weights)
+    with damage_named(memory):
+        return Standing(model, Memory.load(memory), Mix(**saved["mix"]), saved)
+
+
+@contextlib.contextmanager
+def damage_named(path):
+    """Turn what reading a damaged file raises into an InputError that names it."""
+    try:
+        yield
+    except (ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path}: damaged ({error}); remove it and run train.py again") from error
+
+
+def standing_model(folder):
+    """Return what model.json says, None where no model of today's format stands; end what a killed run left to publish."""
+    path = folder / "model.json"
+    if not path.exists():
+        return None
+    saved = read_json(path, "train.py")
+    if saved.get("format") != MODEL_FORMAT:
+        return None
+    publish_tables(folder, saved["id"])
+    return saved
+
+
+def why_not_warm(saved, arguments, manifest, index):
+    """Return why training cannot start from the saved model's weights, None where it can."""
+    grows = ("num_videos", "num_columns")
+    for name, value in arguments.items():
+        if name not in grows and saved["arguments"].get(name) != value:
+            return f"the model that stands has {name} = {saved['arguments'].get(name)}, now it is {value}"
+    if not index.continues(saved["index"]):
+        return "the model that stands was made with another index"
+    was, now = saved["run"]["records"]["held_out_share"], manifest["held_out_share"]
+    if now > was:
+        return f"{now:.2%} of the users are held out, {was:.2%} when the model that stands was trained"
+    return None
+
+
+def grow(old, new, index):
+    """Give the new model the old one's weights. A new video gets the mean of the old ones that share a shelf with it, or
+    of all; a new column none, since it is scored by its videos."""
+    for before, variable in zip(old.variables, new.variables, strict=True):
+        rows = before.numpy()
+        if rows.shape != tuple(variable.shape):
+            more = np.zeros([variable.shape[0] - len(rows), rows.shape[1]], rows.dtype)
+            if variable is new.video_embedding and len(rows) > FIRST_VIDEO:
+                more += rows[FIRST_VIDEO:].mean(axis=0)
+                for shelf in index.columns.values():
+                    known = [video for video in shelf if video < len(rows)]
+                    if known and len(known) < len(shelf):
+                        more[[video - len(rows) for video in shelf if video >= len(rows)]] = rows[known].mean(axis=0)
+            rows = np.concatenate([rows, more])
+        variable.assign(rows)
+
+
+def publish(folder, model, memory, chosen, manifest, index, run, validation, table, ranks, users):
+    """Write weights, memory and tables under names of their own; then model.json, whose rename publishes all."""
     remove_leftovers(folder)
-    weights = save_by_hash(folder, ".weights.h5", model.save_weights)
-    remembered = save_by_hash(folder, ".memory.npz", memory.save)
-    write_json(
-        folder / "model.json",
-        {
-            "format": MODEL_FORMAT,
-            "weights": weights,
-            "memory": remembered,
-            "mix": chosen._asdict(),
-            "arguments": model.arguments,
-            "user_max_len": manifest["constants"]["USER_MAX_LEN"],
-            "item_max_len": ITEM_MAX_LEN,
-            "constants": fingerprint(constants("model_tf2")),
-            "index": index.fingerprint(),
-            "records": fingerprint(manifest),
-            "run": run,
-            "validation": metrics,
-            "versions": versions(),
-        },
-    )
-    for path in [*folder.glob("*.weights.h5"), *folder.glob("*.memory.npz"), *folder.glob(".*.tmp*")]:
-        if path.name not in (weights["file"], remembered["file"]):
-            path.unlink()
+    with open(folder / ".room.tmp", "wb") as room:  # h5py does not survive a full disk, so ask for the room before
+        room.writelines([*(weight.tobytes() for weight in model.get_weights()), bytes(1 << 20)])
+    remove_leftovers(folder)
+    saved = {
+        "format": MODEL_FORMAT,
+        "weights": save_by_hash(folder, ".weights.h5", model.save_weights),
+        "memory": save_by_hash(folder, ".memory.npz", memory.save),
+        "mix": chosen._asdict(),
+        "arguments": model.arguments,
+        "user_max_len": manifest["constants"]["USER_MAX_LEN"],
+        "item_max_len": ITEM_MAX_LEN,
+        "index": index.fingerprint(),
+        "run": run,
+        "validation": validation,
+        "test": table["test"],
+        "versions": versions(),
+        "date": time.strftime("%Y-%m-%d %H:%M:%S"),
+    }
+    saved["id"] = fingerprint(saved)[:16]
+    write_json(folder / f"{saved['id']}.metrics.json", table | {"validation": validation, "mix": saved["mix"]})
+    write_test(folder / f"{saved['id']}.test.csv", ranks, users, list(index.columns))
+    write_json(folder / "model.json", saved)
+    publish_tables(folder, saved["id"])
+    current = (saved["weights"]["file"], saved["memory"]["file"])
+    for kind in ("weights.h5", "memory.npz", "metrics.json", "test.csv"):
+        for path in folder.glob(f"{'[0-9a-f]' * 16}.{kind}"):
+            if path.name not in current:
+                path.unlink()
+    (folder / "checkpoint.npz").unlink(missing_ok=True)
+
+
+def publish_tables(folder, published):
+    """Put the tables of the published model in their place, where that was not done yet."""
+    for name in ("metrics.json", "test.csv"):
+        if (folder / f"{published}.{name}").exists():
+            os.replace(folder / f"{published}.{name}", folder / name)
+
+
+def write_test(path, ranks, users, cids):
+    """Write test.csv: one line a test user, with the target and its rank in every row of the table."""
+    with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["uid", "history", "target", "clicked_before", *ranks])
+        names = [uid.decode() for uid in users["uid"]], [cids[number - 1] for number in users["target_column"]]
+        rows = zip(names[0], users["history"].tolist(), names[1], users["clicked_before"].astype(int).tolist(),
+                   *(of_row.tolist() for of_row in ranks.values()), strict=True)  # fmt: skip
+        writer.writerows(rows)
 
 
 def save_by_hash(folder, suffix, write):
@@ -470,59 +681,31 @@ def save_by_hash(folder, suffix, write):
     return {"file": name, "sha256": sha256}
 
 
-def load_model(work_dir=WORK_DIR):
-    """Return (model, memory, mix, what model.json says), after checking that they and the index belong together."""
-    folder, index = Path(work_dir, "model").absolute(), load_index(work_dir)
-    path = folder / "model.json"
-    saved = read_json(path, "train.py")
-    if saved.get("format") != MODEL_FORMAT:
-        raise InputError(f"{path}: format {saved.get('format')}, not {MODEL_FORMAT}; run train.py again")
-    index.check(saved["index"], path, "get_tfrecord.py and train.py")
-    if saved["constants"] != fingerprint(constants("model_tf2")):
-        raise InputError(f"{path}: a constant of model_tf2.py was edited since; restore it or run train.py again")
-    for part in (saved["weights"], saved["memory"]):
-        if not (folder / part["file"]).exists() or file_fingerprint(folder / part["file"]) != part["sha256"]:
-            raise InputError(f"{folder / part['file']}: not the file that {path} was written with; run train.py again")
-    weights, memory = (folder / saved[part]["file"] for part in ("weights", "memory"))
-    with damage_named(weights):
-        model = build_model(**saved["arguments"])
-        model.load_weights(weights)
-    with damage_named(memory):
-        return model, Memory.load(memory), Mix(**saved["mix"]), saved
+# ---------------------------------------------------------------- what a run under way keeps
 
 
-@contextlib.contextmanager
-def damage_named(path):
-    """Turn what reading a damaged file raises into an InputError that names it."""
-    try:
-        yield
-    except (ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path}: damaged ({error}); remove it and run train.py again") from error
-
-
-def save_checkpoint(folder, model, optimizer, run, history):
-    """Write all that a run needs to go on after its last epoch."""
+def save_checkpoint(folder, model, optimizer, run, started, history, best):
+    """Write all that a run needs to go on after its last epoch, the best weights so far included."""
     arrays = {f"{i:04}": v.numpy() for i, v in enumerate(model.variables + optimizer.variables)}
+    arrays |= {f"best{i:04}": values for i, values in enumerate(best)}
+    state = json.dumps({"run": run, "started": started, "history": history})
     with replacing(folder / "checkpoint.npz") as temporary, open(temporary, "wb") as file:
-        np.savez(file, state=json.dumps({"run": run, "history": history}), **arrays)
+        np.savez(file, state=state, **arrays)
 
 
 def restore_checkpoint(folder, model, optimizer, run):
-    """Set the variables as the same run's last finished epoch left them; return its history, [] if there is none."""
-    path = folder / "checkpoint.npz"
-    if not path.exists() or not (folder / "model.json").exists():
-        return []
-    if read_json(folder / "model.json", "train.py").get("run") != run:
-        return []
-    with damage_named(path), np.load(path) as saved:
-        state = json.loads(str(saved["state"]))
-        if state["run"] == run:
-            for i, variable in enumerate(model.variables + optimizer.variables):
-                variable.assign(saved[f"{i:04}"])
-    if state["run"] != run:
-        return []
-    print(f"going on after epoch {len(state['history'])} of {path}")
-    return state["history"]
+    """Set the variables as the same run's last finished epoch left them; return (start, history, best weights)."""
+    path, variables = folder / "checkpoint.npz", model.variables + optimizer.variables
+    if path.exists():
+        with damage_named(path), np.load(path) as saved:
+            state = json.loads(str(saved["state"]))
+            if state["run"] == run:
+                for i, variable in enumerate(variables):
+                    variable.assign(saved[f"{i:04}"])
+                best = [saved[f"best{i:04}"] for i in range(len(model.variables))]
+                print(f"going on after epoch {last_epoch(state['history'])} of {path}")
+                return state["started"], state["history"], best
+    return time.strftime("%Y%m%d-%H%M%S"), [], None
 
 
 def write_history(folder, history):
@@ -533,12 +716,47 @@ def write_history(folder, history):
         writer.writerows(history)
 
 
+def print_history(history):
+    """Print the head of the table of epochs, and the rows there are."""
+    print("epoch      loss    column   targets | validation HR@10   NDCG@10       MRR      GAUC | seconds")
+    for number in range(1, len(history) + 1):
+        print_epoch(history[:number])
+
+
+def print_epoch(history):
+    """Print the last epoch's row; * marks the best so far."""
+    row = history[-1]
+    losses = "        -         -         -" if row["loss"] is None else "{loss:9.4f} {column_loss:9.4f} {targets:9,}"
+    print(
+        f"{{epoch:5}} {losses} |{{HR@10:17.4f}} {{NDCG@10:9.4f}} {{MRR:9.4f}} {{GAUC:9.4f}} |{{seconds:8.1f}}".format(
+            **row
+        )
+        + (" *" if best_epoch(history) == row["epoch"] else "")
+    )
+
+
 def log_tensorboard(folder, row):
     """Log a row of the history for TensorBoard, where that is installed: TensorFlow no longer brings it."""
     if importlib.util.find_spec("tensorboard"):
         with tf.summary.create_file_writer(str(folder)).as_default(step=row["epoch"]):
             for name, value in row.items():
-                tf.summary.scalar(name, value)
+                if value is not None:
+                    tf.summary.scalar(name, value)
+
+
+def say_if_clicks_changed(work_dir, data_dir=DATA_DIR):
+    """Print a line where the click files are others, or newer, than those that the records were made of."""
+    folder, manifest = Path(data_dir, "click_seq"), Path(work_dir, "tfrecord/manifest.json")
+    if not folder.is_dir() or not manifest.exists():
+        return
+    paths = [path for path in folder.iterdir() if path.name.endswith(ENDINGS) and not path.name.startswith(".")]
+    newer = sorted(path.name for path in paths if path.stat().st_mtime > manifest.stat().st_mtime)
+    if newer or {path.name for path in paths} != set(read_json(manifest, "get_tfrecord.py").get("input", ())):
+        print(
+            f"{folder}: the clicks changed since the records were made ({', '.join(newer[:3]) or 'other files'}); run "
+            "get_tfrecord.py first to train on them",
+            file=sys.stderr,
+        )
 
 
 def versions():
@@ -552,6 +770,7 @@ def versions():
 
 
 def main():
+    say_if_clicks_changed(WORK_DIR)
     train()
 
 
