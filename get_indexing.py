@@ -134,12 +134,12 @@ def own_clicks(clicks, tails, videos):
     ends = collections.Counter(text[at + 1 :] for text in unknown for at in underscores(text))
     own = collections.Counter()
     for text, number in clicks.items():
-        places = [] if text in videos else list(underscores(text))
-        heads = [text[:at] for at in places if text[:at] in clicks]
-        if heads:
-            own[heads[-1]] += number
-        elif not any(ends[end] > 1 or end in tails for end in (text[at + 1 :] for at in places)):
-            own[text] += number
+        heads = (text[:at] for at in underscores(text) if text[:at] in clicks or text[:at] in videos)
+        own[text if text in videos else next(heads, text)] += number
+    away = [text for text in own if text not in videos and any(
+        ends[text[at + 1 :]] > 1 or text[at + 1 :] in tails for at in underscores(text))]  # fmt: skip
+    for text in away:
+        del own[text]
     return own
 
 

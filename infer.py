@@ -230,7 +230,7 @@ class Ranker:
         for user, history in enumerate(histories):
             for row, numbers in zip(padded[:, user], history, strict=True):
                 row[: len(numbers[-self.user_max_len :])] = numbers[-self.user_max_len :]
-        return self.scorer.scores(*padded, self.mix)
+        return np.log(self.scorer.probabilities(*padded, self.mix))
 
     def lines(self, users, top_k=0):
         """Yield the output line of each of users, a list of (uid, clicks)."""

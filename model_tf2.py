@@ -30,16 +30,16 @@ DROPOUT = 0.3
 INIT_STDDEV = 0.02  # of embeddings and kernels; Glorot trained slower and ended lower
 INIT_SCALE = 20.0  # of the cosine, learned from there: a bare cosine is too flat for a softmax
 AUX_WEIGHT = 0.5  # of the auxiliary loss: the next video among random ones
-VIDEO_DECAY = 0.7  # memory: weight of a click against the next later one
-OWN_DECAY = 0.8  # the same for the user's own columns
-VIDEO_BACKOFF = 40.0  # counts that a video's column stands for
-COLUMN_BACKOFF = 50.0  # counts that popularity stands for
-POPULARITY_WEIGHT = 0.1
-MEMORY_CLICKS = 30  # last clicks that the memory reads
-MEMORY_WIDTH = 64  # columns remembered for a video
-COLUMN_WIDTH = 1024  # columns remembered for a column
-MAX_LAG = 16  # clicks from one to another that counts as near; no more than a window repeats
-NEGLIGIBLE = 0.02  # decayed counts below it are left out
+MAX_LAG = 16  # memory: clicks from one to another that counts as near; no more than a window repeats
+BACKWARD = 0.3  # memory: what a column clicked before a video counts there, one clicked after it counting 1
+MEMORY_WIDTH = 64  # memory: columns remembered for a video
+COLUMN_WIDTH = 1024  # memory: columns remembered for a column
+VIDEO_DECAY = 0.7  # memory: weight of a user's click against the next later one
+VIDEO_BACKOFF = 40.0  # memory: counts that a video's column stands for
+COLUMN_BACKOFF = 50.0  # memory: counts that popularity stands for
+POPULARITY_DISCOUNT = 0.3  # memory: of popularity, taken off what is near each click
+MEMORY_CLICKS = 30  # memory: last clicks of a user that it reads
+TEMPERATURE = 1.5  # of the towers' softmax in the mix
 COUNT_BYTES = 16 << 20  # of shards: the work of one task of counting
 COUNT_BLOCK = 1024  # windows counted at once
 MAX_PAIRS = 8_000_000  # pairs that are counted exactly; of more, each video keeps COUNT_SLACK * MEMORY_WIDTH columns
@@ -310,8 +310,8 @@ class Counts(NamedTuple):
     """Three tables of all that is counted; their columns are column numbers."""
 
     clicks: Pairs  # of each video in each column, 0 where in none
-    near: Pairs  # rows are videos: clicks in each column near it, weighted by each of the decays: values [n, decays]
-    next: Pairs  # rows are columns: which column was clicked next after it
+    near: Pairs  # of each video and each column clicked near it, weighted by each of the decays: values [n, decays]
+    next: Pairs  # of each column and the column clicked next
 
     @classmethod
     def add(cls, *counts):
@@ -355,17 +355,19 @@ def count_shards(paths, decays, max_lag, size):
     """
     total, waiting, number = [], [], 0
     weights = np.array(decays) ** np.arange(max_lag)[:, None]  # [lags, decays]
-    weights[weights < NEGLIGIBLE] = 0
     for block in read_windows(paths, COUNT_BLOCK):
         videos, columns = block["user_feature"].astype(np.int64), block["user_column"].astype(np.int64)
         is_new = (np.arange(videos.shape[1]) >= block["repeated"][:, None]) & (videos != PAD)
         keys, values = [np.zeros(0, np.int64)], [np.zeros([0, len(decays)])]
         for lag in range(1, min(videos.shape[1], 1 + max_lag)):
             earlier, later = np.s_[:, :-lag], np.s_[:, lag:]
-            for near, clicked in ((videos[earlier], columns[later]), (videos[later], columns[earlier])):
+            for near, clicked, weight in (
+                (videos[earlier], columns[later], 1.0),
+                (videos[later], columns[earlier], BACKWARD),
+            ):
                 counted = is_new[later] & (clicked > 0) & (near >= FIRST_VIDEO)
                 keys.append((near * size + clicked)[counted])
-                values.append(np.broadcast_to(weights[lag - 1], [len(keys[-1]), len(decays)]))
+                values.append(np.broadcast_to(weight * weights[lag - 1], [len(keys[-1]), len(decays)]))
         waiting.append(
             Counts(
                 add_pairs(ones((videos * size + columns)[is_new])),
@@ -439,49 +441,45 @@ class CountTable:
 
 
 class Mix(NamedTuple):
-    """How the memory is read and put together with the towers: what is chosen on validation, and the constants."""
+    """How the memory is read and put together with the towers: what is chosen on validation, then constants."""
 
     decay: float  # of the memory's counts, per click between two that are near
-    own_weight: float  # of the user's own columns in the memory
     memory_weight: float  # 0 leaves the plain towers
-    temperature: float  # of the towers' softmax
+    repeat: float  # factor for columns that the user clicked before
+    temperature: float = TEMPERATURE
     video_decay: float = VIDEO_DECAY
-    own_decay: float = OWN_DECAY
     video_backoff: float = VIDEO_BACKOFF
     column_backoff: float = COLUMN_BACKOFF
-    popularity_weight: float = POPULARITY_WEIGHT
+    popularity_discount: float = POPULARITY_DISCOUNT
     memory_clicks: int = MEMORY_CLICKS
 
-    def constants(self):
-        """Return the part that is not chosen, by the constants' names."""
-        return {name.upper(): value for name, value in list(self._asdict().items())[4:]}
+    def chosen(self):
+        """Return the part that is chosen, {name: value}."""
+        return dict(list(self._asdict().items())[:3])
 
 
-PLAIN_TOWERS = Mix(decay=0.6, own_weight=0.0, memory_weight=0.0, temperature=1.0)
+def mix(logits, remembered, is_remembered, clicked, by):
+    """Return probabilities [n, columns]: (1 - w) softmax(logits / temperature) + w remembered, by a Mix.
 
-
-def mix(logits, remembered, is_remembered, memory_weight, temperature):
-    """Return log probabilities [n, columns]: (1 - w) softmax(logits / temperature) + w remembered / its sum.
-
-    A column newer than the memory, False in is_remembered [columns], keeps what the towers give it, and the memory
-    shares out what they give the others. Weight w = 0 leaves the towers alone.
+    The memory shares out what the towers give the columns that it knows, is_remembered [columns]: a column newer than
+    the memory keeps what they give it, whatever the weight. Then those clicked before [n, columns] are multiplied by
+    the factor for repeats.
     """
-    exponent = (logits - logits.max(axis=1, keepdims=True)) / temperature
-    towers = np.exp(exponent)
-    total = towers.sum(axis=1, keepdims=True)
-    if memory_weight == 0:
-        return exponent - np.log(total)
-    towers /= total
-    remembered = np.maximum(remembered, 1e-9) * is_remembered
-    share = memory_weight * (towers @ is_remembered) / remembered.sum(axis=1)
-    return np.log(towers * (1 - memory_weight * is_remembered) + remembered * share[:, None])
+    towers = np.exp((logits - logits.max(axis=1, keepdims=True)) / by.temperature)
+    towers /= towers.sum(axis=1, keepdims=True)
+    shared = np.maximum(remembered, 1e-9) * is_remembered
+    shared *= (towers @ is_remembered / shared.sum(axis=1))[:, None]
+    mixed = towers + by.memory_weight * (shared - towers * is_remembered)
+    mixed *= np.where(clicked, by.repeat, 1.0)
+    return mixed / mixed.sum(axis=1, keepdims=True)
 
 
 class Memory:
     """A counted ranking beside the towers, in the spirit of kNN language models (Khandelwal et al. 2020).
 
-    A column scores by how often it was clicked near the user's last videos, by the user's own clicks in it and by its
-    popularity. A video seen rarely backs off to the column it was clicked in most, and that column to popularity.
+    A column scores by how often it was clicked near the user's last videos. A video seen rarely backs off to the column
+    it was clicked in most, and that column to popularity. Of popularity a part is taken off again: what is near every
+    video says little.
     """
 
     def __init__(self, video_clicks, column_clicks, video_column, by_video, by_column):
@@ -514,9 +512,8 @@ class Memory:
         by_column = CountTable.of_pairs(add_pairs(of_columns), size, size, COLUMN_WIDTH)
         return cls(video_clicks, column_clicks, video_column, by_video, by_column)
 
-    def near(self, videos, columns, by):
-        """Return float64 [n, columns] for histories [n, h], latest click first, 0 padded: what other users' clicks and
-        popularity give, as a Mix says."""
+    def scores(self, videos, columns, by):
+        """Return float64 [n, columns] for histories [n, h] of videos and columns, latest first, 0 padded, by a Mix."""
         videos = np.where(videos < len(self.video_column), videos, UNKNOWN)
         weights = np.where(videos != PAD, by.video_decay ** np.arange(videos.shape[1]), 0)
         share = weights / (self.by_video.totals[videos] + by.video_backoff)
@@ -524,15 +521,8 @@ class Memory:
         column = np.where(self.video_column[videos] > 0, self.video_column[videos], self.known(columns))
         share *= by.video_backoff / (self.by_column.totals[column] + by.column_backoff)
         scores += self.by_column.weighted_rows(column, share)
-        popular = by.column_backoff * share.sum(axis=1, keepdims=True) + by.popularity_weight
+        popular = (by.column_backoff * share - by.popularity_discount * weights).sum(axis=1, keepdims=True)
         return scores + popular * self.popularity
-
-    def own(self, columns, by):
-        """Return float64 [n, columns]: how recently and often the user clicked in each column."""
-        size = 1 + len(self.popularity)
-        places = self.known(columns) + size * np.arange(len(columns))[:, None]
-        weights = np.broadcast_to(by.own_decay ** np.arange(columns.shape[1]), columns.shape)
-        return np.bincount(places.ravel(), weights.ravel(), size * len(columns)).reshape(-1, size)[:, 1:]
 
     def known(self, columns):
         """Column numbers, 0 for those newer than the memory."""
@@ -597,19 +587,21 @@ class Scorer:
         return self.logits(videos, columns, last, self.vectors).numpy()
 
     def remembered(self, videos, columns, by):
-        """Return what the memory gives, of other users' clicks and of the user's own: two arrays [n, current columns]."""
+        """Return what the memory gives, [n, current columns]."""
         lengths = np.count_nonzero(videos, axis=1)
-        videos, columns = (latest_first(numbers, lengths, by.memory_clicks) for numbers in (videos, columns))
-        return self.of_current(self.memory.near(videos, columns, by)), self.of_current(self.memory.own(columns, by))
+        latest = (latest_first(numbers, lengths, by.memory_clicks) for numbers in (videos, columns))
+        return self.of_current(self.memory.scores(*latest, by))
 
-    def mixed(self, logits, near, own, by):
-        """Return log probabilities [n, current columns] of what towers() and remembered() give."""
-        remembered = near + by.own_weight * own
-        return mix(logits, remembered, self.is_remembered, by.memory_weight, by.temperature)
+    def clicked(self, columns):
+        """Return whether each current column is among those clicked, bool [n, current columns]."""
+        clicked = np.zeros([len(columns), max(self.numbers[-1], columns.max(initial=0)) + 1], bool)
+        clicked[np.arange(len(columns))[:, None], columns] = True
+        return clicked[:, self.numbers]
 
-    def scores(self, videos, columns, by):
-        """Return log probabilities [n, current columns] by a Mix."""
-        return self.mixed(self.towers(videos, columns), *self.remembered(videos, columns, by), by)
+    def probabilities(self, videos, columns, by):
+        """Return probabilities [n, current columns] by a Mix: those of the rankings."""
+        parts = self.towers(videos, columns), self.remembered(videos, columns, by)
+        return mix(*parts, self.is_remembered, self.clicked(columns), by)
 
     def rankable(self, users):
         """Return the held-out users whose target is a current column, with its "place" among the current columns and

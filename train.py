@@ -69,15 +69,20 @@ from get_indexing import (
 )
 from model_tf2 import (
     AUX_WEIGHT,
+    BACKWARD,
+    COLUMN_BACKOFF,
     COLUMN_WIDTH,
     INIT_SCALE,
     INIT_STDDEV,
     LOSS,
     LOSSES,
     MAX_LAG,
+    MEMORY_CLICKS,
     MEMORY_WIDTH,
-    NEGLIGIBLE,
-    PLAIN_TOWERS,
+    POPULARITY_DISCOUNT,
+    TEMPERATURE,
+    VIDEO_BACKOFF,
+    VIDEO_DECAY,
     Counts,
     CountTable,
     Memory,
@@ -85,7 +90,7 @@ from model_tf2 import (
     Scorer,
     build_model,
     count_windows,
-    latest_first,
+    mix,
     training_loss,
 )
 
@@ -98,10 +103,9 @@ WARM_EPOCHS = 3  # instead of EPOCHS where training starts from the weights of a
 WARM_RATE = 0.3  # of LEARNING_RATE, then
 SEED = 1  # of weights, dropout, shuffling and negatives
 MEMORY = True  # False leaves the plain two towers
-MEMORY_DECAYS = (0.6, 0.3, 0.9)  # per click between two that are counted as near; chosen on validation
-OWN_WEIGHTS = (0.05, 0.0, 0.02, 0.1, 0.2, -0.05)  # of the user's own columns in the memory; chosen on validation
-MEMORY_WEIGHTS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)  # of the memory in the mix; chosen on validation
-TEMPERATURES = (1.0, 1.5)  # of the towers' softmax in the mix; chosen on validation
+MEMORY_DECAYS = (0.6, 0.9)  # per click between two that are counted as near; chosen on validation
+MEMORY_WEIGHTS = tuple(tenth / 10 for tenth in range(11))  # of the memory in the mix; chosen on validation
+REPEATS = (1.0, 0.5, 0.1, 0.001)  # factors for columns that the user clicked before; chosen on validation
 CLUSTER_TIMEOUT = 600  # seconds that a worker waits for the others
 SCORES_AT_ONCE = 4_000_000  # numbers in a block of evaluated scores: bounds the memory needed
 RESAMPLES = 1000  # of the test users, for the intervals
@@ -131,9 +135,10 @@ def train(work_dir=WORK_DIR, record_constants=None, epochs=EPOCHS, patience=PATI
             WARM_EPOCHS=warm_epochs, WARM_RATE=WARM_RATE, LOSS=loss, AUX_WEIGHT=AUX_WEIGHT, SEED=seed,
             INIT_STDDEV=INIT_STDDEV, INIT_SCALE=INIT_SCALE, BATCH_POSITIONS=BATCH_POSITIONS, MIN_STEPS=MIN_STEPS,
             SHUFFLE_BUFFER=SHUFFLE_BUFFER, ITEM_MAX_LEN=ITEM_MAX_LEN, MAX_CANDIDATES=MAX_CANDIDATES,
-            NUM_NEGATIVES=NUM_NEGATIVES, MEMORY=use_memory, MEMORY_DECAYS=MEMORY_DECAYS, OWN_WEIGHTS=OWN_WEIGHTS,
-            MEMORY_WEIGHTS=MEMORY_WEIGHTS, TEMPERATURES=TEMPERATURES, MAX_LAG=MAX_LAG, NEGLIGIBLE=NEGLIGIBLE,
-            MEMORY_WIDTH=MEMORY_WIDTH, COLUMN_WIDTH=COLUMN_WIDTH, **PLAIN_TOWERS.constants(),
+            NUM_NEGATIVES=NUM_NEGATIVES, MEMORY=use_memory, MEMORY_DECAYS=MEMORY_DECAYS, MEMORY_WEIGHTS=MEMORY_WEIGHTS,
+            REPEATS=REPEATS, MAX_LAG=MAX_LAG, BACKWARD=BACKWARD, MEMORY_WIDTH=MEMORY_WIDTH, COLUMN_WIDTH=COLUMN_WIDTH,
+            TEMPERATURE=TEMPERATURE, VIDEO_DECAY=VIDEO_DECAY, VIDEO_BACKOFF=VIDEO_BACKOFF,
+            COLUMN_BACKOFF=COLUMN_BACKOFF, POPULARITY_DISCOUNT=POPULARITY_DISCOUNT, MEMORY_CLICKS=MEMORY_CLICKS,
         ),
         "arguments": model.arguments,
         "records": {name: manifest[name] for name in ("format", "constants", "held_out_share", "input")},
@@ -157,13 +162,13 @@ def train(work_dir=WORK_DIR, record_constants=None, epochs=EPOCHS, patience=PATI
     print(f"training starts {started}; {epochs:,} epochs at most")
 
     scorer = Scorer(model, Memory.of_counts(counts, 0, index), index)
-    weights, history = fit(strategy, scorer, manifest, index, work_dir, loss, seed, epochs, patience, learning_rate,
+    weights = fit(strategy, scorer, manifest, index, work_dir, loss, seed, epochs, patience, learning_rate,
                            {**run, "from": standing and saved["weights"]})  # fmt: skip
     if cluster_place()[0]:
         return None
     model.set_weights(weights)
     scorer.refresh()
-    return finish(scorer, standing, counts, manifest, index, work_dir, use_memory, run, history)
+    return finish(scorer, standing, counts, manifest, index, work_dir, use_memory, run)
 
 
 def make_strategy():
@@ -190,7 +195,7 @@ def make_strategy():
 
 
 def fit(strategy, scorer, manifest, index, work_dir, loss, seed, epochs, patience, learning_rate, run):
-    """Train the scorer's towers; return (the weights of the best epoch, history).
+    """Train the scorer's towers; return the weights of the best epoch.
 
     Epoch 0 is the weights as they come, where `run` says from which model. A checkpoint of the same run goes on.
     """
@@ -226,7 +231,7 @@ def fit(strategy, scorer, manifest, index, work_dir, loss, seed, epochs, patienc
             log_tensorboard(folder / "logs" / started, history[-1])
             save_checkpoint(folder, model, optimizer, run, started, history, best)
         print_epoch(history)
-    return best, history
+    return best
 
 
 def last_epoch(history):
@@ -402,49 +407,40 @@ def means(metrics):
 # ---------------------------------------------------------------- what follows: count, choose, test, publish
 
 
-def finish(scorer, standing, counts, manifest, index, work_dir, use_memory, run, history):
+def finish(scorer, standing, counts, manifest, index, work_dir, use_memory, run):
     """Choose the mix on validation, test it, count the memory on all clicks, and publish; return the test's metrics."""
-    folder, chosen = Path(work_dir, "model"), PLAIN_TOWERS
+    validation, test = (scorer.rankable(held_out(manifest, split, work_dir)) for split in ("val", "test"))
+    chosen = Mix(MEMORY_DECAYS[0], memory_weight=0.0, repeat=1.0)
     if use_memory:
-        memories = [Memory.of_counts(counts, place, index) for place in range(len(MEMORY_DECAYS))]
-        chosen = choose_mix(scorer.rankable(held_out(manifest, "val", work_dir)), scorer, memories)
-        scorer.memory = memories[MEMORY_DECAYS.index(chosen.decay)]
-    users = scorer.rankable(held_out(manifest, "test", work_dir))
-    ranks = ranks_of(users, scorer, all_rankings(scorer, counts, chosen, standing, index))
-    table = make_table(ranks, users, len(scorer.numbers))
+        memories = {decay: Memory.of_counts(counts, place, index) for place, decay in enumerate(MEMORY_DECAYS)}
+        chosen = choose_mix(validation, scorer, memories)
+        scorer.memory = memories[chosen.decay]
+    rankings = all_rankings(scorer, counts, chosen if use_memory else None, standing, index)
+    ranks = ranks_of(test, scorer, rankings)
+    table = make_table(ranks, test, len(scorer.numbers))
+    of_validation = ranks_of(validation, scorer, rankings).items()
+    table["validation"] = {row: means(metrics_of(of_row, len(scorer.numbers))) for row, of_row in of_validation}
 
     counts = Counts.add(counts, count_windows(manifest, ["val", "test"], MEMORY_DECAYS, index, work_dir))
     memory = Memory.of_counts(counts, MEMORY_DECAYS.index(chosen.decay), index)
-    validation = history[[row["epoch"] for row in history].index(best_epoch(history))]
-    publish(folder, scorer.model, memory, chosen, manifest, index, run, validation, table, ranks, users)
+    publish(Path(work_dir, "model"), scorer.model, memory, chosen, manifest, index, run, table, ranks, test)
     print_table(table, chosen)
     return table["test"]
 
 
 def choose_mix(users, scorer, memories):
-    """Return the Mix with the best NDCG@10 of users: first of the memory's own constants, then of its weight."""
+    """Return the Mix with the best NDCG@10 of users; memories are {decay: Memory}."""
 
-    def best_of(rankings):
-        ranks = ranks_of(users, scorer, rankings)
-        return max(ranks, key=lambda choice: means(metrics_of(ranks[choice], len(scorer.numbers)))["NDCG@10"])
+    def mixes(*clicks):
+        logits, clicked = scorer.towers(*clicks), scorer.clicked(clicks[1])
+        for decay, scorer.memory in memories.items():
+            remembered = scorer.remembered(*clicks, Mix(decay, 0.0, 1.0))
+            for weight, repeat in itertools.product(MEMORY_WEIGHTS, REPEATS):
+                choice = Mix(decay, weight, repeat)
+                yield choice, mix(logits, remembered, scorer.is_remembered, clicked, choice)
 
-    def memory_alone(*clicks):
-        for decay, memory in zip(MEMORY_DECAYS, memories, strict=True):
-            scorer.memory = memory
-            near, own = scorer.remembered(*clicks, PLAIN_TOWERS)
-            for own_weight in OWN_WEIGHTS:
-                yield Mix(decay, own_weight, 1.0, 1.0), near + own_weight * own
-
-    best = best_of(memory_alone)
-    scorer.memory = memories[MEMORY_DECAYS.index(best.decay)]
-
-    def mixed(*clicks):
-        parts = scorer.towers(*clicks), *scorer.remembered(*clicks, best)
-        for weight, temperature in itertools.product(MEMORY_WEIGHTS, TEMPERATURES):
-            choice = best._replace(memory_weight=weight, temperature=temperature)
-            yield choice, scorer.mixed(*parts, choice)
-
-    return best_of(mixed)
+    ranks = ranks_of(users, scorer, mixes)
+    return max(ranks, key=lambda choice: means(metrics_of(ranks[choice], len(scorer.numbers)))["NDCG@10"])
 
 
 def all_rankings(scorer, counts, chosen, standing, index):
@@ -453,29 +449,26 @@ def all_rankings(scorer, counts, chosen, standing, index):
     chain = CountTable.of_pairs(counts.next, size, size, width=size)
     popularity = scorer.of_current(scorer.memory.popularity[None])
     nudge = 1e-6 * popularity  # of columns that are equal otherwise, the popular one first
-    if standing:
-        stood = Scorer(standing.model, scorer.memory, index, standing.saved["item_max_len"])
-        if standing.mix.decay in MEMORY_DECAYS:
-            stood.memory = Memory.of_counts(counts, MEMORY_DECAYS.index(standing.mix.decay), index)
+    stood = standing and Scorer(standing.model, scorer.memory, index, standing.saved["item_max_len"])
 
     def rankings(videos, columns):
         shape = len(videos), len(scorer.numbers)
         yield "random", rng.random(shape)
         yield "popularity", np.broadcast_to(popularity, shape)
-        near, own = scorer.remembered(videos, columns, chosen)
-        yield "own columns", own + nudge
-        latest = latest_first(columns, np.count_nonzero(videos, axis=1), columns.shape[1])
-        recency = np.where(latest > 0, 0.8 ** (np.cumsum(latest > 0, axis=1) - 1), 0)  # the last column click first
-        yield (
-            "chain",
-            scorer.of_current(chain.weighted_rows(latest, recency / np.maximum(chain.totals[latest], 1))) + nudge,
+        later = np.cumsum(columns[:, ::-1] > 0, axis=1)[:, ::-1] - 1  # column clicks after each
+        recency = np.where(columns > 0, 0.8**later, 0)
+        own = np.bincount(
+            (columns + size * np.arange(len(columns))[:, None]).ravel(), recency.ravel(), size * len(columns)
         )
+        yield "own columns", scorer.of_current(own.reshape(-1, size)[:, 1:]) + nudge
+        follows = chain.weighted_rows(columns, recency / np.maximum(chain.totals[columns], 1))
+        yield "chain", scorer.of_current(follows) + nudge
         if standing:
-            yield "standing", stood.scores(videos, columns, standing.mix)
+            yield "standing", stood.probabilities(videos, columns, standing.mix)
         yield "towers", scorer.towers(videos, columns)
-        if chosen != PLAIN_TOWERS:
-            yield "memory", near + chosen.own_weight * own
-            yield "mix", scorer.scores(videos, columns, chosen)
+        if chosen:
+            yield "memory", scorer.remembered(videos, columns, chosen)
+            yield "mix", scorer.probabilities(videos, columns, chosen)
 
     return rankings
 
@@ -531,7 +524,7 @@ def print_table(table, chosen):
             + "".join(f"{'-' if of[row] is None else format(of[row], '.4f'):>18}" for of in table["slices"].values())
         )
     final = list(table["test"])[-1]
-    print(f"The model ranks by {final!r}: " + ", ".join(f"{name} {value}" for name, value in chosen._asdict().items()))
+    print(f"The model ranks by {final!r}: " + ", ".join(f"{name} {value}" for name, value in chosen.chosen().items()))
     for note in table["notes"]:
         print(f"Note: {note}.")
 
@@ -618,7 +611,7 @@ def grow(old, new, index):
         variable.assign(rows)
 
 
-def publish(folder, model, memory, chosen, manifest, index, run, validation, table, ranks, users):
+def publish(folder, model, memory, chosen, manifest, index, run, table, ranks, users):
     """Write weights, memory and tables under names of their own; then model.json, whose rename publishes all."""
     remove_leftovers(folder)
     with open(folder / ".room.tmp", "wb") as room:  # h5py does not survive a full disk, so ask for the room before
@@ -634,13 +627,13 @@ def publish(folder, model, memory, chosen, manifest, index, run, validation, tab
         "item_max_len": ITEM_MAX_LEN,
         "index": index.fingerprint(),
         "run": run,
-        "validation": validation,
+        "validation": table["validation"],
         "test": table["test"],
         "versions": versions(),
         "date": time.strftime("%Y-%m-%d %H:%M:%S"),
     }
     saved["id"] = fingerprint(saved)[:16]
-    write_json(folder / f"{saved['id']}.metrics.json", table | {"validation": validation, "mix": saved["mix"]})
+    write_json(folder / f"{saved['id']}.metrics.json", table | {"mix": saved["mix"]})
     write_test(folder / f"{saved['id']}.test.csv", ranks, users, list(index.columns))
     write_json(folder / "model.json", saved)
     publish_tables(folder, saved["id"])

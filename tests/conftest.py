@@ -33,7 +33,7 @@ def clicks_like_real():
 
     4 topics of 3 columns of 5 videos each ("t0a" holds "t0a-0" to "t0a-4"). A user has one topic: 7 of 10 clicks are made
     in its columns, going round a, b, c, a ..., 1 of 10 in any column, and 2 of 10 are plain clicks on a video of the
-    topic. A history has 8 to 30 clicks. 200 users leave about 10 each for val and test.
+    topic. A history has 8 to 30 clicks. So few users are all held out, half each for val and test.
     """
     return _clicks_like_real
 

@@ -1,8 +1,12 @@
-"""get_indexing.py: numbers for life, every raw format, and what happens to bad lines and bad files."""
+"""get_indexing.py: numbers for life, every raw format, clicks that keep their meaning, and the toolbox of all scripts."""
 
+import collections
+import errno
 import gzip
 import json
+import multiprocessing
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +14,21 @@ from pathlib import Path
 import pytest
 
 import get_indexing as script
-from get_indexing import InputError, Tally, file_ranges, find_files, get_indexing, load_index, read_records, split_click
+from get_indexing import (
+    FileRange,
+    InputError,
+    Tallies,
+    Tally,
+    cut_files,
+    find_files,
+    get_indexing,
+    load_index,
+    map_files,
+    own_clicks,
+    read_lines,
+    read_records,
+    split_click,
+)
 
 ROOT = Path(__file__).parent.parent
 PAIR = {"c1": ["v1", "v2"], "c2": ["v2", "v3"]}
@@ -26,10 +44,17 @@ def index_bytes(work_dir):
     return {path.name: path.read_bytes() for path in Path(work_dir, "indexing").iterdir()}
 
 
-def run_as_script(folder):
-    """Run `python get_indexing.py` in a folder, as a user would."""
-    command = [sys.executable, str(ROOT / "get_indexing.py")]
-    return subprocess.run(command, check=False, cwd=folder, capture_output=True, text=True, timeout=60)
+def run_as_script(folder, *arguments, program=ROOT / "get_indexing.py", redirect="", **environment):
+    """Run `python get_indexing.py` in a folder, as a user would in a shell."""
+    command = ["sh", "-c", f'exec "$@" {redirect}', "sh", sys.executable, str(program), *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    return subprocess.run(command, check=False, cwd=folder, env=environment, capture_output=True, text=True, timeout=60)
+
+
+def meaning(click, index):
+    """Return (vid, cid) of a click under an index, None for an unknown video and for no known column."""
+    vid, cid = split_click(click, index.videos, index.columns)
+    return vid if vid in index.videos else None, cid
 
 
 # ---------------------------------------------------------------- numbers
@@ -135,6 +160,42 @@ def test_the_first_line_may_carry_a_byte_order_mark_and_lines_may_end_as_on_wind
     assert written(tmp_path)["cid2vidx"] == {"c1": [2], "c2": [3]}
 
 
+def test_a_byte_order_mark_before_a_blank_line_is_no_bad_line(tmp_path, write_lines, capsys):
+    write_lines(tmp_path / "cid2vids.json", [b"\xef\xbb\xbf", {"cid": "c1", "vids": "v1"}])
+    assert script.read_columns(tmp_path) == {"c1": ["v1"]}
+    assert capsys.readouterr().err == ""
+
+
+def test_a_title_of_null_costs_the_title_alone(tmp_path, raw, capsys):
+    raw(tmp_path / "raw", columns=PAIR, titles={"v1": "One", "v9": None})
+    get_indexing(tmp_path / "raw", tmp_path)
+    assert written(tmp_path)["vid2idx"] == {"v1": 2, "v2": 3, "v3": 4, "v9": 5}
+    assert script.read_names(tmp_path / "raw")[0] == {"v1": "One"}
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("ending", [".json", ".jsonl", ".json.gz", ".jsonl.gz"])
+def test_files_of_every_ending_are_read_and_the_others_named_in_one_line(tmp_path, write_lines, capsys, ending):
+    users = [{"uid": "u1", "click_seq": ["x"] * 5}]
+    write_lines(tmp_path / f"raw/cid2vids{ending}", [{"cid": "c1", "vids": ["v1"]}])
+    for name in (f"a{ending}", ".hidden", "c.JSON", "d.ndjson", "dt=2024-01-01/e.json", "f.json.bz2"):
+        write_lines(tmp_path / "raw/click_seq" / name, users)
+    get_indexing(tmp_path / "raw", tmp_path)
+    assert written(tmp_path) == {"vid2idx": {"v1": 2, "x": 3}, "cid2vidx": {"c1": [2]}}
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert f"{tmp_path}/raw/click_seq: 4 not read (c.JSON, d.ndjson, dt=2024-01-01, f.json.bz2)" in err
+
+
+def test_a_file_of_columns_or_titles_that_is_not_read_is_named(tmp_path, raw, write_lines, capsys):
+    raw(tmp_path / "raw", columns=PAIR, titles={"v1": "One"})
+    write_lines(tmp_path / "raw/cid2vids-2.ndjson", [])
+    write_lines(tmp_path / "raw/vid2title.csv", [])
+    get_indexing(tmp_path / "raw", tmp_path)
+    err = capsys.readouterr().err
+    assert [err.count(name) for name in ("cid2vids-2.ndjson", "vid2title.csv", "\n")] == [1, 1, 2]
+
+
 def test_names_and_titles_are_read_where_the_raw_data_has_them(tmp_path, raw):
     raw(tmp_path, columns=PAIR, titles={"v1": "One", "v9": "Nine"}, names={"c2": "Second"})
     assert script.read_names(tmp_path) == ({"v1": "One", "v9": "Nine"}, {"c2": "Second"})
@@ -148,9 +209,36 @@ def test_without_a_catalogue_videos_clicked_min_clicks_times_are_known(tmp_path,
              ("u3", ["w_c8", "a_b", "z_c1", "y"])]  # fmt: skip
     raw(tmp_path / "raw", columns=PAIR, users=users)
     get_indexing(tmp_path / "raw", tmp_path, min_clicks=3)
-    # y 4 (two of them in columns), a_b 3 and x 3 in alphabetical order; z 2; w 1 and w_c8 2, because there is no c8.
-    assert written(tmp_path)["vid2idx"] == {"v1": 2, "v2": 3, "v3": 4, "y": 5, "a_b": 6, "x": 7}
+    # y 4 (two of them in columns); a_b 3, w 3 (two of them in c8, which is no column) and x 3 by name; z 2.
+    assert written(tmp_path)["vid2idx"] == {"v1": 2, "v2": 3, "v3": 4, "y": 5, "a_b": 6, "w": 7, "x": 8}
     assert written(tmp_path)["cid2vidx"] == {"c1": [2, 3], "c2": [3, 4]}
+
+
+def test_what_follows_a_video_is_never_part_of_another_video():
+    known = {"a": 2, "k": 3}
+    clicks = {"a": 1, "a_x": 5, "k_1": 4,  # after a known video, clicked or not
+              "b": 1, "b_x": 2, "b_x_y": 9,  # after a video that was clicked by itself
+              "p_z": 7, "q_z": 8, "q_z_1": 9,  # z comes after several, so it is a column that is away
+              "r_s": 6,  # s came after a known video elsewhere
+              "solo_x1": 3, "m": 2}  # fmt: skip
+    expected = {"a": 6, "k": 4, "b": 12, "solo_x1": 3, "m": 2}
+    assert own_clicks(collections.Counter(clicks), {"s"}, known) == expected
+
+
+def test_clicks_on_known_videos_in_unknown_columns_make_no_video(tmp_path, raw, clicks_like_real):
+    data = clicks_like_real(200, seed=1)
+    endings = ["None", "", "nan", "0", "null"]
+    users = [(uid, [click if "_" in click else f"{click}_{endings[len(uid) % 5 if uid < 'user3' else at % 5]}"
+                    for at, click in enumerate(clicks)]) for uid, clicks in data["users"]]  # fmt: skip
+    plain = sum("_" not in click for _, clicks in data["users"] for click in clicks)
+    for titles in (None, {vid: "T" for vids in data["columns"].values() for vid in vids}):
+        raw(tmp_path / "raw", columns=data["columns"], users=users, titles=titles)
+        index = get_indexing(tmp_path / "raw", tmp_path / f"work-{titles is None}")
+        assert len(index.videos) == 60
+        meanings = [meaning(click, index) for _, clicks in users for click in clicks]
+        assert sum(cid is None for _, cid in meanings) == plain == 701
+        assert meanings == [((click + "_").split("_")[0], (click.split("_") + [None])[1])
+                            for _, clicks in data["users"] for click in clicks]  # fmt: skip
 
 
 def test_with_a_catalogue_clicks_add_nothing(tmp_path, raw):
@@ -174,6 +262,45 @@ def test_the_report_counts_videos_columns_unknown_and_empty_ones(tmp_path, raw, 
     assert "4 videos (4 new), 3 columns (3 new, 1 empty); 2 videos of the columns are unknown" in out
 
 
+# ---------------------------------------------------------------- days
+
+
+def test_a_column_that_goes_and_returns_keeps_its_clicks(tmp_path, raw, clicks_like_real):
+    data = clicks_like_real(200, seed=1)
+    clicks = [click for _, clicks in data["users"] for click in clicks]
+    without = {cid: vids for cid, vids in data["columns"].items() if cid != "t0c"}
+    for days in ([data["columns"], without, data["columns"]], [without, data["columns"]]):
+        work = tmp_path / f"work-{len(days)}"
+        for day, columns in enumerate(days):
+            index = get_indexing(raw(tmp_path / "raw", columns=columns, users=data["users"]), work)
+            meanings = [meaning(click, index) for click in clicks]
+            assert len(index.videos) == 60
+            ever = "t0c" in columns or day > 0
+            assert sum(cid == "t0c" for _, cid in meanings) == (182 if ever else 0)
+            assert sum(cid is not None for _, cid in meanings) == (2843 if ever else 2843 - 182)
+            assert all(vid == click.split("_")[0] for (vid, _), click in zip(meanings, clicks, strict=True))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_after_any_days_every_click_means_what_a_fresh_index_of_all_days_says(tmp_path, raw, seed):
+    rng = random.Random(seed)
+    videos, names = ["a", "b", "b_a", "e_", "_f", "g_h_i", "a_k"], ["k", "k_l", "l", "a", "_m", "0", "n_0"]
+    universe = [*videos, *(f"{vid}_{cid}" for vid in videos for cid in [*names, "never", ""])]
+    history, shelves = [], {}
+    for day in range(6):
+        today = {cid: rng.sample(videos, rng.randint(0, 4)) for cid in rng.sample(names, rng.randint(1, 5))}
+        today = today if any(today.values()) else {"k": ["a"]}
+        for cid, vids in today.items():
+            shelves.setdefault(cid, {}).update(dict.fromkeys(vids))
+        history += [(f"u{day}", videos + rng.choices(universe, k=60))]
+        raw(tmp_path / "raw", columns=today, users=history)
+        index = get_indexing(tmp_path / "raw", tmp_path / "work", min_clicks=1)
+        raw(tmp_path / "all", columns={cid: list(vids) for cid, vids in shelves.items()}, users=history)
+        fresh = get_indexing(tmp_path / "all", tmp_path / f"fresh-{day}", min_clicks=1)
+        for click in universe:
+            assert meaning(click, index) == meaning(click, fresh)
+
+
 # ---------------------------------------------------------------- bad lines
 
 BAD = {
@@ -182,14 +309,14 @@ BAD = {
     "a number of a million digits": (b'{"cid": ' + b"9" * 1_000_000 + b', "vids": []}', "not JSON"),
     "not UTF-8": (b'{"cid": "\xff\xfe", "vids": ["v1"]}', "not UTF-8"),
     "half a character": (b'{"cid": "\\ud83d", "vids": ["v1"]}', "not UTF-8"),
-    "a list": (b'["x", ["v1"]]', "wrong type"),
-    "vids a number": (b'{"cid": "x", "vids": 5}', "wrong type"),
-    "vids an object": (b'{"cid": "x", "vids": {"v1": 1}}', "wrong type"),
-    "a vid that is a list": (b'{"cid": "x", "vids": [["v1"]]}', "wrong type"),
-    "a vid that is null": (b'{"cid": "x", "vids": [null]}', "wrong type"),
-    "a boolean cid": (b'{"cid": true, "vids": ["v1"]}', "wrong type"),
-    "a boolean vid": (b'{"cid": "x", "vids": [false]}', "wrong type"),
-    "a broken number as id": (b'{"cid": 1.5, "vids": ["v1"]}', "wrong type"),
+    "a list": (b'["x", ["v1"]]', "wrong type of line"),
+    "vids a number": (b'{"cid": "x", "vids": 5}', "wrong type of vids"),
+    "vids an object": (b'{"cid": "x", "vids": {"v1": 1}}', "wrong type of vids"),
+    "a vid that is a list": (b'{"cid": "x", "vids": [["v1"]]}', "wrong type of vids"),
+    "a vid that is null": (b'{"cid": "x", "vids": [null]}', "wrong type of vids"),
+    "a boolean cid": (b'{"cid": true, "vids": ["v1"]}', "wrong type of cid"),
+    "a boolean vid": (b'{"cid": "x", "vids": [false]}', "wrong type of vids"),
+    "a broken number as id": (b'{"cid": 1.5, "vids": ["v1"]}', "wrong type of cid"),
     "no vids": (b'{"cid": "x"}', "no vids"),
     "no cid": (b'{"vids": ["v1"]}', "no cid"),
     "an empty id": (b'{"cid": "", "vids": ["v1"]}', "empty id"),
@@ -226,10 +353,10 @@ def test_a_line_that_is_too_long_is_skipped_and_the_next_one_read(
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        ({"vid": "x", "title": 5}, "wrong type"),
+        ({"vid": "x", "title": 5}, "wrong type of title"),
         ({"vid": "x"}, "no title"),
         ({"title": "X"}, "no vid"),
-        ({"vid": True, "title": "X"}, "wrong type"),
+        ({"vid": True, "title": "X"}, "wrong type of vid"),
     ],
 )
 def test_a_bad_line_of_the_catalogue_is_skipped_and_reported(tmp_path, raw, write_lines, capsys, line, reason):
@@ -244,11 +371,11 @@ def test_a_bad_line_of_the_catalogue_is_skipped_and_reported(tmp_path, raw, writ
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        ({"uid": "x", "click_seq": "v1"}, "wrong type"),
-        ({"uid": "x", "click_seq": ["v1", True]}, "wrong type"),
-        ({"uid": "x", "click_seq": ["v1", None]}, "wrong type"),
-        ({"uid": "x", "click_seq": [["v1"]]}, "wrong type"),
-        ({"uid": False, "click_seq": []}, "wrong type"),
+        ({"uid": "x", "click_seq": "v1"}, "wrong type of click_seq"),
+        ({"uid": "x", "click_seq": ["v1", True]}, "wrong type of click_seq"),
+        ({"uid": "x", "click_seq": ["v1", None]}, "wrong type of click_seq"),
+        ({"uid": "x", "click_seq": [["v1"]]}, "wrong type of click_seq"),
+        ({"uid": False, "click_seq": []}, "wrong type of uid"),
         ({"uid": "", "click_seq": []}, "empty id"),
         ({"uid": "x"}, "no click_seq"),
         ({"click_seq": ["v1"]}, "no uid"),
@@ -270,10 +397,14 @@ def test_skipped_lines_are_counted_by_reason_and_the_first_three_named(tmp_path,
     tally = Tally(str(path))
     assert len(list(read_records(tally, script.parse_clicks))) == 1000
     assert tally.lines == 1007
-    assert tally.skipped == {"blank": 1, "not JSON": 2, "not UTF-8": 1, "wrong type": 1, "no click_seq": 1, "no uid": 1}
+    assert tally.skipped == {
+        "blank": 1, "not JSON": 2, "not UTF-8": 1, "wrong type of line": 1, "no click_seq": 1, "no uid": 1,
+    }  # fmt: skip
     tally.check()
     err = capsys.readouterr().err
-    assert "6 of 1,007 lines are bad (line 502: not JSON, line 503: not UTF-8, line 504: wrong type, ...)" in err
+    assert (
+        "6 of 1,007 lines are bad (line 502: not JSON, line 503: not UTF-8, line 504: wrong type of line, ...)" in err
+    )
 
 
 def test_one_bad_line_in_a_hundred_passes_and_more_stop_the_run_leaving_the_former_index(tmp_path, raw, write_lines):
@@ -368,7 +499,7 @@ def test_a_missing_index_names_the_path_and_the_script_to_run(tmp_path, monkeypa
 # ---------------------------------------------------------------- clicks
 
 
-def test_split_click_follows_its_four_rules_in_order():
+def test_split_click_follows_its_rules_in_order():
     videos, columns = {"v1", "v_2", "v1_c1", "v", "_"}, {"c1", "c_1", "1", "c", "_c"}
     expected = {
         "v1": ("v1", None),  # a known video as a whole
@@ -384,9 +515,13 @@ def test_split_click_follows_its_four_rules_in_order():
         "x_y_c": ("x_y", "c"),
         "x": ("x", None),  # an unknown video
         "x_y": ("x_y", None),
-        "v1_c9": ("v1_c9", None),  # ... also where only the left side is known
+        "v1_c9": ("v1", None),  # a known video in an unknown column
+        "v1_": ("v1", None),
+        "v_2_c9_z": ("v_2", None),  # ... the longest such video, not v
+        "v1_x_c1": ("v1_x", "c1"),  # ... but a known column counts for more
         "": ("", None),
-        "___": ("___", None),
+        "x__": ("x__", None),
+        "___": ("_", None),  # the longest known video before an underscore
         "_c1": ("", "c1"),
     }
     assert {click: split_click(click, videos, columns) for click in expected} == expected
@@ -407,6 +542,8 @@ def test_split_click_equals_a_search_through_all_splits():
             assert split_click(click, videos, columns) in both
         elif in_column:
             assert split_click(click, videos, columns) == max(in_column, key=lambda split: len(split[1]))
+        elif heads := [vid for vid, _ in splits if vid in videos]:
+            assert split_click(click, videos, columns) == (max(heads, key=len), None)
         else:
             assert split_click(click, videos, columns) == (click, None)
 
@@ -418,47 +555,190 @@ def test_a_click_of_a_million_underscores_is_still_one_click():
 # ---------------------------------------------------------------- byte ranges
 
 
+def read_cut(path, range_bytes):
+    """Return (uids, Tally) of a file that is cut into ranges of so many bytes."""
+    tallies, records = Tallies(), []
+    for task in cut_files([str(path)], range_bytes):
+        for file_range in task:
+            part = Tally(file_range.path)
+            records += read_records(part, lambda record: record["uid"], file_range)
+            tallies.extend([part])
+    return records, tallies[str(path)]
+
+
 def test_every_line_is_read_exactly_once_whatever_the_size_of_the_ranges(tmp_path, write_lines):
     lines = [b'{"uid": 1, "click_seq": []}', b"", b"{", b'{"uid": "\xc3\xbc", "click_seq": [1]}', b"\r", b"[]"]
     path = write_lines(tmp_path / "clicks.json", lines)
     for ending in (b"\n", b""):  # the last line may lack its newline
         path.write_bytes(b"\n".join(lines) + ending)
-        size = path.stat().st_size
-        for range_bytes in range(1, size + 2):
-            tasks = file_ranges([str(path)], range_bytes)
-            assert len(tasks) == -(-size // range_bytes)
-            tally, records = Tally(str(path)), []
-            for task_path, start, end in tasks:
-                part = Tally(task_path)
-                records += read_records(part, lambda record: record["uid"], start, end)
-                tally.append(part)
+        digests = set()
+        for range_bytes in range(1, path.stat().st_size + 2):
+            records, tally = read_cut(path, range_bytes)
             assert records == [1, "ü"]
-            assert (tally.lines, tally.skipped) == (6, {"blank": 2, "not JSON": 1, "wrong type": 1})
-            assert tally.first == [(3, "not JSON"), (6, "wrong type")]
+            assert (tally.lines, tally.skipped) == (6, {"blank": 2, "not JSON": 1, "wrong type of line": 1})
+            assert tally.first == [(3, "not JSON"), (6, "wrong type of line")]
+            digests.add(tally.hexdigest())
+        assert len(digests) == 1
+
+
+def test_a_digest_tells_contents_and_orders_of_lines_apart(tmp_path, write_lines):
+    contents = ["ab", "ba", "aa", "a", "abb", ["a", "b"], ["b", "a"], []]
+    digests = [read_cut(write_lines(tmp_path / "clicks.json", lines), 1)[1].hexdigest() for lines in contents[:-1]]
+    assert len(set(digests)) == 7
+    packed = write_lines(tmp_path / "clicks.json.gz", contents[-2])
+    assert read_cut(packed, 1)[1].hexdigest() == digests[-1]  # it is the lines that count, packed or not
 
 
 def test_ranges_stay_right_after_a_line_that_is_too_long(tmp_path, write_lines, monkeypatch):
     monkeypatch.setattr(script, "MAX_LINE_BYTES", 20)
-    path = write_lines(
-        tmp_path / "clicks.json", ['{"uid": 1}', '{"uid": "' + "x" * 70 + '"}', '{"uid": 2}', '{"uid": 3}']
-    )
+    long = '{"uid": "' + "x" * 70 + '"}'
+    path = write_lines(tmp_path / "clicks.json", ['{"uid": 1}', long, '{"uid": 2}', '{"uid": 3}'])
     for range_bytes in range(1, path.stat().st_size + 1):
-        tally, records = Tally(str(path)), []
-        for _, start, end in file_ranges([str(path)], range_bytes):
-            part = Tally(str(path))
-            records += read_records(part, lambda record: record["uid"], start, end)
-            tally.append(part)
+        records, tally = read_cut(path, range_bytes)
         assert records == [1, 2, 3]
         assert (tally.lines, tally.first) == (4, [(2, "too long")])
 
 
-def test_compressed_and_empty_files_are_one_range(tmp_path, write_lines):
-    packed = write_lines(tmp_path / "a.json.gz", [{"uid": i} for i in range(50)])
-    empty = write_lines(tmp_path / "b.json", [])
-    assert file_ranges([str(packed)], range_bytes=7) == [(str(packed), 0, None)]
-    [(path, start, end)] = file_ranges([str(empty)], range_bytes=7)
-    tally = Tally(path)
-    assert (list(read_records(tally, dict, start, end)), tally.lines) == ([], 0)
+def test_large_files_are_cut_small_ones_put_together_and_packed_ones_kept_whole(tmp_path):
+    sizes = {"a.json": 250, "b.json": 30, "c.json": 30, "d.json": 0, "e.json.gz": 5, "f.json.gz": 90, "g.json": 1}
+    a, b, c, d, e, f, g = paths = [str(tmp_path / name) for name in sizes]
+    for path, size in zip(paths, sizes.values(), strict=True):
+        Path(path).write_bytes(b"x" * size)
+    assert cut_files(paths, range_bytes=100) == [
+        [(a, 0, 100)],
+        [(a, 100, 200)],
+        [(a, 200, 300), (b, 0, 100)],  # 50 + 30 bytes
+        [(c, 0, 100), (d, 0, 100), (e, 0, None)],  # 30 + 0 + 8 x 5
+        [(f, 0, None)],  # 8 x 90
+        [(g, 0, 100)],
+    ]
+    assert cut_files([]) == []
+
+
+def test_an_empty_file_has_no_lines(tmp_path, write_lines):
+    assert list(read_lines(FileRange(str(write_lines(tmp_path / "b.json", [])), 0, 7))) == []
+
+
+def test_a_file_of_one_long_line_is_read_about_twice_however_many_ranges_it_has(tmp_path, monkeypatch):
+    path, read = tmp_path / "clicks.json", []
+    path.write_bytes(b"x" * (16 << 20))
+
+    class Counted:
+        def __init__(self, file):
+            self.file = file
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.file.close()
+
+        def readline(self, limit):
+            line = self.file.readline(limit)
+            read.append(len(line))
+            return line
+
+    monkeypatch.setattr(script, "open", lambda *arguments: Counted(open(*arguments)), raising=False)
+    tasks = cut_files([str(path)], range_bytes=2 << 20)
+    lines = [len(line) for [file_range] in tasks for line, _ in read_lines(file_range)]
+    assert len(tasks) == 8 and lines == [16 << 20]
+    assert sum(read) < 2.5 * (16 << 20)  # to the end of the line from every range it would be 4.5
+
+
+# ---------------------------------------------------------------- tasks and workers
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_results_come_in_the_order_of_the_tasks_and_no_worker_is_left(num_workers):
+    with map_files(abs, list(range(-20, 0)), "count", num_workers) as results:
+        assert list(results) == list(range(20, 0, -1))
+    assert multiprocessing.active_children() == []
+
+
+def test_no_task_is_no_result():
+    with map_files(abs, [], "count", 2) as results:
+        assert list(results) == []
+
+
+def test_the_death_of_a_worker_is_one_line():
+    with (
+        pytest.raises(InputError, match="^a worker process died.*NUM_WORKERS$"),
+        map_files(os._exit, [1, 1], "die", 2) as results,
+    ):
+        list(results)
+    assert multiprocessing.active_children() == []
+
+
+@pytest.mark.parametrize("taken", [0, 1])
+def test_an_error_while_results_are_taken_leaves_no_worker(taken):
+    with pytest.raises(KeyboardInterrupt), map_files(abs, [-1] * 50, "count", 2) as results:
+        assert [next(results) for _ in range(taken)] == [1] * taken
+        raise KeyboardInterrupt
+    assert multiprocessing.active_children() == []
+
+
+def test_an_error_in_a_worker_is_raised_here():
+    with pytest.raises(FileNotFoundError), map_files(os.listdir, ["/", "/no/such/folder"], "list", 2) as results:
+        list(results)
+
+
+def test_one_core_allowed_is_one_worker():
+    allowed = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(allowed)})
+        assert script.count_cores() == 1
+    finally:
+        os.sched_setaffinity(0, allowed)
+
+
+@pytest.mark.parametrize(
+    ("limit", "cores"), [("max 100000", 8), ("300000 100000", 3), ("50000 100000", 1), ("9900000 100000", 8), ("", 8)]
+)
+def test_a_control_group_limits_the_cores(monkeypatch, limit, cores):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    monkeypatch.setattr(Path, "read_text", lambda _: limit)
+    assert script.count_cores() == cores
+
+
+# ---------------------------------------------------------------- odd file systems
+
+
+def test_a_file_system_that_cannot_sync_is_written_to_all_the_same(tmp_path, monkeypatch):
+    fault = OSError(errno.EINVAL, "Invalid argument")
+
+    def fsync(_):
+        raise fault
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    script.write_json(tmp_path / "a.json", {"a": 1})
+    assert script.read_json(tmp_path / "a.json", "x.py") == {"a": 1}
+    fault = OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(OSError, match="No space left"):
+        script.write_json(tmp_path / "a.json", {"a": 2})
+    assert os.listdir(tmp_path) == ["a.json"] and script.read_json(tmp_path / "a.json", "x.py") == {"a": 1}
+
+
+def test_a_file_system_without_locks_is_worth_one_warning(tmp_path, monkeypatch, capsys):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(script.fcntl, "flock", flock)
+    with script.only_one("infer.py", tmp_path / "work"):
+        pass
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and f"{tmp_path}/work cannot be locked" in err and "No locks available" in err
+
+
+def test_a_second_script_of_the_same_name_is_refused_and_one_of_another_is_not(tmp_path):
+    with script.only_one("train.py", tmp_path), script.only_one("infer.py", tmp_path):
+        with (
+            pytest.raises(InputError, match=f"another train.py is at work in {tmp_path}"),
+            script.only_one("train.py", tmp_path),
+        ):
+            pass
 
 
 # ---------------------------------------------------------------- as a script
@@ -492,6 +772,39 @@ def test_the_input_s_fault_ends_with_one_line_and_a_non_zero_exit(tmp_path, raw,
     assert done.stdout == ""
     assert done.stderr.startswith("get_indexing.py: ") and done.stderr.count("\n") == 1
     assert "Traceback" not in done.stderr and "data/" in done.stderr
+
+
+def test_help_prints_the_docstring_and_does_nothing(tmp_path):
+    done = run_as_script(tmp_path, "--help")
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, script.__doc__.strip(), "")
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("arguments", [["--data-dir", "x"], ["--help", "me"], ["x"], [""]])
+def test_any_other_argument_is_refused_in_one_line_and_nothing_is_written(tmp_path, raw, arguments):
+    raw(tmp_path / "data/sample", columns=PAIR, titles={"v1": "One"})
+    done = run_as_script(tmp_path, *arguments)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+    assert f"takes no arguments, not '{' '.join(arguments)}'" in done.stderr
+    assert os.listdir(tmp_path / "data") == ["sample"]
+
+
+@pytest.mark.parametrize("redirect", [">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
+def test_closed_streams_do_not_stop_a_script(tmp_path, raw, redirect):
+    raw(tmp_path / "data/sample", columns={"c1": ["v1"]}, titles={"v1": "One"})
+    done = run_as_script(tmp_path, redirect=redirect)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert written(tmp_path / "data/work") == {"vid2idx": {"v1": 2}, "cid2vidx": {"c1": [2]}}
+
+
+def test_a_stream_that_is_not_utf_8_gets_escapes(tmp_path):
+    (tmp_path / "say.py").write_text(
+        "import sys\nfrom get_indexing import run_script\n"
+        "run_script(lambda: [print('ü 视'), print('ö', file=sys.stderr)])\n",
+        encoding="utf-8",
+    )
+    done = run_as_script(tmp_path, program=tmp_path / "say.py", PYTHONIOENCODING="ascii:strict")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "\\xfc \\u89c6\n", "\\xf6\n")
 
 
 def test_it_does_not_import_tensorflow(tmp_path, raw):

@@ -1,8 +1,10 @@
-"""Ranking: what each user's line holds, that serving agrees with training, and what a second run does again."""
+"""Ranking: what each user's line holds, that serving is what was evaluated, and what a second run does again."""
 
+import csv
 import functools
 import gzip
 import json
+import os
 import shutil
 from collections import Counter
 
@@ -11,15 +13,17 @@ import pytest
 from conftest import _clicks_like_real, _raw, _write_lines
 
 import get_dataset
+import get_tfrecord as get_tfrecord_module
 import infer as infer_module
-from get_dataset import column_table, dataset_from_clicks, load_manifest, make_dataset
-from get_indexing import InputError, file_ranges, get_indexing, load_index
-from get_tfrecord import get_tfrecord, split_of
+import model_tf2
+import train as train_module
+from get_dataset import column_table, dataset_from_clicks, load_manifest
+from get_indexing import InputError, cut_files, get_indexing, load_index
+from get_tfrecord import ClickEncoder, get_tfrecord
 from infer import Ranker, infer
-from model_tf2 import mix
-from train import load_model, target_scorer, train
+from model_tf2 import Memory, Scorer, count_windows
+from train import MEMORY_DECAYS, load_model, train
 
-RATIOS = dict(val_ratio=0.2, test_ratio=0.2)
 REAL = _clicks_like_real(150, seed=31)
 HEARD = ["t0a-1_t0a", "t0b-2"]  # clicks of a user whom the model knows
 
@@ -30,7 +34,7 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     raw = _raw(folder / "raw", **REAL)
     get_indexing(raw, folder / "work")
-    get_tfrecord(raw, folder / "work", **RATIOS)
+    get_tfrecord(raw, folder / "work", num_workers=1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(get_dataset, "MIN_STEPS", 6)
         train(folder / "work", epochs=1, emb_dim=8)
@@ -49,9 +53,8 @@ def ranked(trained, tmp_path):
 
     def rank(users, **how):
         clicks = _raw(tmp_path / "asked", users=users) / "click_seq"
-        shutil.copytree(trained / "work", tmp_path / "work", dirs_exist_ok=True)
-        shutil.rmtree(tmp_path / "work/ranking", ignore_errors=True)
-        return lines_of(infer(clicks, tmp_path / "work", **how)[0])
+        shutil.rmtree(tmp_path / "ranking", ignore_errors=True)
+        return lines_of(infer(clicks, trained / "work", tmp_path / "ranking", num_workers=1, **how)[0])
 
     return rank
 
@@ -67,15 +70,19 @@ def table_of(lines):
 
 
 def popular_order(columns=REAL["columns"]):
-    """The columns by clicks of the training users, of equal ones the first first."""
-    clicked = Counter(
-        click.split("_")[1]
-        for uid, clicks in REAL["users"]
-        if split_of(uid, **RATIOS) == "train"
-        for click in clicks
-        if "_" in click
-    )
+    """The columns by clicks of all users, of equal ones the first first."""
+    clicked = Counter(click.split("_")[1] for _, clicks in REAL["users"] for click in clicks if "_" in click)
     return sorted(columns, key=lambda cid: (-clicked[cid], list(columns).index(cid)))
+
+
+def rank_own(own, asked=None, **how):
+    """infer() of a folder made by own(), in this process."""
+    return infer(asked or own / "asked/click_seq", own / "work", own / "ranking", num_workers=1, **how)
+
+
+def filled(own, columns):
+    """Make the index of a folder anew with these columns."""
+    get_indexing(_raw(own / "raw", columns=columns), own / "work")
 
 
 # ---------------------------------------------------------------- the lines

@@ -3,8 +3,9 @@
     python tests/bench/bench_ranking.py RAW_FOLDER TRUTH.json [CONSTANT=VALUE ...]
 
 RAW_FOLDER is what DATA_DIR names; the truth is {uid: the cid clicked next}. The scripts are copied into a temporary
-folder and their constants edited there, as a user would. Prints HR@10, NDCG@10 and MRR of the mix and of the towers
-alone over all users of the truth, each column ranked.
+folder and their constants edited there, as a user would. Prints a table of NDCG@10, each column ranked: how well the
+towers alone, the memory alone and the mix do on validation, on the test users and on all users of the truth; and
+"unseen", the truth with the columns that a user clicked before taken out of his ranking.
 """
 
 import gzip
@@ -24,6 +25,9 @@ CHAIN = ("get_indexing", "get_tfrecord", "train", "infer")
 
 def main(raw, truth_file, *edits):
     truth = json.loads(Path(truth_file).read_text(encoding="utf-8"))
+    seen = {
+        line["uid"]: {click.partition("_")[2] for click in line["click_seq"]} for line in lines_of(raw, "click_seq")
+    }
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         for script in HOUSE.glob("*.py"):
@@ -32,17 +36,30 @@ def main(raw, truth_file, *edits):
             set_constant(folder, *edit.split("=", 1))
         (folder / "data").mkdir()
         (folder / "data/sample").symlink_to(Path(raw).absolute())
+        started = time.time()
         for script in CHAIN:
-            started = time.time()
+            clock = time.time()
             run(folder, script)
-            print(f"{script:14} {time.time() - started:7.1f} s", flush=True)
-        print((folder / "data/work/model/metrics.json").read_text())
-        print(f"mix    {score(folder, truth)}")
-        model = json.loads((folder / "data/work/model/model.json").read_text())
-        model["mix"]["memory_weight"] = 0.0
-        (folder / "data/work/model/model.json").write_text(json.dumps(model))
-        run(folder, "infer")
-        print(f"towers {score(folder, truth)}")
+            print(f"{script:14} {time.time() - clock:7.1f} s", flush=True)
+        print(f"{'chain':14} {time.time() - started:7.1f} s")
+        model_file = folder / "data/work/model/model.json"
+        model = json.loads(model_file.read_text(encoding="utf-8"))
+        print(", ".join(f"{name} {model['mix'][name]}" for name in list(model["mix"])[:5]))
+        print("           validation    test   truth  unseen   HR@10 of the truth")
+        for row, weight in (("mix", model["mix"]["memory_weight"]), ("towers", 0.0), ("memory", 1.0)):
+            if row != "mix":
+                changed = model | {"id": row, "mix": model["mix"] | {"memory_weight": weight}}
+                model_file.write_text(json.dumps(changed), encoding="utf-8")
+                run(folder, "infer")
+            known = [
+                f"{model[split][row]['NDCG@10']:.4f}" if row in model[split] else "-"
+                for split in ("validation", "test")
+            ]
+            hits, gain = score(folder, truth, {})
+            print(
+                f"{row:10} {known[0]:>10} {known[1]:>7} {gain:7.4f} {score(folder, truth, seen)[1]:7.4f} {hits:7.4f}",
+                flush=True,
+            )
 
 
 def set_constant(folder, name, value):
@@ -61,19 +78,24 @@ def run(folder, script):
     subprocess.run([sys.executable, f"{script}.py"], cwd=folder, check=True, stdout=sys.stderr)
 
 
-def score(folder, truth):
-    """Return the metrics of the rankings under folder; a user without a ranking counts as 0."""
-    hits = gain = reciprocal = 0.0
-    for path in (folder / "data/work/ranking").glob("*.json.gz"):
-        with gzip.open(path, "rt", encoding="utf-8") as lines:
-            for line in map(json.loads, lines):
-                if line["uid"] in truth and truth[line["uid"]] in line["columns"]:
-                    rank = 1 + line["columns"].index(truth[line["uid"]])
-                    reciprocal += 1 / rank
-                    hits += rank <= 10
-                    gain += 1 / math.log2(rank + 1) if rank <= 10 else 0
-    hr, ndcg, mrr = (total / len(truth) for total in (hits, gain, reciprocal))
-    return f"HR@10 {hr:.4f}  NDCG@10 {ndcg:.4f}  MRR {mrr:.4f}"
+def lines_of(folder, name):
+    """Yield the JSON lines of the files in a folder."""
+    for path in sorted(Path(folder, name).glob("*.json*")):
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as lines:
+            yield from map(json.loads, lines)
+
+
+def score(folder, truth, seen):
+    """Return HR@10 and NDCG@10 of the rankings under folder, without the columns seen; no ranking counts as 0."""
+    hits = gain = 0.0
+    for line in lines_of(folder, "data/work/ranking"):
+        target = truth.get(line.get("uid"))
+        if target in line.get("columns", ()):
+            before = seen.get(line["uid"], set()) - {target}
+            rank = 1 + [cid for cid in line["columns"] if cid not in before].index(target)
+            hits += rank <= 10
+            gain += 1 / math.log2(rank + 1) if rank <= 10 else 0
+    return hits / len(truth), gain / len(truth)
 
 
 if __name__ == "__main__":

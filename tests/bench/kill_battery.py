@@ -1,12 +1,15 @@
 """Kill every stage at random moments and see that nothing is lost.
 
-    python tests/bench/kill_battery.py [KILLS [SEED]]
+    python tests/bench/kill_battery.py [KILLS [SEED [standing]]]
 
 Every kill (SIGKILL to the script, its workers left to themselves) falls on a run over changed data, in a folder where the
 outputs of former data stand. After it no process may be left, and all that stands must be whole: former or new, never
 half. A script is killed a few times in a row and then left to end; its outputs must be byte for byte those of a run that
 nobody disturbed (the trained weights: number for number). The moment is drawn from the time that the stage is at work,
 after its imports.
+
+After every kill of train.py, which retrains over the data of a second day, infer.py must give the bytes that the model
+of the first day gives, or those of the finished new one. "standing" kills nothing but these retrainings.
 """
 
 import contextlib
@@ -42,9 +45,8 @@ LEFTOVER = {
 }
 SMALL = {
     "get_indexing": dict(RANGE_BYTES=16_000, NUM_WORKERS=2),
-    "get_tfrecord": dict(VAL_RATIO=0.2, TEST_RATIO=0.2),
     "get_dataset": dict(MIN_STEPS=6),
-    "train": dict(EPOCHS=2),
+    "train": dict(EPOCHS=2, WARM_EPOCHS=2),
 }
 IN_A_ROW = 4  # kills of a script before it is left to end
 PATIENCE = 120  # seconds until a process that does not end is called hung
@@ -177,8 +179,8 @@ def comparable(outputs):
         elif name == "model/history.csv":
             same[name] = [line.rpartition(",")[0] for line in data.decode().splitlines()]
         elif name == "model/model.json":
-            same[name] = {k: v for k, v in json.loads(data).items() if k != "weights"}
-        elif name != "model/checkpoint.npz":
+            same[name] = {k: v for k, v in json.loads(data).items() if k not in ("weights", "date", "id")}
+        else:
             same[name] = data
     return same
 
@@ -199,15 +201,22 @@ def check_whole(folder, script, former, new):
 
 
 def check_former_or_new(name, data, former, new):
-    """Assert that an output is that of the run before or of the run to come; the notes on rankings, each of its lines.
+    """Assert that an output is that of the run before or of the run to come; the notes on rankings, each whole line.
 
-    Weights between the two are those of an epoch: model.json vouches for them.
+    Of the model's files only model.json counts, which vouches for others: it is the former one, or like the new one.
     """
-    if name == "ranking/manifest.json":
-        notes, *known = (json.loads(outputs) for outputs in (data, former[name], new[name]))
-        assert all(note in [of.get(key) for of in known] for key, note in notes.items()), f"{name} is neither's"
+    if name == "ranking/manifest.jsonl":
+        known = (former[name] + new[name]).splitlines()
+        assert set(data.rpartition(b"\n")[0].splitlines()) <= set(known), f"{name} is neither's"
+    elif name == "model/model.json" and data != former.get(name):
+        assert comparable({name: data}) == comparable({name: new[name]}), f"{name} is neither's"
     elif not name.startswith("model/"):
         assert data in (former.get(name), new.get(name)), f"{name} is neither the former nor the new one"
+
+
+def rankings_of(outputs):
+    """Return the rankings among outputs."""
+    return {name: data for name, data in outputs.items() if name.endswith(".json.gz")}
 
 
 def vouched(outputs):
@@ -225,6 +234,8 @@ def check_file(name, data):
     """Assert that a file is not cut short: by its own format, without the scripts."""
     if name.endswith(".json"):
         json.loads(data)
+    elif name.endswith(".jsonl"):
+        assert all(map(json.loads, data.split(b"\n")[:-1])), f"{name} holds a line that is cut"
     elif name.endswith(".json.gz"):
         lines = gzip.decompress(data).split(b"\n")
         assert lines.pop() == b"" and all(map(json.loads, lines)), f"{name} does not end with its last line"
@@ -248,6 +259,7 @@ class Battery:
 
     def __init__(self, folder):
         self.folder, self.ready, self.former, self.new, self.seconds, self.runs = folder, {}, {}, {}, {}, 0
+        self.rankings = None
         self.killed = dict.fromkeys(STAGES, 0)
         chain = fresh_folder(folder / "chain")
         former_data(chain)
@@ -281,11 +293,30 @@ class Battery:
         for moment in moments:
             self.killed[script] += kill(folder, script, moment * self.seconds[script])
             check_whole(folder, script, self.former[script], self.new[script])
+            if script == "train":
+                self.check_ranking(folder)
         leftover = folder / "data/work" / STAGES[script] / LEFTOVER[script].format("0" * 32)
         leftover.write_bytes(b"half")
         run(folder, script)
         self.check_same(folder, script)
         shutil.rmtree(folder)
+
+    def check_ranking(self, folder):
+        """Assert that infer.py ranks by the former model, to the byte, or by the finished new one."""
+        if not self.rankings:
+            by_former = self.ready_folder("train")
+            run(by_former, "infer")
+            self.rankings = [rankings_of(standing(by_former, "infer")), rankings_of(self.new["infer"])]
+            assert self.rankings[0] != self.rankings[1]
+        former = standing(folder, "infer")
+        run(folder, "infer")
+        ranked = rankings_of(standing(folder, "infer"))
+        is_former = standing(folder)["model/model.json"] == self.former["train"]["model/model.json"]
+        assert ranked == self.rankings[0 if is_former else 1], "infer.py ranks by neither model"
+        shutil.rmtree(folder / "data/work/ranking")
+        for name, data in former.items():
+            (folder / "data/work/ranking").mkdir(exist_ok=True)
+            (folder / "data/work" / name).write_bytes(data)
 
     def check_same(self, folder, script):
         """Assert that a folder's outputs are those of the undisturbed run, with nothing left beside them."""
@@ -297,12 +328,13 @@ class Battery:
         assert not left, f"{script}.py leaves {left} behind"
 
 
-def main(kills=200, seed=1):
+def main(kills=200, seed=1, stages=""):
     rng, lost = random.Random(seed), 0
+    scripts = ["train"] if stages == "standing" else list(STAGES)
     with tempfile.TemporaryDirectory() as folder:
         battery = Battery(Path(folder))
         for number in range(0, kills, IN_A_ROW):
-            script = list(STAGES)[number // IN_A_ROW % len(STAGES)]
+            script = scripts[number // IN_A_ROW % len(scripts)]
             moments = sorted(rng.random() for _ in range(IN_A_ROW))
             try:
                 battery.survive(script, moments)
@@ -317,4 +349,4 @@ def main(kills=200, seed=1):
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+    main(*map(int, sys.argv[1:3]), *sys.argv[3:])
