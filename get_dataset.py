@@ -33,6 +33,7 @@ from get_indexing import (
     FIRST_VIDEO,
     WORK_DIR,
     InputError,
+    a_whole_number,
     check_same,
     load_index,
     read_json,
@@ -49,11 +50,21 @@ ITEM_MAX_LEN = 16  # videos that stand for a column: its most clicked
 MAX_CANDIDATES = 4096  # columns to train against; of more, NUM_NEGATIVES random ones
 NUM_NEGATIVES = 512  # random columns, and random videos, of a batch
 
+DATASET_CONSTANTS = dict(
+    BATCH_POSITIONS=BATCH_POSITIONS, MIN_STEPS=MIN_STEPS, SHUFFLE_BUFFER=SHUFFLE_BUFFER, ITEM_MAX_LEN=ITEM_MAX_LEN,
+    MAX_CANDIDATES=MAX_CANDIDATES, NUM_NEGATIVES=NUM_NEGATIVES,
+)  # fmt: skip
 LISTS = {"user_feature": tf.int32, "user_column": tf.int32, "label": tf.float32}
 WINDOW_SPEC = {name: tf.TensorSpec([None], dtype) for name, dtype in LISTS.items()}
 WINDOW_SPEC |= {"uid": tf.TensorSpec([], tf.string)}
 WINDOW_SPEC |= {name: tf.TensorSpec([], tf.int64) for name in ("start", "repeated")}
 PADDED_SHAPES = {name: spec.shape for name, spec in WINDOW_SPEC.items()}
+
+
+def rules():
+    """Return what each constant can be, as in get_indexing.py."""
+    names = ("BATCH_POSITIONS", "MIN_STEPS", "SHUFFLE_BUFFER", "PARSE_BLOCK", "ITEM_MAX_LEN", "NUM_NEGATIVES")
+    return {"MAX_CANDIDATES": a_whole_number(0), **dict.fromkeys(names, a_whole_number(1))}
 
 
 def load_manifest(work_dir=WORK_DIR, constants=None):

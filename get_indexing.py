@@ -22,6 +22,7 @@ import hashlib
 import importlib
 import itertools
 import json
+import math
 import os
 import signal
 import sys
@@ -42,15 +43,31 @@ NUM_WORKERS = None  # processes that work on files; None: one for each core
 
 PAD, UNKNOWN, FIRST_VIDEO = 0, 1, 2  # video numbers; as a column number 0 means no column
 ENDINGS = (".json", ".jsonl", ".json.gz", ".jsonl.gz")  # of the files that are read
+CHAIN = ("get_indexing", "get_tfrecord", "get_dataset", "model_tf2", "train", "infer")
 UNPACKS_TO = 8  # bytes that one of a gzip file holds, or so
+
+
+def rules():
+    """Return what each constant can be, {name: (in words, test)}; run_script() holds the constants of a script to it."""
+    return {
+        "DATA_DIR": a_path(),
+        "WORK_DIR": a_path(),
+        "MIN_CLICKS": a_whole_number(1),
+        "MAX_BAD_FRACTION": a_number("[0, 1]"),
+        "MAX_LINE_BYTES": a_whole_number(1),
+        "MAX_ID_CHARS": a_whole_number(1),
+        "RANGE_BYTES": a_whole_number(1),
+        "NUM_WORKERS": a_whole_number(1, or_none=True),
+    }
 
 
 def get_indexing(data_dir=DATA_DIR, work_dir=WORK_DIR, min_clicks=MIN_CLICKS, num_workers=NUM_WORKERS):
     """Write the index of data_dir's videos and columns, continuing the one that stands, and return it."""
     data_dir, old = Path(data_dir), load_index(work_dir, new=True)
-    columns, catalogue = read_columns(data_dir), dict(read_all(data_dir, "vid2title*", parse_title))
+    columns, titles = read_columns(data_dir), find_files(data_dir, "vid2title*", required=False)
+    catalogue = dict(read_all(titles, parse_title))
     shelved = dict.fromkeys(vid for vids in columns.values() for vid in vids)
-    if not find_files(data_dir, "vid2title*", required=False):
+    if not titles:
         known = {**old.videos, **shelved}, {**old.columns, **columns}
         catalogue = dict.fromkeys(clicked_videos(data_dir, *known, min_clicks, num_workers))
 
@@ -79,7 +96,7 @@ def get_indexing(data_dir=DATA_DIR, work_dir=WORK_DIR, min_clicks=MIN_CLICKS, nu
 def read_columns(data_dir):
     """Return {cid: [vid, ...]} in the order of the files; a cid that comes again adds its new videos."""
     columns = {}
-    for cid, vids, _ in read_all(data_dir, "cid2vids*", parse_column):
+    for cid, vids, _ in read_all(find_files(data_dir, "cid2vids*", required=False), parse_column):
         columns.setdefault(cid, {}).update(dict.fromkeys(vids))
     if not columns:
         raise InputError(
@@ -90,7 +107,8 @@ def read_columns(data_dir):
 
 def read_names(data_dir):
     """Return ({vid: title}, {cid: name}) as far as the raw data names them."""
-    titles, columns = read_all(data_dir, "vid2title*", parse_title), read_all(data_dir, "cid2vids*", parse_column)
+    titles, columns = (find_files(data_dir, pattern, required=False) for pattern in ("vid2title*", "cid2vids*"))
+    titles, columns = read_all(titles, parse_title), read_all(columns, parse_column)
     return {vid: title for vid, title in titles if title}, {cid: name for cid, _, name in columns if name}
 
 
@@ -333,9 +351,9 @@ class Tallies(dict):
         return {Path(path).name: tally.hexdigest() for path, tally in self.items()}
 
 
-def read_all(data_dir, pattern, parse):
-    """Yield parse(record) of each good line of data_dir's files of that name; the bad ones are reported."""
-    for path in find_files(data_dir, pattern, required=False):
+def read_all(paths, parse):
+    """Yield parse(record) of each good line of the files; the bad ones are reported."""
+    for path in paths:
         tally = Tally(path)
         yield from read_records(tally, parse)
         tally.check()
@@ -356,7 +374,7 @@ def find_files(folder, pattern="*", required=True):
             raise InputError(f"{path} and {paths[name]} have the same name; remove one")
         else:
             paths[name] = str(path.absolute())
-    if others and required:
+    if others:
         few = ", ".join(others[:5]) + (", ..." if len(others) > 5 else "")
         print(f"{folder}: {len(others):,} not read ({few}); files end in {', '.join(ENDINGS)}", file=sys.stderr)
     if required and not paths:
@@ -535,6 +553,56 @@ def check_same(path, made_with, now, script):
             raise InputError(f"{path}: made with {name} = {made_with.get(name)}, now it is {value}; run {script} again")
 
 
+# ---------------------------------------------------------------- toolbox: constants
+
+
+def a_whole_number(low, high=math.inf, or_none=False):
+    """Return the rule of a whole number."""
+    words = f"a whole number from {low}" + (f" to {high}" if high < math.inf else "") + " or None" * or_none
+    return words, lambda value: (value is None and or_none) or (type(value) is int and low <= value <= high)
+
+
+def a_number(interval):
+    """Return the rule of a number in an interval, "[0, 1)" say, without 1."""
+    low, high = map(float, interval[1:-1].split(","))
+
+    def holds(value):
+        return type(value) in (int, float) and (
+            low < value < high or (interval[0] == "[" and value == low) or (interval[-1] == "]" and value == high)
+        )
+
+    return f"a number in {interval}", holds
+
+
+def a_tuple_of(rule):
+    """Return the rule of a tuple of values that each keep a rule."""
+    words, holds = rule
+    return (
+        f"a tuple of one or more, each {words}",
+        lambda value: type(value) is tuple and value and all(map(holds, value)),
+    )
+
+
+def one_of(*values):
+    """Return the rule of a value among some."""
+    return f"one of {', '.join(map(repr, values))}", lambda value: type(value) is type(values[0]) and value in values
+
+
+def a_path():
+    """Return the rule of a path."""
+    return "a path; '~' is not expanded", lambda value: type(value) is str and value and not value.startswith("~")
+
+
+def check_constants():
+    """Refuse a constant, of the script that was started or of those that it imports, which is outside what it can be."""
+    for name in ("__main__", *CHAIN):
+        module = sys.modules.get(name)
+        for constant, (words, holds) in module.rules().items() if hasattr(module, "rules") else ():
+            value = getattr(module, constant)
+            if not holds(value):
+                raise InputError(f"{constant} = {value!r} in {Path(module.__file__).name}: it must be {words}")
+
+
 # ---------------------------------------------------------------- toolbox: running
 
 
@@ -674,6 +742,7 @@ def run_script(main, work_dir=WORK_DIR):
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
     try:
+        check_constants()
         with only_one(name, Path(work_dir)):
             main()
     except (InputError, OSError, KeyboardInterrupt) as error:

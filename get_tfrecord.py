@@ -29,6 +29,7 @@ from get_indexing import (
     InputError,
     Tallies,
     Tally,
+    a_whole_number,
     cut_files,
     file_fingerprint,
     find_files,
@@ -52,6 +53,17 @@ HELD_OUT_USERS = 3000  # for validation, and as many for the test; of fewer user
 SKETCH_SIZE = 4096  # users by whom it is estimated how many there are
 SPLITS = ("train", "val", "test")
 FORMAT = 2  # of records and manifest
+
+
+def rules():
+    """Return what each constant can be, as in get_indexing.py."""
+    return {
+        "USER_MAX_LEN": a_whole_number(2),
+        "WINDOW_OVERLAP": a_whole_number(1),
+        "MIN_HISTORY": a_whole_number(1),
+        "HELD_OUT_USERS": a_whole_number(1),
+        "SKETCH_SIZE": a_whole_number(2),
+    }
 
 
 def get_tfrecord(data_dir=DATA_DIR, work_dir=WORK_DIR, num_workers=NUM_WORKERS, **constants):

@@ -30,6 +30,8 @@ from get_indexing import (
     InputError,
     Tallies,
     Tally,
+    a_path,
+    a_whole_number,
     cut_files,
     file_fingerprint,
     find_files,
@@ -56,6 +58,20 @@ BATCH_USERS = 128
 GZIP_LEVEL = 1  # level 9 takes 70 times as long for 12 % less
 MEMO_SIZE = 1 << 18  # scores whose text is remembered
 DECIMALS = 4  # of the scores; equal ones go by the order of the columns
+
+
+def rules():
+    """Return what each constant can be, as in get_indexing.py."""
+    return {
+        "CLICKS_DIR": a_path(),
+        "RANKING_DIR": a_path(),
+        "TOP_K": a_whole_number(0),
+        "BATCH_USERS": a_whole_number(1),
+        "GZIP_LEVEL": a_whole_number(0, 9),
+        "MEMO_SIZE": a_whole_number(1),
+        "DECIMALS": a_whole_number(0, 9),
+    }
+
 
 as_json = functools.partial(json.dumps, ensure_ascii=False)
 

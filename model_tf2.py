@@ -18,7 +18,17 @@ import tensorflow as tf
 from keras import layers, ops
 
 from get_dataset import ITEM_MAX_LEN, NUM_NEGATIVES, column_table, read_windows, shards_of
-from get_indexing import FIRST_VIDEO, PAD, UNKNOWN, WORK_DIR, map_files, run_script
+from get_indexing import (
+    FIRST_VIDEO,
+    PAD,
+    UNKNOWN,
+    WORK_DIR,
+    a_number,
+    a_whole_number,
+    map_files,
+    one_of,
+    run_script,
+)
 from get_tfrecord import USER_MAX_LEN
 
 EMB_DIM = 64  # of the embeddings and of both towers' vectors
@@ -48,6 +58,38 @@ MATRIX_ROWS, MATRIX_SIZE = 4096, 1 << 22  # rows and numbers of a table of count
 COLUMNS_AT_ONCE = 8192  # columns whose vectors are computed at once
 LOSS = "softmax"  # over the candidates; or "bce": binary cross-entropy of each candidate
 LOSSES = ("softmax", "bce")
+MODEL_CONSTANTS = dict(
+    INIT_STDDEV=INIT_STDDEV, INIT_SCALE=INIT_SCALE, AUX_WEIGHT=AUX_WEIGHT, MAX_LAG=MAX_LAG, BACKWARD=BACKWARD,
+    MEMORY_WIDTH=MEMORY_WIDTH, COLUMN_WIDTH=COLUMN_WIDTH, VIDEO_DECAY=VIDEO_DECAY, VIDEO_BACKOFF=VIDEO_BACKOFF,
+    COLUMN_BACKOFF=COLUMN_BACKOFF, POPULARITY_DISCOUNT=POPULARITY_DISCOUNT, MEMORY_CLICKS=MEMORY_CLICKS,
+    TEMPERATURE=TEMPERATURE,
+)  # fmt: skip
+
+
+def rules():
+    """Return what each constant can be, as in get_indexing.py."""
+    counts = ("NUM_HEADS", "FFN_RATIO", "MAX_LAG", "MEMORY_WIDTH", "COLUMN_WIDTH", "MEMORY_CLICKS", "COUNT_BYTES",
+              "COUNT_BLOCK", "MAX_PAIRS", "COUNT_SLACK", "MATRIX_ROWS", "MATRIX_SIZE", "COLUMNS_AT_ONCE")  # fmt: skip
+    return {
+        **dict.fromkeys(counts, a_whole_number(1)),
+        "EMB_DIM": (
+            f"a multiple of NUM_HEADS = {NUM_HEADS}",
+            lambda dim: a_whole_number(1)[1](dim) and dim % NUM_HEADS == 0,
+        ),
+        "USER_BLOCKS": a_whole_number(0),
+        "ITEM_BLOCKS": a_whole_number(0),
+        "DROPOUT": a_number("[0, 1)"),
+        "INIT_STDDEV": a_number("(0, inf)"),
+        "INIT_SCALE": a_number("(0, inf)"),
+        "AUX_WEIGHT": a_number("[0, inf)"),
+        "BACKWARD": a_number("[0, inf)"),
+        "VIDEO_DECAY": a_number("(0, 1]"),
+        "VIDEO_BACKOFF": a_number("(0, inf)"),
+        "COLUMN_BACKOFF": a_number("(0, inf)"),
+        "POPULARITY_DISCOUNT": a_number("[0, inf)"),
+        "TEMPERATURE": a_number("(0, inf)"),
+        "LOSS": one_of(*LOSSES),
+    }
 
 
 class Block(layers.Layer):
@@ -135,8 +177,9 @@ class BST_DSSM(keras.Model):
     """
 
     def __init__(self, num_videos, num_columns, emb_dim=EMB_DIM, num_heads=NUM_HEADS, user_blocks=USER_BLOCKS,
-                 item_blocks=ITEM_BLOCKS, ffn_ratio=FFN_RATIO, dropout=DROPOUT, max_age=USER_MAX_LEN - 2):  # fmt: skip
+                 item_blocks=ITEM_BLOCKS, ffn_ratio=FFN_RATIO, dropout=DROPOUT, max_age=None):  # fmt: skip
         super().__init__()
+        max_age = USER_MAX_LEN - 2 if max_age is None else max_age
         self.arguments = dict(
             num_videos=num_videos, num_columns=num_columns, emb_dim=emb_dim, num_heads=num_heads,
             user_blocks=user_blocks, item_blocks=item_blocks, ffn_ratio=ffn_ratio, dropout=dropout, max_age=max_age,
@@ -413,11 +456,10 @@ class CountTable:
     def of_pairs(cls, pairs, num_rows, size, width):
         """Return the table of Pairs of one value each, with the `width` largest columns of each row."""
         totals = np.bincount(pairs.keys // size, pairs.values[:, 0], num_rows)
-        rows, columns = np.divmod(pairs.keep_strongest(size, width).keys, size)
-        pairs = pairs.keep_strongest(size, width)
-        kept = columns > 0
-        offsets = np.searchsorted(rows[kept], np.arange(num_rows + 1))
-        return cls(totals, offsets, columns[kept] - 1, pairs.values[kept, 0], size - 1)
+        keys, values = pairs.keep_strongest(size, width)
+        kept = keys % size > 0
+        rows, columns = np.divmod(keys[kept], size)
+        return cls(totals, np.searchsorted(rows, np.arange(num_rows + 1)), columns - 1, values[kept, 0], size - 1)
 
     def arrays(self):
         """Return what the table is made of, by name."""

@@ -35,12 +35,8 @@ import numpy as np
 import tensorflow as tf
 
 from get_dataset import (
-    BATCH_POSITIONS,
+    DATASET_CONSTANTS,
     ITEM_MAX_LEN,
-    MAX_CANDIDATES,
-    MIN_STEPS,
-    NUM_NEGATIVES,
-    SHUFFLE_BUFFER,
     add_candidates,
     column_table,
     held_out,
@@ -55,11 +51,15 @@ from get_indexing import (
     FIRST_VIDEO,
     WORK_DIR,
     InputError,
+    a_number,
+    a_tuple_of,
+    a_whole_number,
     check_same,
     cluster_place,
     file_fingerprint,
     fingerprint,
     load_index,
+    one_of,
     progress,
     read_json,
     remove_leftovers,
@@ -68,21 +68,9 @@ from get_indexing import (
     write_json,
 )
 from model_tf2 import (
-    AUX_WEIGHT,
-    BACKWARD,
-    COLUMN_BACKOFF,
-    COLUMN_WIDTH,
-    INIT_SCALE,
-    INIT_STDDEV,
     LOSS,
     LOSSES,
-    MAX_LAG,
-    MEMORY_CLICKS,
-    MEMORY_WIDTH,
-    POPULARITY_DISCOUNT,
-    TEMPERATURE,
-    VIDEO_BACKOFF,
-    VIDEO_DECAY,
+    MODEL_CONSTANTS,
     Counts,
     CountTable,
     Memory,
@@ -112,6 +100,23 @@ RESAMPLES = 1000  # of the test users, for the intervals
 MODEL_FORMAT = 2  # of model.json
 
 
+def rules():
+    """Return what each constant can be, as in get_indexing.py."""
+    counts = ("EPOCHS", "PATIENCE", "WARM_EPOCHS", "CLUSTER_TIMEOUT", "SCORES_AT_ONCE", "RESAMPLES")
+    return {
+        **dict.fromkeys(counts, a_whole_number(1)),
+        "LEARNING_RATE": a_number("(0, inf)"),
+        "LOWEST_RATE": a_number("[0, 1]"),
+        "WARM_START": one_of(True, False),
+        "WARM_RATE": a_number("(0, inf)"),
+        "SEED": a_whole_number(0, 2**32 - 1),
+        "MEMORY": one_of(True, False),
+        "MEMORY_DECAYS": a_tuple_of(a_number("(0, 1]")),
+        "MEMORY_WEIGHTS": a_tuple_of(a_number("[0, 1]")),
+        "REPEATS": a_tuple_of(a_number("(0, 1]")),
+    }
+
+
 def train(work_dir=WORK_DIR, record_constants=None, epochs=EPOCHS, patience=PATIENCE, learning_rate=LEARNING_RATE,
           loss=LOSS, use_memory=MEMORY, warm_start=WARM_START, warm_epochs=WARM_EPOCHS, seed=SEED, **arguments):  # fmt: skip
     """Train on the records under work_dir and return the metrics of the test users, {ranking: {metric: value}}.
@@ -132,13 +137,9 @@ def train(work_dir=WORK_DIR, record_constants=None, epochs=EPOCHS, patience=PATI
     run = {
         "constants": dict(
             EPOCHS=epochs, PATIENCE=patience, LEARNING_RATE=learning_rate, LOWEST_RATE=LOWEST_RATE,
-            WARM_EPOCHS=warm_epochs, WARM_RATE=WARM_RATE, LOSS=loss, AUX_WEIGHT=AUX_WEIGHT, SEED=seed,
-            INIT_STDDEV=INIT_STDDEV, INIT_SCALE=INIT_SCALE, BATCH_POSITIONS=BATCH_POSITIONS, MIN_STEPS=MIN_STEPS,
-            SHUFFLE_BUFFER=SHUFFLE_BUFFER, ITEM_MAX_LEN=ITEM_MAX_LEN, MAX_CANDIDATES=MAX_CANDIDATES,
-            NUM_NEGATIVES=NUM_NEGATIVES, MEMORY=use_memory, MEMORY_DECAYS=MEMORY_DECAYS, MEMORY_WEIGHTS=MEMORY_WEIGHTS,
-            REPEATS=REPEATS, MAX_LAG=MAX_LAG, BACKWARD=BACKWARD, MEMORY_WIDTH=MEMORY_WIDTH, COLUMN_WIDTH=COLUMN_WIDTH,
-            TEMPERATURE=TEMPERATURE, VIDEO_DECAY=VIDEO_DECAY, VIDEO_BACKOFF=VIDEO_BACKOFF,
-            COLUMN_BACKOFF=COLUMN_BACKOFF, POPULARITY_DISCOUNT=POPULARITY_DISCOUNT, MEMORY_CLICKS=MEMORY_CLICKS,
+            WARM_EPOCHS=warm_epochs, WARM_RATE=WARM_RATE, LOSS=loss, SEED=seed,
+            MEMORY=use_memory, MEMORY_DECAYS=MEMORY_DECAYS, MEMORY_WEIGHTS=MEMORY_WEIGHTS, REPEATS=REPEATS,
+            **DATASET_CONSTANTS, **MODEL_CONSTANTS,
         ),
         "arguments": model.arguments,
         "records": {name: manifest[name] for name in ("format", "constants", "held_out_share", "input")},

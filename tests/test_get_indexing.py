@@ -1,8 +1,11 @@
 """get_indexing.py: numbers for life, every raw format, clicks that keep their meaning, and the toolbox of all scripts."""
 
 import collections
+import contextlib
 import errno
 import gzip
+import io
+import itertools
 import json
 import multiprocessing
 import os
@@ -225,20 +228,18 @@ def test_what_follows_a_video_is_never_part_of_another_video():
     assert own_clicks(collections.Counter(clicks), {"s"}, known) == expected
 
 
-def test_clicks_on_known_videos_in_unknown_columns_make_no_video(tmp_path, raw, clicks_like_real):
+@pytest.mark.parametrize("catalogue", [False, True])
+def test_a_known_video_in_an_unknown_column_is_that_video(tmp_path, raw, clicks_like_real, catalogue):
     data = clicks_like_real(200, seed=1)
-    endings = ["None", "", "nan", "0", "null"]
-    users = [(uid, [click if "_" in click else f"{click}_{endings[len(uid) % 5 if uid < 'user3' else at % 5]}"
-                    for at, click in enumerate(clicks)]) for uid, clicks in data["users"]]  # fmt: skip
-    plain = sum("_" not in click for _, clicks in data["users"] for click in clicks)
-    for titles in (None, {vid: "T" for vids in data["columns"].values() for vid in vids}):
-        raw(tmp_path / "raw", columns=data["columns"], users=users, titles=titles)
-        index = get_indexing(tmp_path / "raw", tmp_path / f"work-{titles is None}")
-        assert len(index.videos) == 60
-        meanings = [meaning(click, index) for _, clicks in users for click in clicks]
-        assert sum(cid is None for _, cid in meanings) == plain == 701
-        assert meanings == [((click + "_").split("_")[0], (click.split("_") + [None])[1])
-                            for _, clicks in data["users"] for click in clicks]  # fmt: skip
+    plain = [click for _, clicks in data["users"] for click in clicks]
+    endings = itertools.cycle(["_None", "_", "_nan", "_0", "_null"])
+    users = [(uid, [click if "_" in click else click + next(endings) for click in clicks])
+             for uid, clicks in data["users"]]  # fmt: skip
+    titles = {vid: "T" for vids in data["columns"].values() for vid in vids} if catalogue else None
+    index = get_indexing(raw(tmp_path / "raw", columns=data["columns"], users=users, titles=titles), tmp_path)
+    meanings = [meaning(click, index) for _, clicks in users for click in clicks]
+    assert len(index.videos) == 60 and [cid for _, cid in meanings].count(None) == 701
+    assert meanings == [(vid, cid or None) for vid, _, cid in (click.partition("_") for click in plain)]
 
 
 def test_with_a_catalogue_clicks_add_nothing(tmp_path, raw):
@@ -582,10 +583,10 @@ def test_every_line_is_read_exactly_once_whatever_the_size_of_the_ranges(tmp_pat
 
 
 def test_a_digest_tells_contents_and_orders_of_lines_apart(tmp_path, write_lines):
-    contents = ["ab", "ba", "aa", "a", "abb", ["a", "b"], ["b", "a"], []]
-    digests = [read_cut(write_lines(tmp_path / "clicks.json", lines), 1)[1].hexdigest() for lines in contents[:-1]]
+    contents = [["ab"], ["ba"], ["a"], ["a", ""], ["a", "b"], ["b", "a"], ["b", "a", "a"]]
+    digests = [read_cut(write_lines(tmp_path / "clicks.json", lines), 1)[1].hexdigest() for lines in contents]
     assert len(set(digests)) == 7
-    packed = write_lines(tmp_path / "clicks.json.gz", contents[-2])
+    packed = write_lines(tmp_path / "clicks.json.gz", contents[-1])
     assert read_cut(packed, 1)[1].hexdigest() == digests[-1]  # it is the lines that count, packed or not
 
 
@@ -623,25 +624,13 @@ def test_a_file_of_one_long_line_is_read_about_twice_however_many_ranges_it_has(
     path, read = tmp_path / "clicks.json", []
     path.write_bytes(b"x" * (16 << 20))
 
-    class Counted:
-        def __init__(self, file):
-            self.file = file
-
-        def __getattr__(self, name):
-            return getattr(self.file, name)
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            self.file.close()
-
+    class Counted(io.FileIO):
         def readline(self, limit):
-            line = self.file.readline(limit)
+            line = super().readline(limit)
             read.append(len(line))
             return line
 
-    monkeypatch.setattr(script, "open", lambda *arguments: Counted(open(*arguments)), raising=False)
+    monkeypatch.setattr(script, "open", Counted, raising=False)
     tasks = cut_files([str(path)], range_bytes=2 << 20)
     lines = [len(line) for [file_range] in tasks for line, _ in read_lines(file_range)]
     assert len(tasks) == 8 and lines == [16 << 20]
@@ -675,7 +664,7 @@ def test_the_death_of_a_worker_is_one_line():
 @pytest.mark.parametrize("taken", [0, 1])
 def test_an_error_while_results_are_taken_leaves_no_worker(taken):
     with pytest.raises(KeyboardInterrupt), map_files(abs, [-1] * 50, "count", 2) as results:
-        assert [next(results) for _ in range(taken)] == [1] * taken
+        assert list(itertools.islice(results, taken)) == [1] * taken
         raise KeyboardInterrupt
     assert multiprocessing.active_children() == []
 
@@ -733,12 +722,13 @@ def test_a_file_system_without_locks_is_worth_one_warning(tmp_path, monkeypatch,
 
 
 def test_a_second_script_of_the_same_name_is_refused_and_one_of_another_is_not(tmp_path):
-    with script.only_one("train.py", tmp_path), script.only_one("infer.py", tmp_path):
-        with (
-            pytest.raises(InputError, match=f"another train.py is at work in {tmp_path}"),
-            script.only_one("train.py", tmp_path),
-        ):
-            pass
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(script.only_one("train.py", tmp_path))
+        stack.enter_context(script.only_one("infer.py", tmp_path))
+        with pytest.raises(InputError, match=f"another train.py is at work in {tmp_path}"):
+            stack.enter_context(script.only_one("train.py", tmp_path))
+    with script.only_one("train.py", tmp_path):  # it ended
+        pass
 
 
 # ---------------------------------------------------------------- as a script

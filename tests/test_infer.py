@@ -3,6 +3,7 @@
 import csv
 import functools
 import gzip
+import hashlib
 import json
 import os
 import shutil
@@ -13,16 +14,13 @@ import pytest
 from conftest import _clicks_like_real, _raw, _write_lines
 
 import get_dataset
-import get_tfrecord as get_tfrecord_module
 import infer as infer_module
-import model_tf2
-import train as train_module
 from get_dataset import column_table, dataset_from_clicks, load_manifest
 from get_indexing import InputError, cut_files, get_indexing, load_index
-from get_tfrecord import ClickEncoder, get_tfrecord
-from infer import Ranker, infer
+from get_tfrecord import get_tfrecord
+from infer import Ranker, infer, print_example
 from model_tf2 import Memory, Scorer, count_windows
-from train import MEMORY_DECAYS, load_model, train
+from train import MEMORY_DECAYS, train
 
 REAL = _clicks_like_real(150, seed=31)
 HEARD = ["t0a-1_t0a", "t0b-2"]  # clicks of a user whom the model knows
@@ -111,9 +109,9 @@ def test_scores_are_log_probabilities(ranked):
 
 def test_equal_scores_go_by_the_order_of_the_columns(own):
     """Columns that hold the same videos and that nobody clicked are equal in popularity."""
-    columns = {"z9": ["t0a-1"], "late": ["t0a-1"], "a0": ["t0a-1"]}
-    get_indexing(_raw(own / "raw", columns=REAL["columns"] | columns), own / "work")
-    line = lines_of(infer(_raw(own / "asked", users=[("none", [])]) / "click_seq", own / "work")[0])[0]
+    filled(own, REAL["columns"] | {"z9": ["t0a-1"], "late": ["t0a-1"], "a0": ["t0a-1"]})
+    _raw(own / "asked", users=[("none", [])])
+    (line,) = lines_of(rank_own(own)[0])
     assert line["columns"][-3:] == ["z9", "late", "a0"] and len(set(line["scores"][-3:])) == 1
 
 
@@ -143,7 +141,7 @@ def test_top_k_keeps_the_first_columns(ranked):
     assert ranked(users, top_k=1000) == whole
 
 
-def test_users_ids_and_columns_are_written_as_they_are(ranked):
+def test_user_ids_are_written_as_they_are(ranked):
     assert ranked([('Zoë \u2028 "q" \\ 日本', HEARD)])[0]["uid"] == 'Zoë \u2028 "q" \\ 日本'
 
 
@@ -156,21 +154,36 @@ def test_different_users_get_different_rankings(ranked):
 
 
 def test_a_new_column_and_a_shelf_filled_anew_are_ranked_without_training_again(own):
-    asked = _raw(own / "asked", users=[("u", HEARD), ("none", [])]) / "click_seq"
-    before = lines_of(infer(asked, own / "work")[0])
+    _raw(own / "asked", users=[("u", HEARD), ("none", [])])
+    before = lines_of(rank_own(own)[0])
     columns = REAL["columns"] | {"fresh": ["t0a-0", "t0a-1", "just made"], "t3a": ["t0b-0", "t0b-1"]}
-    get_indexing(_raw(own / "raw", columns=columns), own / "work")
-    after = lines_of(infer(asked, own / "work")[0])
+    filled(own, columns)
+    after = lines_of(rank_own(own)[0])
     assert all(sorted(line["columns"]) == sorted(columns) for line in after)
     assert all(np.isfinite(line["scores"]).all() for line in after)
     assert after[1]["columns"] == popular_order(columns) and after[1]["columns"][-1] == "fresh"
     assert table_of(before)[0]["t3a"] != table_of(after)[0]["t3a"]
 
 
+@pytest.mark.parametrize("memory_weight", [0.3, 0.9])
+def test_a_column_newer_than_the_model_gets_what_the_towers_say_whatever_the_weight_of_the_memory(own, memory_weight):
+    """The user clicked in no column, so nothing else enters its score."""
+    filled(own, REAL["columns"] | {"fresh": ["t0a-0", "t0a-1"]})
+    edit_model(own, mix=lambda mix: mix | {"memory_weight": memory_weight})
+    ranker = Ranker(own / "work")
+    videos = np.array([ranker.encoder.encode(["t0a-1", "t0b-2"])[0]])
+    logits = ranker.scorer.towers(videos, np.zeros_like(videos)).astype(float) / ranker.mix.temperature
+    expected = np.exp(logits) / np.exp(logits).sum()
+    scores = ranker.scores([(videos[0], np.zeros(2, int))])
+    assert len(scores[0]) == 13 and np.exp(scores[0, 12]) == pytest.approx(expected[0, 12], rel=1e-5)
+    assert not np.allclose(np.exp(scores[0, :12]), expected[0, :12], rtol=0.05)
+
+
 def test_a_retired_column_is_not_ranked(own):
     left = {cid: vids for cid, vids in REAL["columns"].items() if cid not in ("t0a", "t1b", "t3c")}
-    get_indexing(_raw(own / "raw", columns=left), own / "work")
-    lines = lines_of(infer(_raw(own / "asked", users=[("u", HEARD), ("none", [])]) / "click_seq", own / "work")[0])
+    filled(own, left)
+    _raw(own / "asked", users=[("u", HEARD), ("none", [])])
+    lines = lines_of(rank_own(own)[0])
     assert all(sorted(line["columns"]) == sorted(left) for line in lines)
     assert all(np.isfinite(line["scores"]).all() for line in lines)
     assert lines[1]["columns"] == popular_order(left)
@@ -179,62 +192,55 @@ def test_a_retired_column_is_not_ranked(own):
 def test_where_every_column_is_empty_it_says_so(own):
     path = own / "work/indexing/cid2vidx.json"
     path.write_text(json.dumps({cid: [] for cid in json.loads(path.read_text())}))
+    _raw(own / "asked", users=[("a", HEARD)])
     with pytest.raises(InputError, match="no column"):
-        infer(_raw(own / "asked", users=[("a", HEARD)]) / "click_seq", own / "work")
+        rank_own(own)
 
 
-def test_a_retired_column_leaves_the_order_of_the_others(own):
-    asked = _raw(own / "asked", users=REAL["users"][:30]) / "click_seq"
-    before = lines_of(infer(asked, own / "work")[0])
-    left = {cid: vids for cid, vids in REAL["columns"].items() if cid != "t1b"}
-    get_indexing(_raw(own / "raw", columns=left), own / "work")
-    after = lines_of(infer(asked, own / "work")[0])
-    memory_weight = load_model(own / "work")[2].memory_weight
-    for a, b in zip(before, after, strict=True):
-        if memory_weight in (0, 1):
-            assert [cid for cid in a["columns"] if cid != "t1b"] == b["columns"]
-        assert set(a["columns"]) - set(b["columns"]) == {"t1b"}
-
-
-# ---------------------------------------------------------------- serving agrees with training
+# ---------------------------------------------------------------- serving is what was evaluated
 
 
 def test_serving_gives_the_towers_logits_of_the_training_side(trained):
+    """The last position of a training window against all columns, for every user: one window holds all their clicks."""
     index, ranker = load_index(trained / "work"), Ranker(trained / "work")
-    users = [(uid, clicks) for uid, clicks in REAL["users"] if len(clicks) > 1][:25]
-    constants = load_manifest(trained / "work")[0]["constants"]
-    videos = column_table(index, ranker.memory.video_clicks)
-    columns = ranker.model.column_vectors(videos[1:], np.arange(1, len(videos)))
-    expected = []
-    for window in dataset_from_clicks(users, index, constants).batch(1).as_numpy_iterator():
-        vectors = ranker.model.user_vectors(window["user_feature"], window["user_column"])
-        expected.append(ranker.model.logits(vectors[0, -1], columns))
-    served = []
-    for _, clicks in users:
-        pair = [np.array([numbers], np.int32) for numbers in ranker.encoder.encode(clicks)]
-        padded = [np.pad(numbers, [(0, 0), (0, 7)]) for numbers in pair]
-        served.append(ranker.logits(*padded, np.array([len(clicks) - 1])).numpy()[0])
-    assert np.allclose(served, expected, atol=1e-4)
+    scorer, constants = ranker.scorer, load_manifest(trained / "work")[0]["constants"]
+    videos = column_table(index, scorer.memory.video_clicks)
+    columns = scorer.model.column_vectors(videos[1:], np.arange(1, len(videos)))
+    expected = {}
+    for batch in dataset_from_clicks(REAL["users"], index, constants).as_numpy_iterator():
+        vectors = scorer.model.user_vectors(batch["user_feature"], batch["user_column"]).numpy()
+        for uid, clicked, of_user in zip(batch["uid"], batch["user_feature"], vectors, strict=True):
+            expected[uid.decode()] = scorer.model.logits(of_user[np.count_nonzero(clicked) - 1], columns)
+    assert expected.keys() == {uid for uid, _ in REAL["users"]}
+    for uid, clicks in REAL["users"]:
+        padded = [np.pad([numbers], [(0, 0), (0, 40 - len(clicks))]) for numbers in ranker.encoder.encode(clicks)]
+        assert np.allclose(scorer.towers(*padded)[0], expected[uid], atol=1e-4)
 
 
-def test_serving_gives_the_scores_that_evaluation_measured(trained):
-    """For each test user's last target: the clicks before it are served, and the same clicks were evaluated."""
-    work_dir, users = trained / "work", dict(REAL["users"])
-    (manifest, index), ranker = load_manifest(work_dir), Ranker(work_dir)
-    chosen, compared = ranker.chosen, 0
-    score = target_scorer(ranker.model, column_table(index, ranker.memory.video_clicks))
-    for batch in make_dataset(manifest, "test", work_dir):
-        logits, videos, columns, _ = (np.concatenate(blocks) for blocks in zip(*score([batch]), strict=True))
-        remembered = ranker.memory.scores(videos, columns, chosen.own_weight)
-        measured = mix(logits, remembered, chosen.memory_weight, chosen.temperature)
-        rows, places = np.nonzero(batch["label"].numpy())
-        histories = [
-            ranker.encoder.encode(users[batch["uid"][row].numpy().decode()][: place + 1])
-            for row, place in zip(rows, places, strict=True)
-        ]
-        assert np.allclose(ranker.scores(histories), measured, atol=1e-4)
-        compared += len(rows)
-    assert compared == manifest["splits"]["test"]["targets"] > 100
+def test_the_ranks_in_test_csv_are_those_that_serving_gives_with_the_memory_of_the_training_records(trained):
+    """Each test user's raw clicks before the last one in a column are ranked for as infer.py does."""
+    work, users, order = trained / "work", dict(REAL["users"]), list(REAL["columns"])
+    (manifest, index), ranker = load_manifest(work), Ranker(work)
+    counts = count_windows(manifest, ["train"], MEMORY_DECAYS, index, work, num_workers=1)
+    memory = Memory.of_counts(counts, MEMORY_DECAYS.index(ranker.mix.decay), index)
+    ranker.scorer = Scorer(ranker.scorer.model, memory, index)
+    with open(work / "model/test.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["uid"] for row in rows} == {uid for uid in users if draw(uid) >= 0.5} and len(rows) > 50
+    for row in rows:
+        clicks = users[row["uid"]]
+        place = max(place for place, click in enumerate(clicks) if "_" in click)
+        target, before = clicks[place].split("_")[1], clicks[:place]
+        assert (row["target"], row["history"]) == (target, str(place))
+        assert row["clicked_before"] == str(int(any(click.endswith(f"_{target}") for click in before)))
+        scores = ranker.scores([ranker.encoder.encode(before)])[0]
+        best = sorted(order, key=lambda cid: (-scores[order.index(cid)], order.index(cid)))
+        assert row["mix"] == str(1 + best.index(target))
+
+
+def draw(uid):
+    """The place of a user between 0 and 1, by the first 8 bytes of the BLAKE2b hash: "test" is above 1/2 here."""
+    return int(hashlib.blake2b(uid.encode(), digest_size=8).hexdigest(), 16) / 2**64
 
 
 def test_a_long_history_is_ranked_by_its_last_clicks(trained):
@@ -263,12 +269,12 @@ def test_a_ranking_does_not_depend_on_the_batch(ranked, monkeypatch, batch_users
 def test_two_workers_and_files_cut_into_ranges_give_the_same_bytes(own, monkeypatch):
     asked = _raw(own / "asked", users=REAL["users"][:80], click_file="one") / "click_seq"
     _raw(own / "asked", users=REAL["users"][80:], click_file="two", gzip=True)
-    whole = [lines_of(path) for path in infer(asked, own / "work", num_workers=1)]
-    monkeypatch.setattr(infer_module, "file_ranges", functools.partial(file_ranges, range_bytes=5000))
+    whole = [lines_of(path) for path in rank_own(own)]
+    monkeypatch.setattr(infer_module, "cut_files", functools.partial(cut_files, range_bytes=5000))
     contents = []
     for workers in (1, 2):
-        shutil.rmtree(own / "work/ranking")
-        contents.append([path.read_bytes() for path in infer(asked, own / "work", num_workers=workers)])
+        ranking = own / f"ranking{workers}"
+        contents.append([path.read_bytes() for path in infer(asked, own / "work", ranking, num_workers=workers)])
     assert contents[0] == contents[1]
     cut = [[json.loads(line) for line in gzip.decompress(content).splitlines()] for content in contents[0]]
     assert len(cut) == 2
@@ -279,73 +285,166 @@ def test_two_workers_and_files_cut_into_ranges_give_the_same_bytes(own, monkeypa
 # ---------------------------------------------------------------- files
 
 
-def test_each_input_file_has_its_output_and_nothing_else_is_left(own):
-    asked = _raw(own / "asked", users=[("a", HEARD)], click_file="part-1") / "click_seq"
-    _raw(own / "asked", users=[("b", HEARD)], click_file="part-0", gzip=True)
-    paths = infer(asked, own / "work", num_workers=1)
-    assert [path.name for path in paths] == ["part-0.json.gz", "part-1.json.gz"]
-    assert [lines_of(path)[0]["uid"] for path in paths] == ["b", "a"]
-    left = {path.name for path in (own / "work/ranking").iterdir()}
-    assert left == {"part-0.json.gz", "part-1.json.gz", "manifest.json"}
-
-
-def test_an_empty_click_file_gives_an_empty_ranking(ranked):
-    assert ranked([]) == []
+def edit_model(own, **changes):
+    """Change entries of model.json, each by a function, as a training that ended would: its id is another then."""
+    path = own / "work/model/model.json"
+    saved = json.loads(path.read_text())
+    changed = saved | {name: change(saved[name]) for name, change in changes.items()}
+    path.write_text(json.dumps(changed | {"id": "another"}))
 
 
 def stamp(path):
     return path.stat().st_mtime_ns, path.stat().st_ino
 
 
-def test_the_ranking_of_a_click_file_that_is_gone_is_kept_and_named(own, capsys):
-    asked = _raw(own / "asked", users=[("a", HEARD)], click_file="one") / "click_seq"
-    _raw(own / "asked", users=[("b", HEARD)], click_file="two")
-    _, two = infer(asked, own / "work", num_workers=1)
-    (asked / "two.json").unlink()
-    capsys.readouterr()
-    infer(asked, own / "work", num_workers=1)
-    assert two.exists() and f"{two}: no click file of this name any more" in capsys.readouterr().err
+@pytest.fixture
+def two(own):
+    """own(), asked for a user each in the files one and two, both ranked."""
+    _raw(own / "asked", users=[("a", HEARD)], click_file="one")
+    _raw(own / "asked", users=[("b", HEARD)], click_file="two", gzip=True)
+    assert [path.name for path in rank_own(own)] == ["one.json.gz", "two.json.gz"]
+    return own
 
 
-def test_a_finished_file_is_not_computed_again(own):
-    asked = _raw(own / "asked", users=[("a", HEARD)], click_file="one") / "click_seq"
-    _raw(own / "asked", users=[("b", HEARD)], click_file="two")
-    before = [stamp(path) for path in infer(asked, own / "work", num_workers=1)]
-    assert [stamp(path) for path in infer(asked, own / "work", num_workers=1)] == before
-    _raw(own / "asked", users=[("b", HEARD), ("c", [])], click_file="two")
-    one, two = infer(asked, own / "work", num_workers=1)
-    assert stamp(one) == before[0] and stamp(two) != before[1]
-    assert [line["uid"] for line in lines_of(two)] == ["b", "c"]
+def stamps(own):
+    return {path.name: stamp(path) for path in (own / "ranking").glob("*.json.gz")}
+
+
+def computed_again(own, **how):
+    """Rank again and return the names of the rankings that were written anew."""
+    before = stamps(own)
+    rank_own(own, **how)
+    return {name for name, of_file in stamps(own).items() if before.get(name) != of_file}
+
+
+BOTH = {"one.json.gz", "two.json.gz"}
+
+
+def test_each_input_file_has_its_output_and_a_line_in_the_manifest_and_nothing_else_is_left(two):
+    assert [lines_of(two / f"ranking/{name}")[0]["uid"] for name in sorted(BOTH)] == ["a", "b"]
+    assert {path.name for path in (two / "ranking").iterdir()} == BOTH | {"manifest.jsonl"}
+    lines = [json.loads(line) for line in (two / "ranking/manifest.jsonl").read_text().splitlines()]
+    assert [list(line) for line in lines] == [["one.json.gz"], ["two.json.gz"]]
+    for line in lines:
+        ((name, made_from),) = line.items()
+        assert made_from["sha256"] == hashlib.sha256((two / "ranking" / name).read_bytes()).hexdigest()
+        assert made_from["clicks"] == str(two / "asked/click_seq")
+
+
+def test_an_empty_click_file_gives_an_empty_ranking(ranked):
+    assert ranked([]) == []
+
+
+def test_a_finished_file_is_not_computed_again(two, capsys):
+    assert computed_again(two) == set()
+    assert "0 users ranked in 0 files, 2 files stand" in capsys.readouterr().out
+    _raw(two / "asked", users=[("b", HEARD), ("c", [])], click_file="two", gzip=True)
+    assert computed_again(two) == {"two.json.gz"}
+    assert [line["uid"] for line in lines_of(two / "ranking/two.json.gz")] == ["b", "c"]
+
+
+def test_a_ranking_that_is_gone_or_damaged_is_computed_again(two):
+    one = two / "ranking/one.json.gz"
+    good = one.read_bytes()
     one.unlink()
-    before = stamp(two)
-    assert infer(asked, own / "work", num_workers=1)[0].exists() and stamp(two) == before
+    assert computed_again(two) == {"one.json.gz"} and one.read_bytes() == good
+    one.write_bytes(good[:-1] + b"x")
+    assert computed_again(two) == {"one.json.gz"} and one.read_bytes() == good
 
 
-def change_index(own):
-    get_indexing(_raw(own / "raw", columns=REAL["columns"] | {"t0a": ["t1a-0"]}), own / "work")
+CHANGES = {
+    "a shelf": lambda own, patch: filled(own, REAL["columns"] | {"t0a": ["t1a-0"]}),
+    "the model": lambda own, patch: edit_model(own, mix=lambda mix: mix | {"memory_weight": 0.35}),
+    "DECIMALS": lambda own, patch: patch.setattr(infer_module, "DECIMALS", 3),
+}
 
 
-def change_model(own):
-    path = own / "work/model/model.json"
-    saved = json.loads(path.read_text())
-    path.write_text(json.dumps(saved | {"mix": saved["mix"] | {"memory_weight": 0.35}}))
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_every_file_is_computed_again_when_the_index_the_model_or_what_is_printed_changed(two, monkeypatch, change):
+    before = lines_of(two / "ranking/one.json.gz")
+    change(two, monkeypatch)
+    assert computed_again(two) == BOTH
+    assert lines_of(two / "ranking/one.json.gz") != before
 
 
-@pytest.mark.parametrize("change", [change_index, change_model])
-def test_a_file_is_computed_again_when_model_or_index_changed(own, change):
-    asked = _raw(own / "asked", users=[("a", HEARD)]) / "click_seq"
-    path = infer(asked, own / "work")[0]
-    before, lines = stamp(path), lines_of(path)
-    change(own)
-    infer(asked, own / "work")
-    assert stamp(path) != before and lines_of(path) != lines
+def test_a_file_is_computed_again_when_top_k_changed(two):
+    for top_k, columns in ((2, 2), (0, 12)):
+        assert computed_again(two, top_k=top_k) == BOTH
+        assert len(lines_of(two / "ranking/one.json.gz")[0]["columns"]) == columns
 
 
-def test_a_file_is_computed_again_when_top_k_changed(own):
-    asked = _raw(own / "asked", users=[("a", HEARD)]) / "click_seq"
-    assert len(lines_of(infer(asked, own / "work")[0])[0]["columns"]) == 12
-    assert len(lines_of(infer(asked, own / "work", top_k=2)[0])[0]["columns"]) == 2
-    assert len(lines_of(infer(asked, own / "work")[0])[0]["columns"]) == 12
+def test_what_only_concerns_running_computes_nothing_again(two, monkeypatch):
+    for name, value in dict(BATCH_USERS=1, GZIP_LEVEL=9, MEMO_SIZE=1).items():
+        monkeypatch.setattr(infer_module, name, value)
+    monkeypatch.setattr(infer_module, "cut_files", functools.partial(cut_files, range_bytes=7))
+    assert computed_again(two) == set()
+
+
+def test_a_line_of_the_manifest_that_was_torn_costs_its_own_file_alone(two):
+    manifest = two / "ranking/manifest.jsonl"
+    whole = manifest.read_text()
+    manifest.write_text(whole + whole[:40])
+    assert computed_again(two) == set() and manifest.read_text() == whole
+    manifest.write_text(whole[:-40])
+    assert computed_again(two) == {"two.json.gz"} and manifest.read_text() == whole
+
+
+def test_the_ranking_of_a_click_file_that_is_gone_is_kept_and_named(two, capsys):
+    (two / "asked/click_seq/two.json.gz").unlink()
+    rank_own(two)
+    path = two / "ranking/two.json.gz"
+    assert path.exists() and f"{path}: no click file of this name any more" in capsys.readouterr().err
+
+
+def test_a_ranking_of_another_click_folder_is_never_overwritten_and_not_called_gone(two, capsys):
+    before = {path.name: path.read_bytes() for path in (two / "ranking").iterdir()}
+    others = _raw(two / "others", users=[("o", HEARD)], click_file="one") / "click_seq"
+    with pytest.raises(InputError, match=r"one\.json\.gz is the ranking of a file in .*/asked/click_seq.*RANKING_DIR"):
+        rank_own(two, others)
+    assert {path.name: path.read_bytes() for path in (two / "ranking").iterdir()} == before
+    (others / "one.json").rename(others / "three.json")
+    assert lines_of(rank_own(two, others)[0])[0]["uid"] == "o"
+    assert {name: data for name, data in before.items() if name in BOTH}.items() <= {
+        path.name: path.read_bytes() for path in (two / "ranking").iterdir()
+    }.items()
+    assert "any more" not in capsys.readouterr().err and computed_again(two) == set()
+
+
+def test_files_and_folders_of_others_stay_and_disturb_nothing(two):
+    notes = {"notes.txt": b"mine", "old/one.json.gz": b"kept", ".hidden": b"x", "other.json.gz": b"not ours"}
+    for name, data in notes.items():
+        (two / "ranking" / name).parent.mkdir(exist_ok=True)
+        (two / "ranking" / name).write_bytes(data)
+        (two / "asked/click_seq" / name).parent.mkdir(exist_ok=True)
+    (two / "ranking/.folder.tmp").mkdir()
+    assert computed_again(two) == set() and computed_again(two, top_k=1) == BOTH
+    assert {name: (two / "ranking" / name).read_bytes() for name in notes} == notes
+    assert (two / "ranking/.folder.tmp").is_dir()
+
+
+@pytest.mark.parametrize("name", [b"\xff.json", "\u2028.json".encode(), b"new\nline.json"])
+def test_any_file_name_is_ranked_once(own, name):
+    path = _raw(own / "asked", users=[("a", HEARD)], click_file="z") / "click_seq/z.json"
+    path.rename(path.with_name(os.fsdecode(name)))
+    (output,) = rank_own(own)
+    assert os.fsencode(output.name) == name + b".gz" and lines_of(output)[0]["uid"] == "a"
+    assert computed_again(own) == set()
+
+
+@pytest.mark.parametrize("change", [CHANGES["a shelf"], CHANGES["the model"]])
+def test_a_model_or_index_that_changes_under_a_run_stops_it_and_leaves_the_former_rankings(two, monkeypatch, change):
+    """It changes when the run has read both, and has not yet given out its work."""
+    before = stamps(two)
+    _raw(two / "asked", users=[("a", ["t1a-1"])], click_file="one")
+
+    def cut_later(paths):
+        change(two, monkeypatch)
+        return cut_files(paths)
+
+    monkeypatch.setattr(infer_module, "cut_files", cut_later)
+    with pytest.raises(InputError, match="model or index changed while infer.py was at work; run it again"):
+        rank_own(two)
+    assert stamps(two) == before
 
 
 def test_bad_lines_are_skipped_and_every_good_one_is_ranked(own, capsys):
@@ -353,28 +452,19 @@ def test_bad_lines_are_skipped_and_every_good_one_is_ranked(own, capsys):
     lines[50:50] = ["{not JSON"]
     lines[100:100] = [""]
     _write_lines(own / "asked/click_seq/clicks.json", lines)
-    ranked = lines_of(infer(own / "asked/click_seq", own / "work")[0])
+    ranked = lines_of(rank_own(own)[0])
     assert [line["uid"] for line in ranked] == [f"u{n}" for n in range(200)]
     printed = capsys.readouterr()
     assert "1 of 202 lines are bad (line 51: not JSON)" in printed.err
     assert "200 users ranked" in printed.out
 
 
-def test_too_many_bad_lines_stop_and_leave_the_former_output(own):
-    asked = _raw(own / "asked", users=[("a", HEARD)]) / "click_seq"
-    path = infer(asked, own / "work")[0]
-    before, content = stamp(path), path.read_bytes()
-    _write_lines(asked / "clicks.json", [{"uid": "b", "click_seq": HEARD}, "{not JSON"])
-    with pytest.raises(InputError, match=r"clicks\.json: 1 of 2 lines are bad \(line 2: not JSON\), more than"):
-        infer(asked, own / "work")
-    assert stamp(path) == before and path.read_bytes() == content
-
-
-def test_a_run_with_nothing_left_to_rank_says_so_and_returns_the_paths(own, capsys):
-    asked = _raw(own / "asked", users=[("a", HEARD)]) / "click_seq"
-    paths = infer(asked, own / "work")
-    assert infer(asked, own / "work") == paths
-    assert "0 users ranked in 0 files, 1 files stand" in capsys.readouterr().out
+def test_too_many_bad_lines_stop_and_leave_the_former_output(two):
+    before = stamps(two)
+    _write_lines(two / "asked/click_seq/one.json", [{"uid": "b", "click_seq": HEARD}, "{not JSON"])
+    with pytest.raises(InputError, match=r"one\.json: 1 of 2 lines are bad \(line 2: not JSON\), more than"):
+        rank_own(two)
+    assert stamps(two) == before
 
 
 def test_a_truncated_gzip_file_stops_and_leaves_no_output(own):
@@ -382,24 +472,50 @@ def test_a_truncated_gzip_file_stops_and_leaves_no_output(own):
     packed = (asked / "clicks.json.gz").read_bytes()
     (asked / "clicks.json.gz").write_bytes(packed[: len(packed) // 2])
     with pytest.raises(InputError, match="not a whole gzip file"):
-        infer(asked, own / "work")
-    assert [path for path in (own / "work/ranking").iterdir() if not path.name.startswith(".")] == []
+        rank_own(own)
+    assert [path for path in (own / "ranking").iterdir() if not path.name.startswith(".")] == []
 
 
-def test_what_a_killed_run_left_is_removed(own):
-    asked = _raw(own / "asked", users=[("a", HEARD)]) / "click_seq"
-    (own / "work/ranking").mkdir()
-    (own / "work/ranking/.clicks.json.gz.0.tmp").write_bytes(b"half")
-    infer(asked, own / "work")
-    assert not list((own / "work/ranking").glob(".*"))
+def test_what_a_killed_run_left_is_removed(two):
+    (two / "ranking/.one.json.gz.0.tmp").write_bytes(b"half")
+    rank_own(two)
+    assert not list((two / "ranking").glob(".*"))
 
 
 def test_a_missing_clicks_folder_is_named(own):
     with pytest.raises(InputError, match=r"/nowhere: no such folder"):
-        infer(own / "nowhere", own / "work")
+        rank_own(own, own / "nowhere")
 
 
-def test_a_missing_model_names_the_script_to_run_first(own):
-    shutil.rmtree(own / "work/model")
+@pytest.mark.parametrize("killed", [True, False], ids=["a first training that was killed", "no training"])
+def test_where_no_training_was_finished_it_names_the_script_to_run_first(own, killed):
+    for path in (own / "work/model").iterdir():
+        if not (killed and path.name.endswith((".h5", ".npz", "history.csv"))):
+            path.unlink() if path.is_file() else shutil.rmtree(path)
     with pytest.raises(FileNotFoundError, match=r"model\.json: no such file; run train\.py first"):
-        infer(own / "raw/click_seq", own / "work")
+        rank_own(own, own / "raw/click_seq")
+
+
+# ---------------------------------------------------------------- the printed example
+
+
+def test_the_example_names_what_was_clicked_and_what_is_shown_as_far_as_titles_are_known(own, monkeypatch, capsys):
+    (own / "data").mkdir()
+    (own / "work").rename(own / "data/work")
+    monkeypatch.chdir(own)
+    asked = _raw(own / "asked", users=[("u", ["t0a-1_t0a", "t0b-2"])]) / "click_seq"
+    (output,) = infer(asked, own / "data/work", own / "ranking", num_workers=1)
+    first = lines_of(output)[0]["columns"][0]
+    named = _raw(own / "named", columns={first: ["t0a-1"]}, names={first: "The best"}, titles={"t0b-2": "A title"})
+    damaged = _raw(own / "damaged", columns={first: ["t0a-1"]})
+    (damaged / "cid2vids2.json.gz").write_bytes(b"no gzip")
+    capsys.readouterr()
+    for data_dir, title, name in (
+        (named, "A title", "The best"),
+        (own / "none", "t0b-2", first),
+        (damaged, "t0b-2", first),
+    ):
+        print_example(output, str(asked / "clicks.json"), data_dir)
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[0] == "user u clicked last:" and lines[2] == f"  {title}"
+        assert lines[3] == "and is shown first (model):" and lines[4].endswith(f"%  {name}") and len(lines) == 9
