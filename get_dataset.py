@@ -9,7 +9,7 @@ A batch is a dict of
     user_feature    int32   [batch, len]   video numbers of a window's clicks, 0 = padding
     user_column     int32   [batch, len]   column numbers of those clicks, 0 = in no column
     target_video    int32   [batch, len]   the video clicked next, 0 = the window ends here, or an earlier one had it
-    target_column   int32   [batch, len]   the column clicked next, 0 = no target here
+    target_column   int32   [batch, len, AHEAD]  the column clicked next, 0 = no target here; and those clicked after it
     label           float32 [batch, len]   1.0 where there is a target
     start           int64   [batch]        place of the window in the user's history
     repeated        int64   [batch]        how many of the first clicks are in an earlier window too
@@ -18,7 +18,7 @@ and for training the column side, drawn fresh for each batch:
     item_column     int32   [items]            column numbers
     item_feature    int32   [items, item_len]  the videos that stand for each, 0 = padding
     item_log_prob   float32 [candidates]       the last so many items are candidates: log of how often each is drawn
-    target_item     int32   [batch, len]       which item the target is
+    target_item     int32   [batch, len, AHEAD]  which items the targets are
     negative_video  int32   [NUM_NEGATIVES]    random videos, for the auxiliary loss
     seed            int64   [2]                of the dropout
 """
@@ -47,11 +47,12 @@ MIN_STEPS = 100  # batches in an epoch: small data gets smaller batches
 SHUFFLE_BUFFER = 20_000  # windows
 PARSE_BLOCK = 256  # records parsed in one go
 ITEM_MAX_LEN = 16  # videos that stand for a column: its most clicked
+AHEAD = 4  # next clicks whose columns are targets, in one
 MAX_CANDIDATES = 4096  # columns to train against; of more, NUM_NEGATIVES random ones
 NUM_NEGATIVES = 512  # random columns, and random videos, of a batch
 
 DATASET_CONSTANTS = dict(
-    BATCH_POSITIONS=BATCH_POSITIONS, MIN_STEPS=MIN_STEPS, SHUFFLE_BUFFER=SHUFFLE_BUFFER, ITEM_MAX_LEN=ITEM_MAX_LEN,
+    BATCH_POSITIONS=BATCH_POSITIONS, MIN_STEPS=MIN_STEPS, SHUFFLE_BUFFER=SHUFFLE_BUFFER, ITEM_MAX_LEN=ITEM_MAX_LEN, AHEAD=AHEAD,
     MAX_CANDIDATES=MAX_CANDIDATES, NUM_NEGATIVES=NUM_NEGATIVES,
 )  # fmt: skip
 LISTS = {"user_feature": tf.int32, "user_column": tf.int32, "label": tf.float32}
@@ -63,7 +64,7 @@ PADDED_SHAPES = {name: spec.shape for name, spec in WINDOW_SPEC.items()}
 
 def rules():
     """Return what each constant can be, as in get_indexing.py."""
-    names = ("BATCH_POSITIONS", "MIN_STEPS", "SHUFFLE_BUFFER", "PARSE_BLOCK", "ITEM_MAX_LEN", "NUM_NEGATIVES")
+    names = ("BATCH_POSITIONS", "MIN_STEPS", "SHUFFLE_BUFFER", "PARSE_BLOCK", "ITEM_MAX_LEN", "AHEAD", "NUM_NEGATIVES")
     return {"MAX_CANDIDATES": a_whole_number(0), **dict.fromkeys(names, a_whole_number(1))}
 
 
@@ -190,30 +191,32 @@ def add_targets(batch):
     """Cut the padding that no window needs, and add what is clicked next at each position, as the page's top says."""
     longest = tf.reduce_max(tf.math.count_nonzero(batch["user_feature"], axis=1))
     batch = batch | {name: batch[name][:, :longest] for name in LISTS}
-    following = {name: tf.pad(batch[name][:, 1:], [[0, 0], [0, 1]]) for name in ("user_feature", "user_column")}
+    following = tf.pad(batch["user_column"], [[0, 0], [0, AHEAD]])
+    following = tf.stack([following[:, ahead : ahead + longest] for ahead in range(1, 1 + AHEAD)], axis=2)
     is_new = tf.range(1, longest + 1) >= batch["repeated"][:, None]
     return batch | {
-        "target_video": tf.where(is_new, following["user_feature"], 0),
-        "target_column": tf.where(batch["label"] > 0, following["user_column"], 0),
+        "target_video": tf.where(is_new, tf.pad(batch["user_feature"][:, 1:], [[0, 0], [0, 1]]), 0),
+        "target_column": tf.where(batch["label"][..., None] > 0, following, 0),
     }
 
 
 def add_candidates(dataset, column_videos, num_videos, seed):
     """Add the column side to training batches; column_videos [columns + 1, item_len] is of column_table().
 
-    Up to MAX_CANDIDATES columns all are candidates. Of more, NUM_NEGATIVES uniform draws are: how often each is drawn is
-    known exactly, whatever a user clicks, which is not so of columns taken from the batch's own targets.
+    Up to MAX_CANDIDATES columns all are candidates. Of more, NUM_NEGATIVES draws without replacement are, each column
+    as likely as any other: that is known exactly, whatever a user clicks, which is not so of the batch's own targets.
     """
     num_columns, column_videos = len(column_videos) - 1, tf.constant(column_videos, tf.int32)
-    log_prob = np.log(NUM_NEGATIVES / num_columns, dtype=np.float32)
+    number = min(NUM_NEGATIVES, num_columns)
+    log_prob = np.log(number / num_columns, dtype=np.float32)
 
     def add(batch, draws):
         if num_columns <= MAX_CANDIDATES:
             items, place, log_probs = tf.range(1, num_columns + 1), batch["target_column"] - 1, tf.zeros([num_columns])
         else:
             own, place = tf.unique(tf.reshape(batch["target_column"], [-1]))
-            items = tf.concat([own, 1 + tf.cast(draws[1:, 0] % num_columns, tf.int32)], 0)
-            log_probs = tf.fill([NUM_NEGATIVES], log_prob)
+            drawn = tf.random.experimental.index_shuffle(tf.range(number), draws[1], num_columns - 1)
+            items, log_probs = tf.concat([own, 1 + tf.sort(drawn)], 0), tf.fill([number], log_prob)
         return batch | {
             "item_column": items,
             "item_feature": tf.gather(column_videos, items),
@@ -223,7 +226,7 @@ def add_candidates(dataset, column_videos, num_videos, seed):
             "seed": tf.cast(draws[0], tf.int64),
         }
 
-    draws = tf.data.Dataset.random(seed).batch(2).batch(1 + NUM_NEGATIVES)
+    draws = tf.data.Dataset.random(seed).batch(2, drop_remainder=True).batch(1 + NUM_NEGATIVES)
     return tf.data.Dataset.zip(dataset, draws).map(add, tf.data.AUTOTUNE).prefetch(4)
 
 

@@ -154,10 +154,9 @@ def own_clicks(clicks, tails, videos):
     for text, number in clicks.items():
         heads = (text[:at] for at in underscores(text) if text[:at] in clicks or text[:at] in videos)
         own[text if text in videos else next(heads, text)] += number
-    away = [text for text in own if text not in videos and any(
-        ends[text[at + 1 :]] > 1 or text[at + 1 :] in tails for at in underscores(text))]  # fmt: skip
-    for text in away:
-        del own[text]
+    for text in [text for text in own if text not in videos]:
+        if any(ends[end] > 1 or end in tails for end in (text[at + 1 :] for at in underscores(text))):
+            del own[text]
     return own
 
 
@@ -494,7 +493,8 @@ def replacing(path):
 def remove_leftovers(folder):
     """Remove the temporary files that a killed run left in folder."""
     for path in Path(folder).glob(".*.tmp"):
-        path.unlink()
+        if path.is_file():
+            path.unlink()
 
 
 def sync(path):
@@ -512,14 +512,15 @@ def sync(path):
 def write_json(path, value):
     """Replace path by value as JSON."""
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(value, ensure_ascii=False), encoding="utf-8")
+        text = json.dumps(value, ensure_ascii=False)
+        temporary.write_text(text, encoding="utf-8", errors="surrogatepass")  # file names need not be UTF-8
 
 
 def read_json(path, script):
     """Return the JSON object of a file that `script` writes."""
     path = Path(path).absolute()
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8", errors="surrogatepass"))
         if type(value) is not dict:
             raise ValueError("not an object")
     except FileNotFoundError as error:
@@ -608,7 +609,7 @@ def check_constants():
 
 @contextlib.contextmanager
 def map_files(function, tasks, desc, num_workers=NUM_WORKERS):
-    """Give an iterator over function(task) of each task, in order, computed by spawned worker processes.
+    """Give function(task) of each task, in order, to iterate over, computed by spawned worker processes.
 
     Started by spark-submit, the Spark cluster computes them. The function, a functools.partial say, is sent to each worker
     once; a task may be tried twice, even at the same time. Where the block ends, however, no worker is left.

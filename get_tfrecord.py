@@ -170,6 +170,7 @@ class UserSketch:
             self.add(draw, lines)
         self.lines += other.lines - other.of_user.total()
         if other.highest is not None:
+            self.highest = min(other.highest, self.highest or 1.0)
             self.cut()
 
     def cut(self):
@@ -179,9 +180,10 @@ class UserSketch:
             self.of_user, self.highest = collections.Counter({d: self.of_user[d] for d in lowest}), lowest[-1]
 
     def users(self):
-        """Return about how many users there are; exactly, up to SKETCH_SIZE."""
+        """Return about how many users there are; exactly, up to SKETCH_SIZE. Of more users it is never fewer."""
         self.cut()
-        return len(self.of_user) if self.highest is None else (len(self.of_user) - 1) / self.highest
+        lowest = len(self.of_user)
+        return lowest if self.highest is None else max(lowest, (lowest - 1) / self.highest)
 
     def repeated(self):
         """Return about which share of the users is on several lines."""
@@ -231,7 +233,8 @@ def write_windows(ranges, shards, encoder, made_with):
     settings, share = made_with["constants"], made_with["held_out_share"]
     longest = {split: settings["USER_MAX_LEN"] * (1 if split == "train" else 2) for split in SPLITS}
     splits = {split: {"users": 0, "targets": 0, "windows": [0] * (longest[split] + 1)} for split in SPLITS}
-    lengths, report, serialize = collections.Counter(), collections.Counter(), window_serializer()
+    report = collections.Counter(clicks=0, unknown_videos=0, column_clicks=0)
+    lengths, serialize = collections.Counter(), window_serializer()
     with contextlib.ExitStack() as stack:
         writers = {}
         for split, path in shards.items():
@@ -440,11 +443,16 @@ def check_enough(manifest):
         )
     users, share = manifest["report"]["users"], manifest["held_out_share"]
     for split, counts in manifest["splits"].items():
+        if not counts["targets"] and split == "train":
+            raise InputError(
+                f"the column clicks of {users:,} users are all held out, so there is none to train on; more users or longer "
+                "histories are needed"
+            )
         if not counts["targets"]:
             enough = math.ceil(math.log(0.01) / math.log1p(-share))
             raise InputError(
                 f"none of {users:,} users leaves a target for {split}; about {enough:,} users are needed who clicked in a "
-                "column twice or more, after other clicks"
+                "column after other clicks"
             )
 
 

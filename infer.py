@@ -137,7 +137,9 @@ def read_manifest(folder):
             for line in path.read_text(encoding="utf-8").splitlines():
                 manifest.update(json.loads(line))
         with replacing(path) as temporary:
-            temporary.write_text("".join(as_json({name: of}) + "\n" for name, of in manifest.items()), encoding="utf-8")
+            temporary.write_text(
+                "".join(json.dumps({name: of}) + "\n" for name, of in manifest.items()), encoding="utf-8"
+            )
     return manifest
 
 
@@ -145,7 +147,7 @@ def append_manifest(folder, output, manifest, made_from):
     """Add a finished ranking, by its hash, to the manifest and its file."""
     manifest[output.name] = made_from | {"sha256": file_fingerprint(output)}
     with open(folder / "manifest.jsonl", "a", encoding="utf-8") as file:
-        file.write(as_json({output.name: manifest[output.name]}) + "\n")
+        file.write(json.dumps({output.name: manifest[output.name]}) + "\n")
 
 
 def check_folder(made_from, output, clicks_dir):
@@ -292,8 +294,9 @@ class ScoreTexts(dict):
 
 def print_example(output, clicks_path, data_dir=DATA_DIR):
     """Print in words what the first ranked user of a file clicked last, and the columns that come first for them."""
-    titles, names = read_names(data_dir) if Path(data_dir).is_dir() else ({}, {})
-    index = load_index()
+    index, titles, names = load_index(), {}, {}
+    with contextlib.suppress(InputError, OSError):  # they may be missing or damaged
+        titles, names = read_names(data_dir)
     with gzip.open(output, "rt", encoding="utf-8") as ranked:
         first = ranked.readline()
     if not first:

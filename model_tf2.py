@@ -24,6 +24,7 @@ from get_indexing import (
     UNKNOWN,
     WORK_DIR,
     a_number,
+    a_tuple_of,
     a_whole_number,
     map_files,
     one_of,
@@ -34,11 +35,13 @@ from get_tfrecord import USER_MAX_LEN
 EMB_DIM = 64  # of the embeddings and of both towers' vectors
 NUM_HEADS = 2
 USER_BLOCKS = 1  # transformer blocks of the user tower
-ITEM_BLOCKS = 1  # transformer blocks of the column tower
+ITEM_BLOCKS = 0  # transformer blocks of the column tower; one makes a step three times as long and gains nothing
 FFN_RATIO = 2  # width of a block's feed-forward layer, in EMB_DIM
-DROPOUT = 0.3
+DROPOUT = None  # None: 1 / sqrt(clicks per video), within DROPOUT_RANGE: a video seen often needs less of it
+DROPOUT_RANGE = (0.1, 0.3)
 INIT_STDDEV = 0.02  # of embeddings and kernels; Glorot trained slower and ended lower
 INIT_SCALE = 20.0  # of the cosine, learned from there: a bare cosine is too flat for a softmax
+AHEAD_DECAY = 0.5  # of the clicks after the next, as targets too: share of each against the one before it
 AUX_WEIGHT = 0.5  # of the auxiliary loss: the next video among random ones
 MAX_LAG = 16  # memory: clicks from one to another that counts as near; no more than a window repeats
 BACKWARD = 0.3  # memory: what a column clicked before a video counts there, one clicked after it counting 1
@@ -52,14 +55,14 @@ MEMORY_CLICKS = 30  # memory: last clicks of a user that it reads
 TEMPERATURE = 1.5  # of the towers' softmax in the mix
 COUNT_BYTES = 16 << 20  # of shards: the work of one task of counting
 COUNT_BLOCK = 1024  # windows counted at once
-MAX_PAIRS = 8_000_000  # pairs that are counted exactly; of more, each video keeps COUNT_SLACK * MEMORY_WIDTH columns
-COUNT_SLACK = 8
+MAX_PAIRS = 4_000_000  # pairs that are counted exactly; of more, each video keeps COUNT_SLACK * MEMORY_WIDTH columns
+COUNT_SLACK = 4
 MATRIX_ROWS, MATRIX_SIZE = 4096, 1 << 22  # rows and numbers of a table of counts that is also kept as a matrix
 COLUMNS_AT_ONCE = 8192  # columns whose vectors are computed at once
 LOSS = "softmax"  # over the candidates; or "bce": binary cross-entropy of each candidate
 LOSSES = ("softmax", "bce")
 MODEL_CONSTANTS = dict(
-    INIT_STDDEV=INIT_STDDEV, INIT_SCALE=INIT_SCALE, AUX_WEIGHT=AUX_WEIGHT, MAX_LAG=MAX_LAG, BACKWARD=BACKWARD,
+    INIT_STDDEV=INIT_STDDEV, INIT_SCALE=INIT_SCALE, AHEAD_DECAY=AHEAD_DECAY, AUX_WEIGHT=AUX_WEIGHT, MAX_LAG=MAX_LAG, BACKWARD=BACKWARD,
     MEMORY_WIDTH=MEMORY_WIDTH, COLUMN_WIDTH=COLUMN_WIDTH, VIDEO_DECAY=VIDEO_DECAY, VIDEO_BACKOFF=VIDEO_BACKOFF,
     COLUMN_BACKOFF=COLUMN_BACKOFF, POPULARITY_DISCOUNT=POPULARITY_DISCOUNT, MEMORY_CLICKS=MEMORY_CLICKS,
     TEMPERATURE=TEMPERATURE,
@@ -78,9 +81,11 @@ def rules():
         ),
         "USER_BLOCKS": a_whole_number(0),
         "ITEM_BLOCKS": a_whole_number(0),
-        "DROPOUT": a_number("[0, 1)"),
+        "DROPOUT": ("None or a number in [0, 0.9]", lambda rate: rate is None or a_number("[0, 0.9]")[1](rate)),
+        "DROPOUT_RANGE": a_tuple_of(a_number("[0, 0.9]")),
         "INIT_STDDEV": a_number("(0, inf)"),
         "INIT_SCALE": a_number("(0, inf)"),
+        "AHEAD_DECAY": a_number("[0, 1]"),
         "AUX_WEIGHT": a_number("[0, inf)"),
         "BACKWARD": a_number("[0, inf)"),
         "VIDEO_DECAY": a_number("(0, 1]"),
@@ -177,7 +182,7 @@ class BST_DSSM(keras.Model):
     """
 
     def __init__(self, num_videos, num_columns, emb_dim=EMB_DIM, num_heads=NUM_HEADS, user_blocks=USER_BLOCKS,
-                 item_blocks=ITEM_BLOCKS, ffn_ratio=FFN_RATIO, dropout=DROPOUT, max_age=None):  # fmt: skip
+                 item_blocks=ITEM_BLOCKS, ffn_ratio=FFN_RATIO, dropout=DROPOUT_RANGE[0], max_age=None):  # fmt: skip
         super().__init__()
         max_age = USER_MAX_LEN - 2 if max_age is None else max_age
         self.arguments = dict(
@@ -191,12 +196,16 @@ class BST_DSSM(keras.Model):
         self.user_tower = Tower(user_blocks, max_age=max_age, **block)
         self.column_tower = Tower(item_blocks, **block)
         self.scale = self.add_weight(shape=(), initializer=keras.initializers.Constant(INIT_SCALE), name="scale")
+        self.repeats = self.add_weight(shape=(max_age + 2,), initializer="zeros", name="repeats")
 
     def call(self, inputs):
-        """A batch of get_dataset.py -> logits [batch, len, candidates], at each click for the next one."""
+        """Histories (user_feature, user_column) and columns (item_feature, item_column, rising) -> logits [batch, items].
+
+        They are for the click that follows the last one.
+        """
         users = self.user_vectors(inputs["user_feature"], inputs["user_column"])
         columns = self.column_vectors(inputs["item_feature"], inputs["item_column"])
-        return self.logits(users, columns)
+        return self.next_logits(users, inputs["user_feature"], inputs["user_column"], columns, inputs["item_column"])
 
     def user_vectors(self, videos, columns, seed=None):
         """Clicked videos and their columns [batch, len] -> vectors [batch, len, dim]: the user after each click.
@@ -220,6 +229,32 @@ class BST_DSSM(keras.Model):
         """User vectors [..., dim] and column vectors [columns, dim] -> scaled cosines [..., columns]."""
         return self.scale * ops.matmul(users, ops.transpose(columns))
 
+    def next_logits(self, users, videos, clicked, columns, numbers):
+        """Return the logits [batch, columns] of columns of rising numbers for the click after each history's last one.
+
+        users [batch, len, dim] are its vectors, videos and clicked [batch, len] its clicks, columns [columns, dim] vectors.
+        """
+        last = tf.maximum(tf.math.count_nonzero(videos, axis=1, dtype=tf.int32) - 1, 0)
+        logits = self.logits(tf.gather(users, last, batch_dims=1), columns)
+        return self.add_repeats(logits, numbers, clicked, last[:, None] - tf.range(tf.shape(clicked)[1]))
+
+    def add_repeats(self, logits, numbers, clicked, ages):
+        """Add to logits [n, columns] what is learned for a column that was clicked so many clicks ago.
+
+        numbers [columns] are rising; clicked and ages [n, len] are the columns of the clicks and how many clicks ago they
+        were, below 0 where they come later.
+        """
+        place = tf.minimum(
+            tf.reshape(tf.searchsorted(numbers, tf.reshape(clicked, [-1])), tf.shape(clicked)), tf.size(numbers) - 1
+        )
+        at = tf.where((tf.gather(numbers, place) == clicked) & (clicked > 0) & (ages >= 0))
+        places = tf.stack([tf.cast(at[:, 0], tf.int32), tf.gather_nd(place, at)], axis=1)
+        return tf.tensor_scatter_nd_add(logits, places, self.repeat_of(tf.gather_nd(ages, at)))
+
+    def repeat_of(self, ages):
+        """Return what is learned for a column clicked so many clicks ago."""
+        return tf.gather(self.repeats.value, tf.clip_by_value(ages, 0, self.repeats.shape[0] - 1))
+
     def embed_videos(self, videos):
         """Video numbers -> embeddings; one beyond the vocabulary counts as unknown."""
         return look_up(self.video_embedding, ops.where(videos < FIRST_VIDEO + self.num_videos, videos, UNKNOWN))
@@ -234,6 +269,12 @@ class BST_DSSM(keras.Model):
 def look_up(table, numbers):
     """Return rows of an embedding table; unlike Keras' Embedding, this never copies the whole table."""
     return tf.gather(table.value, numbers)
+
+
+def dropout_for(clicks, num_videos):
+    """Return the rate of dropout for so many clicks on so many videos, where DROPOUT is None."""
+    lowest, highest = DROPOUT_RANGE
+    return round(float(np.clip((num_videos / max(clicks, 1)) ** 0.5, lowest, highest)), 2)
 
 
 def build_model(**arguments):
@@ -261,17 +302,29 @@ def training_loss(model, batch, kind=LOSS, aux_weight=AUX_WEIGHT, training=True,
     window, counted from `replica`, against the candidates of the whole batch: the parts add up to the loss of one.
     """
     names = ("user_feature", "user_column", "target_video", "target_column", "target_item")
-    videos, clicked, next_video, next_column, next_item = (batch[name][replica::num_replicas] for name in names)
+    videos, clicked, next_video, next_columns, next_items = (batch[name][replica::num_replicas] for name in names)
     seed = batch["seed"] + tf.cast([0, replica], tf.int64) if training else None
     of_users, of_columns, of_videos = split_seed(seed, 3)
     users = model.user_vectors(videos, clicked, of_users)
 
-    is_target, drawn = next_column > 0, tf.size(batch["item_log_prob"])
+    targets = tf.where(next_columns[..., 0] > 0)  # [n, 2]: window, place
+    numbers, drawn = tf.gather_nd(next_columns, targets), tf.size(batch["item_log_prob"])
     items = model.column_vectors(batch["item_feature"], batch["item_column"], of_columns)
-    own = tf.gather(items, tf.boolean_mask(next_item, is_target))
-    is_own = tf.boolean_mask(next_column, is_target)[:, None] == batch["item_column"][-drawn:]
-    logits = target_logits(model, tf.boolean_mask(users, is_target), own, items[-drawn:], is_own)
-    column_loss = candidate_loss(*logits, batch["item_log_prob"], kind)
+    own, candidates = tf.gather(items, tf.gather_nd(next_items, targets)), batch["item_column"][-drawn:]
+    before, of_target = tf.gather(clicked, targets[:, 0]), tf.gather_nd(users, targets)
+    ages = tf.cast(targets[:, 1:], tf.int32) - tf.range(tf.shape(clicked)[1])  # [n, len]
+    again = (before[:, None] == numbers[..., None]) & (ages >= 0)[:, None]  # [n, ahead, len]
+    own = model.scale * tf.einsum("nd,nad->na", of_target, own) + tf.reduce_sum(
+        tf.where(again, model.repeat_of(ages)[:, None], 0.0), axis=2
+    )
+    others = model.add_repeats(model.logits(of_target, items[-drawn:]), candidates, before, ages)
+    others = tf.where(numbers[:, :1] == candidates, -1e9, others)
+    shares = tf.where(numbers > 0, AHEAD_DECAY ** tf.range(numbers.shape[1], dtype=tf.float32), 0.0)
+    column_loss = candidate_loss(own, shares, others, batch["item_log_prob"], kind)
+
+    column_loss = tf.math.divide_no_nan(column_loss, count(batch["target_column"][..., 0] > 0))
+    if batch["item_feature"].shape[1] == 1:  # every column is one video: the auxiliary loss would say the same again
+        return column_loss, column_loss
 
     # Auxiliary: the video clicked next, taken as a column of that one video, among random videos.
     has_next, random_video = next_video >= FIRST_VIDEO, batch["negative_video"]
@@ -279,12 +332,12 @@ def training_loss(model, batch, kind=LOSS, aux_weight=AUX_WEIGHT, training=True,
     distinct, place = tf.unique(next_video)
     single = tf.concat([distinct, random_video], 0)[:, None]
     single = model.column_vectors(single, tf.zeros_like(single[:, 0]), of_videos)
-    own, others = tf.gather(single, place), single[tf.size(distinct) :]
-    logits = target_logits(model, tf.boolean_mask(users, has_next), own, others, next_video[:, None] == random_video)
+    of_target, others = tf.boolean_mask(users, has_next), single[tf.size(distinct) :]
+    own = model.scale * tf.reduce_sum(of_target * tf.gather(single, place), axis=1, keepdims=True)
+    others = tf.where(next_video[:, None] == random_video, -1e9, model.logits(of_target, others))
     log_prob = tf.fill([NUM_NEGATIVES], np.float32(np.log(NUM_NEGATIVES / model.num_videos)))
-    video_loss = candidate_loss(*logits, log_prob, kind)
+    video_loss = candidate_loss(own, tf.ones_like(own), others, log_prob, kind)
 
-    column_loss = tf.math.divide_no_nan(column_loss, count(batch["target_column"] > 0))
     video_loss = tf.math.divide_no_nan(video_loss, count(batch["target_video"] >= FIRST_VIDEO))
     return column_loss + aux_weight * video_loss, column_loss
 
@@ -294,27 +347,21 @@ def count(mask):
     return tf.reduce_sum(tf.cast(mask, tf.float32))
 
 
-def target_logits(model, users, own, candidates, is_own):
-    """Return the logits of targets, of users and own vectors [n, dim], and of candidates [m, dim]: [n], [n, m].
+def candidate_loss(own, shares, others, log_prob, kind=LOSS):
+    """Return the sum of the losses of targets, a scalar: own [n, ahead] are their logits, others [n, m] the candidates'.
 
-    A target among its own candidates, is_own [n, m], is left out there by a logit of -1e9.
+    A target is what is clicked next and, by their shares [n, ahead], what is clicked after that. log_prob [m] is the log of
+    how often a candidate is drawn. Each is weighted by the inverse of that, so that a sample stands for all (Bengio and
+    Senecal 2008). "softmax" is the cross-entropy over the next and the others, "bce" the sum of their binary
+    cross-entropies. A logit of -1e9 leaves a candidate out.
     """
-    logits = tf.where(is_own, -1e9, model.logits(users, candidates))
-    return model.scale * tf.reduce_sum(users * own, axis=1), logits
-
-
-def candidate_loss(own, others, log_prob, kind=LOSS):
-    """Return the sum of the losses of targets, a scalar: own [n] are their logits, others [n, m] the candidates'.
-
-    log_prob [m] is the log of how often a candidate is drawn. Each is weighted by the inverse of that, so that a sample
-    stands for all (Bengio and Senecal 2008). "softmax" is the cross-entropy over own and others, "bce" the sum of their
-    binary cross-entropies. A logit of -1e9 leaves a candidate out.
-    """
+    shares /= tf.reduce_sum(shares, axis=1, keepdims=True)
     if kind == "softmax":
-        logits = tf.concat([own[:, None], others - log_prob], axis=1)
-        losses = tf.nn.sparse_softmax_cross_entropy_with_logits(tf.zeros_like(own, tf.int32), logits)
+        logits = tf.concat([own[:, :1], others - log_prob], axis=1)
+        losses = tf.reduce_logsumexp(logits, axis=1) - tf.reduce_sum(shares * own, axis=1)
     else:
-        losses = tf.nn.softplus(-own) + tf.reduce_sum(tf.nn.softplus(others) * tf.exp(-log_prob), axis=1)
+        losses = tf.reduce_sum(shares * tf.nn.softplus(-own), axis=1)
+        losses += tf.reduce_sum(tf.nn.softplus(others) * tf.exp(-log_prob), axis=1)
     return tf.reduce_sum(losses)
 
 
@@ -324,20 +371,25 @@ def candidate_loss(own, others, log_prob, kind=LOSS):
 class Pairs(NamedTuple):
     """A sparse table of sums: rising keys row * (columns + 1) + column number [n], and their values [n, any].
 
-    Column 0 is no column, or the sum of what a row lost to keep_strongest().
+    Column 0 is no column, or the sum of what a row lost where it was cut.
     """
 
     keys: np.ndarray
     values: np.ndarray
 
-    def keep_strongest(self, size, width):
+    def strongest(self, size, width):
+        """Return which entries are among the `width` largest of their row, bool [n]; size is the number of columns + 1."""
+        rows, strength = self.keys // size, np.where(self.keys % size > 0, self.values.sum(axis=1), 0)
+        order = np.argsort(rows - strength / (1 + strength.max(initial=0)), kind="stable")  # rows stay where they are
+        kept = np.zeros(len(rows), bool)
+        kept[order] = np.arange(len(rows)) - np.searchsorted(rows, rows) < width
+        return kept
+
+    def cut(self, size, width):
         """Return the table with the `width` largest columns of each row; what the others held goes to column 0."""
-        strength = np.where(self.keys % size > 0, self.values.sum(axis=1), 0)
-        rows = self.keys // size
-        order = np.lexsort((self.keys, -strength, rows))
-        lost = np.arange(len(rows)) - np.searchsorted(rows, rows) >= width
-        keys = self.keys[order]
-        return add_pairs(Pairs(np.where(lost, keys - keys % size, keys), self.values[order]))
+        kept = self.strongest(size, width)
+        keys = self.keys[~kept]
+        return add_pairs(Pairs(self.keys[kept], self.values[kept]), Pairs(keys - keys % size, self.values[~kept]))
 
 
 def add_pairs(*tables):
@@ -374,55 +426,49 @@ def count_windows(manifest, splits, decays, index, work_dir=WORK_DIR, num_worker
     size = 1 + len(index.columns)
     max_lag = min(MAX_LAG, manifest["constants"]["WINDOW_OVERLAP"])
     count = functools.partial(count_shards, decays=decays, max_lag=max_lag, size=size)
-    total, waiting, number = [], [], 0
     with map_files(count, tasks, "count", num_workers) as results:
-        for counts in results:
-            waiting.append(counts)
-            number += len(counts.near.keys)
-            if number > MAX_PAIRS:
-                total, waiting, number = [bounded(Counts.add(*total, *waiting), size)], [], 0
-    return bounded(Counts.add(*total, *waiting), size)
+        return add_up(results, len(decays), size)
+
+
+def add_up(counts, num_decays, size):
+    """Return the sum of many Counts, taken as they come; those of like size are added first, so each a few times only."""
+    sums = [Counts(*(Pairs(np.zeros(0, np.int64), np.zeros([0, width])) for width in (1, num_decays, 1)))]
+    for more in counts:
+        sums.append(more)
+        while len(sums) > 1 and len(sums[-2].near.keys) < 2 * len(sums[-1].near.keys):
+            sums[-2:] = [bounded(Counts.add(*sums[-2:]), size)]
+    return bounded(Counts.add(*sums), size)
 
 
 def bounded(counts, size):
     """Return counts of which a video keeps its strongest columns, many more than a memory does, where there are too many."""
     if len(counts.near.keys) <= MAX_PAIRS:
         return counts
-    return counts._replace(near=counts.near.keep_strongest(size, COUNT_SLACK * MEMORY_WIDTH))
+    return counts._replace(near=counts.near.cut(size, COUNT_SLACK * MEMORY_WIDTH))
 
 
 def count_shards(paths, decays, max_lag, size):
-    """Return the Counts of the windows of shards, of pairs up to max_lag clicks apart; size is the number of columns + 1.
+    """Return the Counts of the windows of shards, of pairs up to max_lag clicks apart; size is the number of columns + 1."""
+    blocks = (count_block(block, decays, max_lag, size) for block in read_windows(paths, COUNT_BLOCK))
+    return add_up(blocks, len(decays), size)
 
-    A pair counts in the window in which its later click is new, so once.
-    """
-    total, waiting, number = [], [], 0
-    weights = np.array(decays) ** np.arange(max_lag)[:, None]  # [lags, decays]
-    for block in read_windows(paths, COUNT_BLOCK):
-        videos, columns = block["user_feature"].astype(np.int64), block["user_column"].astype(np.int64)
-        is_new = (np.arange(videos.shape[1]) >= block["repeated"][:, None]) & (videos != PAD)
-        keys, values = [np.zeros(0, np.int64)], [np.zeros([0, len(decays)])]
-        for lag in range(1, min(videos.shape[1], 1 + max_lag)):
-            earlier, later = np.s_[:, :-lag], np.s_[:, lag:]
-            for near, clicked, weight in (
-                (videos[earlier], columns[later], 1.0),
-                (videos[later], columns[earlier], BACKWARD),
-            ):
-                counted = is_new[later] & (clicked > 0) & (near >= FIRST_VIDEO)
-                keys.append((near * size + clicked)[counted])
-                values.append(np.broadcast_to(weight * weights[lag - 1], [len(keys[-1]), len(decays)]))
-        waiting.append(
-            Counts(
-                add_pairs(ones((videos * size + columns)[is_new])),
-                add_pairs(Pairs(np.concatenate(keys), np.concatenate(values))),
-                add_pairs(ones(next_columns(columns, is_new, size))),
-            )
-        )
-        number += len(waiting[-1].near.keys)
-        if number > MAX_PAIRS // 4:
-            total, waiting, number = [Counts.add(*total, *waiting)], [], 0
-    return Counts.add(
-        *total, *waiting, Counts(*(Pairs(np.zeros(0, np.int64), np.zeros([0, n])) for n in (1, len(decays), 1)))
+
+def count_block(block, decays, max_lag, size):
+    """Return the Counts of windows; a pair counts in the window in which its later click is new, so once."""
+    videos, columns = block["user_feature"].astype(np.int64), block["user_column"].astype(np.int64)
+    is_new = (np.arange(videos.shape[1]) >= block["repeated"][:, None]) & (videos != PAD)
+    keys, weights = [np.zeros(0, np.int64)], [np.zeros([0, len(decays)], np.float32)]
+    for lag in range(1, min(videos.shape[1], 1 + max_lag)):
+        earlier, later = np.s_[:, :-lag], np.s_[:, lag:]
+        for near, clicked, weight in ((earlier, later, 1.0), (later, earlier, BACKWARD)):
+            counted = is_new[later] & (columns[clicked] > 0) & (videos[near] >= FIRST_VIDEO)
+            keys.append(videos[near][counted] * size + columns[clicked][counted])
+            of_lag = np.float32(weight) * np.array(decays, np.float32) ** (lag - 1)
+            weights.append(np.broadcast_to(of_lag, [len(keys[-1]), len(decays)]))
+    return Counts(
+        clicks=add_pairs(ones((videos * size + columns)[is_new])),
+        near=add_pairs(Pairs(np.concatenate(keys), np.concatenate(weights))),
+        next=add_pairs(ones(next_columns(columns, is_new, size))),
     )
 
 
@@ -456,10 +502,10 @@ class CountTable:
     def of_pairs(cls, pairs, num_rows, size, width):
         """Return the table of Pairs of one value each, with the `width` largest columns of each row."""
         totals = np.bincount(pairs.keys // size, pairs.values[:, 0], num_rows)
-        keys, values = pairs.keep_strongest(size, width)
-        kept = keys % size > 0
-        rows, columns = np.divmod(keys[kept], size)
-        return cls(totals, np.searchsorted(rows, np.arange(num_rows + 1)), columns - 1, values[kept, 0], size - 1)
+        kept = pairs.strongest(size, width) & (pairs.keys % size > 0)
+        rows, columns = np.divmod(pairs.keys[kept], size)
+        counts = pairs.values[kept, 0].astype(float)
+        return cls(totals, np.searchsorted(rows, np.arange(num_rows + 1)), columns - 1, counts, size - 1)
 
     def arrays(self):
         """Return what the table is made of, by name."""
@@ -510,7 +556,7 @@ def mix(logits, remembered, is_remembered, clicked, by):
     towers = np.exp((logits - logits.max(axis=1, keepdims=True)) / by.temperature)
     towers /= towers.sum(axis=1, keepdims=True)
     shared = np.maximum(remembered, 1e-9) * is_remembered
-    shared *= (towers @ is_remembered / shared.sum(axis=1))[:, None]
+    shared *= (towers @ is_remembered / np.maximum(shared.sum(axis=1), 1e-12))[:, None]  # 0: it knows none of them
     mixed = towers + by.memory_weight * (shared - towers * is_remembered)
     mixed *= np.where(clicked, by.repeat, 1.0)
     return mixed / mixed.sum(axis=1, keepdims=True)
@@ -605,15 +651,15 @@ class Scorer:
 
     def __init__(self, model, memory, index, item_max_len=ITEM_MAX_LEN):
         self.model, self.memory = model, memory
-        self.numbers = np.array([number for number, videos in enumerate(index.columns.values(), start=1) if videos])
+        self.numbers = np.array([n for n, videos in enumerate(index.columns.values(), start=1) if videos], np.int32)
         self.is_remembered = (self.numbers <= len(memory.popularity)).astype(float)
         self.column_videos = column_table(index, memory.video_clicks, item_max_len)[self.numbers]
         self.refresh()
 
         @tf.function(reduce_retracing=True)
-        def logits(videos, columns, last, vectors):
+        def logits(videos, columns, vectors):
             users = model.user_vectors(videos, columns)
-            return model.logits(tf.gather(users, last, batch_dims=1), vectors)
+            return model.next_logits(users, videos, columns, vectors, self.numbers)
 
         self.logits = logits
 
@@ -625,8 +671,7 @@ class Scorer:
 
     def towers(self, videos, columns):
         """Return what the towers give: logits [n, current columns]."""
-        last = np.maximum(np.count_nonzero(videos, axis=1) - 1, 0)
-        return self.logits(videos, columns, last, self.vectors).numpy()
+        return self.logits(videos, columns, self.vectors).numpy()
 
     def remembered(self, videos, columns, by):
         """Return what the memory gives, [n, current columns]."""
@@ -670,7 +715,7 @@ def main():
     }
     logits = model(batch)
     model.summary()
-    print(f"logits [users, clicks, columns]: {list(logits.shape)}, "
+    print(f"logits [users, columns]: {list(logits.shape)}, "
           f"from {float(tf.reduce_min(logits)):.1f} to {float(tf.reduce_max(logits)):.1f}")  # fmt: skip
 
 

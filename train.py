@@ -68,6 +68,7 @@ from get_indexing import (
     write_json,
 )
 from model_tf2 import (
+    DROPOUT,
     LOSS,
     LOSSES,
     MODEL_CONSTANTS,
@@ -78,6 +79,7 @@ from model_tf2 import (
     Scorer,
     build_model,
     count_windows,
+    dropout_for,
     mix,
     training_loss,
 )
@@ -91,9 +93,9 @@ WARM_EPOCHS = 3  # instead of EPOCHS where training starts from the weights of a
 WARM_RATE = 0.3  # of LEARNING_RATE, then
 SEED = 1  # of weights, dropout, shuffling and negatives
 MEMORY = True  # False leaves the plain two towers
-MEMORY_DECAYS = (0.6, 0.9)  # per click between two that are counted as near; chosen on validation
+MEMORY_DECAYS = (0.7, 0.9)  # per click between two that are counted as near; chosen on validation
 MEMORY_WEIGHTS = tuple(tenth / 10 for tenth in range(11))  # of the memory in the mix; chosen on validation
-REPEATS = (1.0, 0.5, 0.1, 0.001)  # factors for columns that the user clicked before; chosen on validation
+REPEATS = (1.0, 0.5, 0.001)  # factors for columns that the user clicked before; chosen on validation
 CLUSTER_TIMEOUT = 600  # seconds that a worker waits for the others
 SCORES_AT_ONCE = 4_000_000  # numbers in a block of evaluated scores: bounds the memory needed
 RESAMPLES = 1000  # of the test users, for the intervals
@@ -132,6 +134,8 @@ def train(work_dir=WORK_DIR, record_constants=None, epochs=EPOCHS, patience=PATI
     keras.utils.set_random_seed(seed)
     tf.config.experimental.enable_op_determinism()
     manifest, index = load_manifest(work_dir, record_constants)
+    if DROPOUT is None:
+        arguments = {"dropout": dropout_for(manifest["report"]["clicks"], len(index.videos))} | arguments
     with strategy.scope():
         model = build_model(num_videos=len(index.videos), num_columns=len(index.columns), **arguments)
     run = {
@@ -150,26 +154,28 @@ def train(work_dir=WORK_DIR, record_constants=None, epochs=EPOCHS, patience=PATI
     saved = standing_model(folder)
     if saved and saved["run"] == run:
         print(f"nothing to train: {folder / 'model.json'} was made of these records with these constants")
-        return read_json(folder / "metrics.json", "train.py")["test"]
+        (folder / "checkpoint.npz").unlink(missing_ok=True)
+        return saved["test"]
 
-    counts = count_windows(manifest, ["train"], MEMORY_DECAYS, index, work_dir)
-    reason = None if saved and warm_start else "no model stands" if warm_start else "WARM_START is False"
-    reason = reason or why_not_warm(saved, model.arguments, manifest, index)
-    standing = None if reason else load_model(work_dir, index)
-    if standing:
-        grow(standing.model, model, index)
-        epochs, learning_rate = warm_epochs, learning_rate * WARM_RATE
-    started = f"from nothing: {reason}" if reason else f"from the weights of the model of {saved['date']}"
-    print(f"training starts {started}; {epochs:,} epochs at most")
+    with lost_worker_named():
+        counts = count_windows(manifest, ["train"], MEMORY_DECAYS, index, work_dir)
+        reason = None if saved and warm_start else "no model stands" if warm_start else "WARM_START is False"
+        reason = reason or why_not_warm(saved, model.arguments, manifest, index)
+        standing = None if reason else load_model(work_dir, index)
+        if standing:
+            grow(standing.model, model, index)
+            epochs, learning_rate = warm_epochs, learning_rate * WARM_RATE
+        started = f"from nothing: {reason}" if reason else f"from the weights of the model of {saved['date']}"
+        print(f"training starts {started}; {epochs:,} epochs at most")
 
-    scorer = Scorer(model, Memory.of_counts(counts, 0, index), index)
-    weights = fit(strategy, scorer, manifest, index, work_dir, loss, seed, epochs, patience, learning_rate,
-                           {**run, "from": standing and saved["weights"]})  # fmt: skip
-    if cluster_place()[0]:
-        return None
-    model.set_weights(weights)
-    scorer.refresh()
-    return finish(scorer, standing, counts, manifest, index, work_dir, use_memory, run)
+        scorer = Scorer(model, Memory.of_counts(counts, 0, index), index)
+        weights = fit(strategy, scorer, manifest, index, work_dir, loss, seed, epochs, patience, learning_rate,
+                      {**run, "from": standing and saved["weights"]})  # fmt: skip
+        if cluster_place()[0]:
+            return None
+        model.set_weights(weights)
+        scorer.refresh()
+        return finish(scorer, standing, counts, manifest, index, work_dir, use_memory, run)
 
 
 def make_strategy():
@@ -210,20 +216,19 @@ def fit(strategy, scorer, manifest, index, work_dir, loss, seed, epochs, patienc
     started, history, best = restore_checkpoint(folder, model, optimizer, run)
     print_history(history)
     train_step = None
-    while len(history) < epochs + bool(run["from"]) and last_epoch(history) < best_epoch(history) + patience:
-        epoch, clock = last_epoch(history) + 1 if history or not run["from"] else 0, time.time()
-        losses = dict.fromkeys(("loss", "column_loss", "targets"))
-        with lost_worker_named():
-            if epoch:
-                draw = seed * 1_000_000 + epoch
-                batches = add_candidates(
-                    make_dataset(manifest, work_dir, seed=draw), column_videos, len(index.videos), seed=draw
-                )
-                train_step = train_step or make_train_step(strategy, model, optimizer, batches.element_spec, loss)
-                losses = train_epoch(train_step, batches, epoch, optimizer, manifest, work_dir)
-            scorer.refresh()
-            ranks = ranks_of(validation, scorer, lambda *clicks: [("towers", scorer.towers(*clicks))])["towers"]
-            metrics = agreed(strategy, means(metrics_of(ranks, len(scorer.numbers))))
+    for epoch in range(len(history) + (0 if run["from"] else 1), epochs + 1):
+        if epoch > best_epoch(history) + patience:
+            break
+        clock, losses = time.time(), dict.fromkeys(("loss", "column_loss", "targets"))
+        if epoch:
+            draw = seed * 1_000_000 + epoch
+            batches = make_dataset(manifest, work_dir, seed=draw)
+            batches = add_candidates(batches, column_videos, len(index.videos), seed=draw)
+            train_step = train_step or make_train_step(strategy, model, optimizer, batches.element_spec, loss)
+            losses = train_epoch(train_step, batches, epoch, optimizer, manifest, work_dir)
+        scorer.refresh()
+        ranks = ranks_of(validation, scorer, lambda *clicks: [("towers", scorer.towers(*clicks))])["towers"]
+        metrics = agreed(strategy, means(metrics_of(ranks, len(scorer.numbers))))
         history.append({"epoch": epoch, **losses, **metrics, "seconds": round(time.time() - clock, 1)})
         if best_epoch(history) == epoch:
             best = model.get_weights()
@@ -233,11 +238,6 @@ def fit(strategy, scorer, manifest, index, work_dir, loss, seed, epochs, patienc
             save_checkpoint(folder, model, optimizer, run, started, history, best)
         print_epoch(history)
     return best
-
-
-def last_epoch(history):
-    """Return the number of the last finished epoch, 0 before the first."""
-    return history[-1]["epoch"] if history else 0
 
 
 # ---------------------------------------------------------------- one epoch
@@ -550,7 +550,7 @@ def load_model(work_dir=WORK_DIR, index=None):
     check_same(path, saved, {"format": MODEL_FORMAT}, "train.py")
     index.check(saved["index"], path, "get_tfrecord.py and train.py")
     for part in (saved["weights"], saved["memory"]):
-        if not (folder / part["file"]).exists() or file_fingerprint(folder / part["file"]) != part["sha256"]:
+        if not is_whole(folder, part):
             raise InputError(f"{folder / part['file']}: not the file that {path} was written with; run train.py again")
     weights, memory = (folder / saved[part]["file"] for part in ("weights", "memory"))
     with damage_named(weights):
@@ -570,22 +570,30 @@ def damage_named(path):
 
 
 def standing_model(folder):
-    """Return what model.json says, None where no model of today's format stands; end what a killed run left to publish."""
+    """Return what model.json says, None where no whole model of today's format stands; end what a killed run left to do."""
     path = folder / "model.json"
     if not path.exists():
         return None
     saved = read_json(path, "train.py")
     if saved.get("format") != MODEL_FORMAT:
         return None
-    publish_tables(folder, saved["id"])
+    if not all(is_whole(folder, saved[part]) for part in ("weights", "memory")):
+        print(f"{path}: the weights or the memory that it names are damaged or gone", file=sys.stderr)
+        return None
+    end_publishing(folder, saved)
     return saved
+
+
+def is_whole(folder, part):
+    """Return whether a file that model.json names, {"file", "sha256"}, stands in folder as it was written."""
+    return (folder / part["file"]).exists() and file_fingerprint(folder / part["file"]) == part["sha256"]
 
 
 def why_not_warm(saved, arguments, manifest, index):
     """Return why training cannot start from the saved model's weights, None where it can."""
-    grows = ("num_videos", "num_columns")
+    free = ("num_videos", "num_columns", "dropout")
     for name, value in arguments.items():
-        if name not in grows and saved["arguments"].get(name) != value:
+        if name not in free and saved["arguments"].get(name) != value:
             return f"the model that stands has {name} = {saved['arguments'].get(name)}, now it is {value}"
     if not index.continues(saved["index"]):
         return "the model that stands was made with another index"
@@ -637,20 +645,20 @@ def publish(folder, model, memory, chosen, manifest, index, run, table, ranks, u
     write_json(folder / f"{saved['id']}.metrics.json", table | {"mix": saved["mix"]})
     write_test(folder / f"{saved['id']}.test.csv", ranks, users, list(index.columns))
     write_json(folder / "model.json", saved)
-    publish_tables(folder, saved["id"])
-    current = (saved["weights"]["file"], saved["memory"]["file"])
-    for kind in ("weights.h5", "memory.npz", "metrics.json", "test.csv"):
-        for path in folder.glob(f"{'[0-9a-f]' * 16}.{kind}"):
-            if path.name not in current:
-                path.unlink()
+    end_publishing(folder, saved)
     (folder / "checkpoint.npz").unlink(missing_ok=True)
 
 
-def publish_tables(folder, published):
-    """Put the tables of the published model in their place, where that was not done yet."""
+def end_publishing(folder, saved):
+    """Put the tables of the published model in their place, and remove the files of others that are its like."""
     for name in ("metrics.json", "test.csv"):
-        if (folder / f"{published}.{name}").exists():
-            os.replace(folder / f"{published}.{name}", folder / name)
+        with contextlib.suppress(FileNotFoundError):
+            os.replace(folder / f"{saved['id']}.{name}", folder / name)
+    current = (saved["weights"]["file"], saved["memory"]["file"])
+    for kind in ("weights.h5", "memory.npz", "metrics.json", "test.csv"):
+        for path in folder.glob(f"{'[0-9a-f]' * 16}.{kind}"):
+            if path.name not in current and path.is_file():
+                path.unlink(missing_ok=True)
 
 
 def write_test(path, ranks, users, cids):
@@ -697,7 +705,7 @@ def restore_checkpoint(folder, model, optimizer, run):
                 for i, variable in enumerate(variables):
                     variable.assign(saved[f"{i:04}"])
                 best = [saved[f"best{i:04}"] for i in range(len(model.variables))]
-                print(f"going on after epoch {last_epoch(state['history'])} of {path}")
+                print(f"going on after epoch {state['history'][-1]['epoch']} of {path}")
                 return state["started"], state["history"], best
     return time.strftime("%Y%m%d-%H%M%S"), [], None
 

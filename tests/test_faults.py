@@ -5,6 +5,7 @@ The folders and the checks are those of bench/kill_battery.py, of which this is 
 
 import contextlib
 import errno
+import functools
 import gzip
 import hashlib
 import json
@@ -24,8 +25,8 @@ from bench.kill_battery import (
     at_work,
     check_file,
     check_former_or_new,
-    edit,
     end,
+    rankings_of,
     run,
     standing,
     start,
@@ -34,17 +35,30 @@ from bench.kill_battery import (
 )
 from conftest import _clicks_like_real, _raw
 
-import infer as infer_module
+import get_dataset
+import get_tfrecord as get_tfrecord_module
+import train as train_module
 from get_dataset import load_manifest
-from get_indexing import InputError, get_indexing
-from get_tfrecord import get_tfrecord
+from get_indexing import InputError, cut_files, get_indexing
+from get_tfrecord import get_tfrecord, record_constants
 from infer import infer
-from train import load_model, train
+from train import load_model, publish, say_if_clicks_changed, standing_model, train
+
+
+class BatteryHere(Battery):
+    """Ranks in this process, where TensorFlow is imported already."""
+
+    def rank(self, folder):
+        ranking = self.folder / "ranked"
+        paths = infer(folder / "data/sample/click_seq", folder / "data/work", ranking, num_workers=1)
+        ranked = {path.name: path.read_bytes() for path in paths}
+        shutil.rmtree(ranking)
+        return ranked
 
 
 @pytest.fixture(scope="module")
 def battery(tmp_path_factory):
-    return Battery(tmp_path_factory.mktemp("battery") / "folders")
+    return BatteryHere(tmp_path_factory.mktemp("battery") / "folders")
 
 
 @pytest.fixture
@@ -99,11 +113,19 @@ def one_line(call, *args, **how):
 
 @pytest.mark.parametrize("script", STAGES)
 def test_a_script_killed_three_times_goes_on_to_the_outputs_of_an_undisturbed_run(battery, script):
+    """After each kill of train.py, infer.py gives the bytes of the model that stood, or those of the finished new one."""
     battery.survive(script, sorted(random.Random(script).random() for _ in range(3)))
 
 
-@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
-@pytest.mark.parametrize("script", STAGES)
+@pytest.mark.parametrize(
+    ("script", "sent"),
+    [
+        ("get_indexing", signal.SIGTERM),
+        ("get_tfrecord", signal.SIGINT),
+        ("train", signal.SIGINT),
+        ("infer", signal.SIGTERM),
+    ],
+)
 def test_a_signal_ends_a_script_and_its_workers_with_one_line(battery, fifo, script, sent):
     """Ctrl-C reaches the whole group of processes, workers that are just starting among them."""
     folder, before = battery.ready_folder(script), battery.former[script]
@@ -122,14 +144,14 @@ def test_a_signal_ends_a_script_and_its_workers_with_one_line(battery, fifo, scr
 
 
 @pytest.mark.parametrize("script", ["get_tfrecord", "infer"])
-def test_a_worker_that_dies_ends_the_run_naming_its_file(battery, script):
+def test_a_worker_that_dies_ends_the_run_with_one_line(battery, script):
     folder = battery.ready_folder(script)
     process = start(folder, script)
     (victim, *_) = wait_for(lambda: workers(process), "no workers")
     os.kill(victim, signal.SIGKILL)
     status, _, err = end(process)
     (line,) = own_lines(script, err)
-    assert status == 1 and re.search(r"data/sample/click_seq/[ab]\.json(\.gz)?: the worker process died", line)
+    assert status == 1 and "a worker process died, for lack of memory perhaps; run again" in line
     assert battery.former[script].items() <= standing(folder).items()
 
 
@@ -206,7 +228,7 @@ def test_a_disk_full_at_any_write_leaves_every_file_former_or_new(battery, monke
         if script == "get_indexing":
             get_indexing()
         elif script == "get_tfrecord":
-            get_tfrecord(val_ratio=0.2, test_ratio=0.2, num_workers=1)
+            get_tfrecord(num_workers=1)
         else:
             infer(num_workers=1)
 
@@ -231,20 +253,22 @@ def test_a_disk_full_at_any_write_leaves_every_file_former_or_new(battery, monke
 
 
 def test_a_ranking_is_never_taken_for_that_of_other_clicks(done, monkeypatch):
-    """Clicks change, the run stops after the ranking and before its note; then the former clicks come back."""
-    clicks, work_dir = done / "data/sample/click_seq", done / "data/work"
+    """Clicks change, the run stops at any of its writes; then the former clicks come back."""
+    clicks, work_dir, ranking = (done / "data" / name for name in ("sample/click_seq", "work", "work/ranking"))
     former = (clicks / "a.json").read_bytes()
-    expected = infer(clicks, work_dir, num_workers=1)[0].read_bytes()
-    (clicks / "a.json").write_bytes(b"".join(reversed(former.splitlines(keepends=True))))
-    for full_at in range(1, 5):  # the ranking, its folder, the note, its folder
-        monkeypatch.setattr(os, "fsync", Disk(full_at).fsync)
-        with contextlib.suppress(OSError):
-            infer(clicks, work_dir, num_workers=1)
-        changed = (clicks / "a.json").read_bytes()
-        (clicks / "a.json").write_bytes(former)
-        ranking = infer(clicks, work_dir, num_workers=1)[0].read_bytes()
-        assert gzip.decompress(ranking) == gzip.decompress(expected), f"stopped at write {full_at}"
+    expected = infer(clicks, work_dir, ranking, num_workers=1)[0].read_bytes()
+    changed = b"".join(reversed(former.splitlines(keepends=True)))
+    for full_at in range(1, 100):
         (clicks / "a.json").write_bytes(changed)
+        monkeypatch.setattr(os, "fsync", (disk := Disk(full_at)).fsync)
+        with contextlib.suppress(OSError):
+            infer(clicks, work_dir, ranking, num_workers=1)
+        (clicks / "a.json").write_bytes(former)
+        again = infer(clicks, work_dir, ranking, num_workers=1)[0].read_bytes()
+        assert gzip.decompress(again) == gzip.decompress(expected), f"stopped at write {full_at}"
+        if disk.calls < full_at:  # it was not stopped
+            break
+    assert full_at > 6  # the manifest, the part, the ranking: each file and its folder
 
 
 @pytest.mark.parametrize("fault", ["bad lines", "full disk"])
@@ -254,9 +278,157 @@ def test_former_records_can_be_trained_on_after_a_run_that_stopped(done, monkeyp
         with open("data/sample/click_seq/a.json", "ab") as file:
             file.write(b"no JSON\n" * 50)
     else:
-        monkeypatch.setattr(os, "fsync", Disk(full_at=9).fsync)
-    one_line(get_tfrecord, val_ratio=0.2, test_ratio=0.2, num_workers=1)
+        _raw(done / "data/sample", users=_clicks_like_real(60, seed=52)["users"], click_file="c")
+        monkeypatch.setattr(os, "fsync", Disk(full_at=7).fsync)
+    line = one_line(get_tfrecord, num_workers=1)
+    assert ("lines are bad" if fault == "bad lines" else "No space left") in line
     load_manifest()
+
+
+@pytest.fixture(scope="module")
+def published(battery, tmp_path_factory):
+    """(a folder with a standing model, publish() of another one): all but the end of a warm training of one epoch."""
+    folder, calls = shutil.copytree(battery.done, tmp_path_factory.mktemp("published") / "done"), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_module, "publish", lambda *args: calls.append(args))
+        train(folder / "data/work", warm_epochs=1, seed=2)
+    ((of_folder, *args),) = calls
+    assert of_folder == folder / "data/work/model"
+    return folder, lambda model: publish(model, *args)
+
+
+def test_a_training_that_stops_before_it_publishes_leaves_the_former_model_ranking_to_the_byte(battery, published):
+    folder, _ = published
+    ranked = infer(folder / "data/sample/click_seq", folder / "data/work", folder / "ranking", num_workers=1)
+    before = infer(battery.done / "data/sample/click_seq", battery.done / "data/work", folder / "before", num_workers=1)
+    assert [path.read_bytes() for path in ranked] == [path.read_bytes() for path in before] and len(ranked) == 2
+
+
+def test_a_disk_full_at_any_write_of_publishing_leaves_the_former_model_or_the_new_one_whole(
+    published, tmp_path, monkeypatch
+):
+    folder, publish_into = published
+    former, seen = json.loads((folder / "data/work/model/model.json").read_text()), []
+    for full_at in range(1, 100):
+        work_dir = shutil.copytree(folder / "data/work", tmp_path / str(full_at))
+        monkeypatch.setattr(os, "fsync", (disk := Disk(full_at)).fsync)
+        with contextlib.suppress(OSError):
+            publish_into(work_dir / "model")
+        saved = load_model(work_dir).saved
+        seen.append(saved["id"])
+        if saved["id"] == former["id"]:
+            assert saved == former
+            for name in ("metrics.json", "test.csv"):
+                assert (work_dir / "model" / name).read_bytes() == (folder / "data/work/model" / name).read_bytes()
+        if disk.calls < full_at:
+            break
+    assert former["id"] in seen and seen[-1] != former["id"] and len(seen) > 8
+    assert_published(work_dir / "model", saved)
+
+
+def assert_published(model, saved):
+    """The folder holds the files and tables of that model and the history, and nothing that a run under way needs."""
+    names = {path.name for path in model.iterdir()} - {"logs"}
+    assert names == {saved["weights"]["file"], saved["memory"]["file"],
+                     "model.json", "metrics.json", "test.csv", "history.csv"}  # fmt: skip
+    assert json.loads((model / "metrics.json").read_text())["test"] == saved["test"]
+
+
+def test_what_a_run_killed_right_after_its_model_counted_left_to_do_is_done_by_the_next(
+    published, tmp_path, monkeypatch
+):
+    folder, publish_into = published
+    model = shutil.copytree(folder / "data/work", tmp_path / "work") / "model"
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module, "end_publishing", killed)
+        with pytest.raises(KeyboardInterrupt):
+            publish_into(model)
+    former = json.loads((folder / "data/work/model/metrics.json").read_text())
+    assert json.loads((model / "metrics.json").read_text()) == former
+    saved = standing_model(model)
+    (model / "checkpoint.npz").unlink()  # by train.py, where there is nothing to train
+    assert_published(model, saved)
+
+
+def test_a_first_training_that_never_ended_leaves_nothing_that_ranks(done, monkeypatch):
+    shutil.rmtree(done / "data/work/model")
+
+    def stop(*_):
+        raise InputError("stopped")
+
+    monkeypatch.setattr(train_module, "finish", stop)
+    monkeypatch.setattr(get_dataset, "MIN_STEPS", 2)
+    assert one_line(train, done / "data/work", epochs=1, emb_dim=8) == "stopped"
+    assert {path.name for path in (done / "data/work/model").iterdir()} - {"logs"} == {"checkpoint.npz", "history.csv"}
+    line = one_line(infer, done / "data/sample/click_seq", done / "data/work", done / "ranking", num_workers=1)
+    assert "model.json: no such file; run train.py first" in line
+
+
+@pytest.mark.parametrize("part", ["weights", "memory"])
+def test_a_damaged_model_ranks_nothing_and_train_begins_anew_from_nothing(done, monkeypatch, capsys, part):
+    work_dir, ranking = done / "data/work", done / "ranking"
+    saved = json.loads((work_dir / "model/model.json").read_text())
+    flip_a_bit(work_dir / "model" / saved[part]["file"])
+    line = one_line(infer, done / "data/sample/click_seq", work_dir, ranking, num_workers=1)
+    assert saved[part]["file"] in line and "run train.py again" in line
+    monkeypatch.setattr(get_dataset, "MIN_STEPS", 2)
+    train(work_dir, epochs=1, emb_dim=8)
+    said = capsys.readouterr()
+    assert "training starts from nothing" in said.out and "damaged" in said.err
+    assert len(infer(done / "data/sample/click_seq", work_dir, ranking, num_workers=1)) == 2
+
+
+def remove_shards(folder, splits):
+    for split in splits:
+        for path in (folder / "data/work/tfrecord").glob(f"{split}-*"):
+            path.unlink()
+
+
+UNDER_TRAINING = {
+    "training shards gone": lambda folder: remove_shards(folder, ["train"]),
+    "held-out shards gone": lambda folder: remove_shards(folder, ["val", "test"]),
+    "a shard damaged": lambda folder: flip_a_bit(a_shard(folder)),
+}
+
+
+@pytest.mark.parametrize("change", UNDER_TRAINING.values(), ids=UNDER_TRAINING)
+def test_shards_that_change_under_a_running_training_end_it_with_one_line(done, monkeypatch, change):
+    """They change when epoch 0, the standing weights, is measured; the model that stood stands."""
+    before, save = standing(done), train_module.save_checkpoint
+
+    def save_and_change(*args):
+        save(*args)
+        change(done)
+
+    monkeypatch.setattr(train_module, "save_checkpoint", save_and_change)
+    line = one_line(train, done / "data/work", warm_epochs=1, seed=3)
+    assert "the shards changed or were damaged while train.py read them" in line and "run get_tfrecord.py" in line
+    after = standing(done)
+    for name in before.keys() - {"model/history.csv"}:
+        assert name.startswith("tfrecord/") or after[name] == before[name]
+
+
+def test_train_says_in_one_line_that_the_clicks_are_newer_or_others_than_the_records(done, capsys):
+    def said():
+        say_if_clicks_changed(done / "data/work", done / "data/sample")
+        return capsys.readouterr().err.splitlines()
+
+    clicks, manifest = done / "data/sample/click_seq", done / "data/work/tfrecord/manifest.json"
+    for path in clicks.iterdir():
+        os.utime(path, (1e9, 1e9))
+    assert said() == []
+    os.utime(clicks / "a.json", (manifest.stat().st_mtime + 9,) * 2)
+    (line,) = said()
+    assert "the clicks changed since the records were made (a.json); run get_tfrecord.py first" in line
+    (clicks / "a.json").unlink()
+    (line,) = said()
+    assert "other files" in line and "run get_tfrecord.py first" in line
+    shutil.rmtree(clicks)
+    assert said() == []
 
 
 # ---------------------------------------------------------------- what is kept and what is made again
@@ -267,65 +439,28 @@ def stamps(folder, script, pattern):
 
 
 def test_finished_shards_are_kept_until_a_constant_their_input_or_the_index_changes(done, monkeypatch):
-    def records():
-        get_tfrecord(val_ratio=0.2, test_ratio=0.2, num_workers=1)
+    """a.json is cut in two tasks; b.json.gz is a task by itself."""
+
+    def records(**constants):
+        get_tfrecord(num_workers=1, **constants)
         return stamps(done, "get_tfrecord", "*.tfrecord")
 
-    made = stamps(done, "get_tfrecord", "*.tfrecord")
-    run(done, "get_tfrecord")
-    assert stamps(done, "get_tfrecord", "*.tfrecord") == made
-    edit(done, "get_tfrecord", WINDOW_OVERLAP=17)
-    run(done, "get_tfrecord")
-    edited = stamps(done, "get_tfrecord", "*.tfrecord")
-    assert len(edited) == len(made) and not edited.keys() & made.keys()
-
     monkeypatch.chdir(done)
+    monkeypatch.setattr(get_tfrecord_module, "cut_files", functools.partial(cut_files, range_bytes=16_000))
+    made = stamps(done, "get_tfrecord", "*.tfrecord")
+    assert records() == made
+    edited = records(window_overlap=17)
+    assert len(edited) == len(made) == 9 and not edited.keys() & made.keys()
+
     before = records()
     _raw(done / "data/sample", users=_clicks_like_real(60, seed=52)["users"], click_file="b", gzip=True)
     changed = records()
     kept = {name for name, stamp in changed.items() if before.get(name) == stamp}
-    assert kept == {name for name in before if "-00000-" in name}  # the shards of a.json
+    assert kept == {name for name in before if "-00002-" not in name}
     index = done / "data/work/indexing/vid2idx.json"
     videos = json.loads(index.read_text())
     index.write_text(json.dumps(videos | {"grown": 2 + len(videos)}))
     assert not records().keys() & changed.keys()
-
-
-def change_input(folder):
-    _raw(folder / "data/sample", users=_clicks_like_real(5, seed=53)["users"], click_file="a")
-
-
-def change_index(folder):
-    columns = folder / "data/work/indexing/cid2vidx.json"
-    columns.write_text(json.dumps(json.loads(columns.read_text()) | {"t0a": [2, 3]}))
-
-
-def change_model(folder):
-    model = folder / "data/work/model/model.json"
-    saved = json.loads(model.read_text())
-    model.write_text(json.dumps(saved | {"mix": saved["mix"] | {"temperature": 3.0}}))
-
-
-def change_constant(folder):
-    """As an editor would: infer.py takes its constants from the module."""
-    infer_module.DECIMALS = 3
-
-
-@pytest.mark.parametrize(
-    ("change", "again"),
-    [(change_input, ["a"]), (change_index, ["a", "b"]), (change_model, ["a", "b"]), (change_constant, ["a", "b"])],
-)
-def test_a_ranking_is_kept_until_its_input_the_index_the_model_or_a_constant_changes(done, monkeypatch, change, again):
-    def rank():
-        infer(done / "data/sample/click_seq", done / "data/work", num_workers=1)
-        return stamps(done, "infer", "*.gz")
-
-    monkeypatch.setattr(infer_module, "DECIMALS", 4)
-    made = rank()
-    assert rank() == made
-    change(done)
-    changed = rank()
-    assert [name[0] for name in sorted(made) if changed[name] != made[name]] == again
 
 
 # ---------------------------------------------------------------- mismatches
@@ -357,18 +492,22 @@ def cut(path):
     path.write_bytes(path.read_bytes()[:-1])
 
 
-def extra(path):
-    shutil.copy(path, path.with_name("train-00009-0000000000000000.tfrecord"))
-    return "train-00009-0000000000000000.tfrecord"
+@pytest.mark.parametrize("damage", [cut, Path.unlink])
+def test_a_shard_cut_or_missing_is_named(done, damage):
+    damage(shard := a_shard(done))
+    line = one_line(load_manifest, done / "data/work")
+    assert shard.name in line and "run get_tfrecord.py again" in line
 
 
-@pytest.mark.parametrize("damage", [flip_a_bit, cut, Path.unlink, extra])
-def test_a_shard_damaged_missing_or_extra_is_named(done, damage):
-    shard = a_shard(done)
-    name = damage(shard) or shard.name
-    assert name in (line := one_line(load_manifest, done / "data/work")) and "run get_tfrecord.py again" in line
-    run(done, "get_tfrecord")
-    load_manifest(done / "data/work")
+@pytest.mark.parametrize("damage", [flip_a_bit, cut, Path.unlink])
+def test_a_damaged_shard_is_made_again(done, monkeypatch, damage):
+    monkeypatch.chdir(done)
+    monkeypatch.setattr(get_tfrecord_module, "cut_files", functools.partial(cut_files, range_bytes=16_000))
+    before = standing(done, "get_tfrecord")
+    damage(a_shard(done))
+    assert standing(done, "get_tfrecord") != before
+    get_tfrecord(num_workers=1)
+    assert standing(done, "get_tfrecord") == before
 
 
 @pytest.mark.parametrize(
@@ -377,9 +516,9 @@ def test_a_shard_damaged_missing_or_extra_is_named(done, damage):
         (renumber, load_manifest, "tfrecord/manifest.json", "get_tfrecord.py"),
         (renumber, load_model, "model/model.json", "train.py"),
         (lambda f: edit_json(f / "data/work/tfrecord/manifest.json", format=99), load_manifest,
-         "tfrecord/manifest.json: format 99", "get_tfrecord.py"),
+         "tfrecord/manifest.json: made with format = 99", "get_tfrecord.py"),
         (lambda f: edit_json(f / "data/work/model/model.json", format=99), load_model,
-         "model/model.json: format 99", "train.py"),
+         "model/model.json: made with format = 99", "train.py"),
         (lambda f: flip_a_bit(*(f / "data/work/model").glob("*.weights.h5")), load_model, ".weights.h5", "train.py"),
         (lambda f: flip_a_bit(*(f / "data/work/model").glob("*.memory.npz")), load_model, ".memory.npz", "train.py"),
         (lambda f: cut(f / "data/work/model/model.json"), load_model, "model/model.json: damaged", "train.py"),
@@ -394,7 +533,8 @@ def test_a_mismatch_is_refused_naming_the_file_and_the_script_to_run(done, break
     line = one_line(load, done / "data/work")
     assert named in line and f"{script} again" in line
     if load is load_model:
-        assert line == one_line(infer, done / "data/sample/click_seq", done / "data/work", num_workers=1)
+        other = done / "ranking"
+        assert line == one_line(infer, done / "data/sample/click_seq", done / "data/work", other, num_workers=1)
 
 
 def test_weights_of_another_run_are_refused(done):
@@ -407,10 +547,10 @@ def test_weights_of_another_run_are_refused(done):
     assert other.name in line and "model.json" in line and "run train.py again" in line
 
 
-def test_a_user_max_len_edited_after_the_records_were_made_is_refused(done):
-    edit(done, "get_tfrecord", USER_MAX_LEN=40)
-    for line in one_line_of_each(["get_dataset", "train"], [done, done]).values():
-        assert "tfrecord/manifest.json" in line and "USER_MAX_LEN = 50" in line and "run get_tfrecord.py again" in line
+def test_a_constant_of_the_records_edited_after_they_were_made_is_refused_naming_it_and_both_values(done):
+    for load in (load_manifest, train):
+        line = one_line(load, done / "data/work", record_constants(user_max_len=40))
+        assert "tfrecord/manifest.json: made with USER_MAX_LEN = 50, now it is 40; run get_tfrecord.py again" in line
 
 
 def test_mismatched_processes_end_with_one_line_and_publish_nothing(done):
@@ -424,28 +564,28 @@ def test_mismatched_processes_end_with_one_line_and_publish_nothing(done):
 # ---------------------------------------------------------------- numbers that are not finite
 
 
-def test_a_loss_that_is_not_finite_keeps_the_weights_and_says_where(done):
+def test_a_loss_that_is_not_finite_keeps_the_model_and_says_where(done):
     before = standing(done, "train")
-    line = one_line(train, done / "data/work", learning_rate=1e38)
+    line = one_line(train, done / "data/work", learning_rate=1e38, warm_start=False)
     assert re.search(r"the loss is (nan|inf) at step \d+ of epoch 1 \(learning rate 1e\+38, windows of train-0", line)
     assert standing(done, "train") == before
 
 
 def test_a_score_that_is_not_finite_is_never_written(done):
     """The memory's counts are made infinite, and the model's file vouches for them."""
-    work_dir, model = done / "data/work", done / "data/work/model"
-    infer(done / "data/sample/click_seq", work_dir, num_workers=1)
-    before = standing(done, "infer")
-    replace_memory(model, lambda arrays: arrays | {"by_video.values": np.full_like(arrays["by_video.values"], np.inf)})
-    assert "not finite" in one_line(infer, done / "data/sample/click_seq", work_dir, num_workers=1)
-    assert standing(done, "infer") == before
-
-
-def replace_memory(model, change):
-    """Change a model's memory, and let model.json vouch for it."""
-    path = next(model.glob("*.memory.npz"))
+    clicks, work_dir, ranking = (done / "data" / name for name in ("sample/click_seq", "work", "work/ranking"))
+    infer(clicks, work_dir, ranking, num_workers=1)
+    before = rankings_of(standing(done, "infer"))
+    path = next((work_dir / "model").glob("*.memory.npz"))
     with np.load(path) as saved:
         arrays = dict(saved)
-    np.savez(path, **change(arrays))
-    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-    edit_json(model / "model.json", memory={"file": path.name, "sha256": sha256})
+    np.savez(path, **arrays | {"by_video.counts": np.full_like(arrays["by_video.counts"], np.inf)})
+    memory = {"file": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    edit_json(work_dir / "model/model.json", memory=memory, id="another")
+    edit_mix(work_dir / "model/model.json", memory_weight=0.5)
+    assert "not finite" in one_line(infer, clicks, work_dir, ranking, num_workers=1)
+    assert rankings_of(standing(done, "infer")) == before
+
+
+def edit_mix(path, **changes):
+    edit_json(path, mix=json.loads(path.read_text())["mix"] | changes)

@@ -1,18 +1,23 @@
-"""get_tfrecord.py: every target once and from its past alone, one split per user, the same bytes for any workers."""
+"""get_tfrecord.py: every target once and from its past alone, what is served held out, the same bytes for any workers."""
 
 import collections
-import functools
 import hashlib
+import itertools
 import json
 import os
+import random
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from tensorflow.train import SequenceExample
 
+import get_indexing as toolbox
 import get_tfrecord as script
-from get_indexing import InputError, file_ranges, get_indexing
-from get_tfrecord import ClickEncoder, cut_windows, get_tfrecord, split_of
+from get_indexing import InputError, cut_files, get_indexing
+from get_tfrecord import ClickEncoder, UserSketch, cut_windows, get_tfrecord, split_windows, survey
 
 COLUMNS = {"c1": ["v1", "v2"], "c2": ["v3"], "c_3": ["v_4", "v5"]}  # v1 2, v2 3, v3 4, v_4 5, v5 6
 CLICKS = {  # click: (video number, column number), by hand
@@ -25,9 +30,9 @@ CLICKS = {  # click: (video number, column number), by hand
     "v_4": (5, 0),
     "new": (1, 0),
     "new_c2": (1, 2),
-    "v1_c9": (1, 0),
+    "v1_c9": (2, 0),
 }
-SHORT = dict(user_max_len=8, window_overlap=3, val_ratio=0.3, test_ratio=0.3, num_workers=1)
+SHORT = dict(user_max_len=8, window_overlap=3, held_out_users=6, num_workers=1)
 
 
 def histories(*lengths):
@@ -36,7 +41,29 @@ def histories(*lengths):
     return [(f"u{u}", [clicks[(u + i * i + i // 7) % len(clicks)] for i in range(n)]) for u, n in enumerate(lengths)]
 
 
-USERS = histories(2, 3, 7, 8, 9, 12, 13, 14, 18, 19, 40, 101, 8, 8, 5, 1, 0, 2, 30, 11)
+def draw(uid):
+    """Return the number in [0, 1) that decides about a user."""
+    return int.from_bytes(hashlib.blake2b(uid.encode(), digest_size=8).digest(), "big") / 2**64
+
+
+def uids_between(low, high, number):
+    """Return so many user ids whose draw is between two numbers."""
+    return list(itertools.islice((f"w{i}" for i in itertools.count() if low <= draw(f"w{i}") < high), number))
+
+
+def held_out(uid, clicks, share=0.3, min_history=1, current=(1, 2, 3)):
+    """Return (split, place of the click held out) of a user; ("train", None) where nothing is."""
+    split = "val" if draw(uid) < share else "test" if draw(uid) >= 1 - share else "train"
+    places = [at for at, click in enumerate(clicks) if at >= min_history and CLICKS[click][1] in current]
+    return (split, places[-1]) if split != "train" and places else ("train", None)
+
+
+USERS = [
+    *histories(2, 3, 7, 8, 9, 12, 13, 14, 18, 19, 40, 101, 8, 8, 5, 1, 0),
+    *((uid, ["v1", "v2_c1", *["v1"] * 30]) for uid in uids_between(0, 0.3, 1) + uids_between(0.7, 1, 1)),
+    (uids_between(0, 0.3, 2)[1], ["v1_c1", "v1", "new"]),
+]
+assert len(dict(USERS)) == 20  # so SHORT holds out the lowest and the highest 30 % of the draws
 
 
 @pytest.fixture
@@ -64,7 +91,7 @@ def records(tmp_path, raw, rerun):
 @pytest.fixture
 def tiny_ranges(monkeypatch):
     """Cut the input into ranges of 200 bytes."""
-    monkeypatch.setattr(script, "file_ranges", functools.partial(file_ranges, range_bytes=200))
+    monkeypatch.setattr(toolbox, "RANGE_BYTES", 200)
 
 
 def decoded(folder, split=""):
@@ -78,6 +105,7 @@ def decoded(folder, split=""):
                 "split": path.name.split("-")[0],
                 "uid": example.context.feature["uid"].bytes_list.value[0].decode(),
                 "start": example.context.feature["start"].int64_list.value[0],
+                "repeated": example.context.feature["repeated"].int64_list.value[0],
                 "user_feature": list(lists["user_feature"].feature[0].int64_list.value),
                 "user_column": list(lists["user_column"].feature[0].int64_list.value),
                 "label": list(lists["label"].feature[0].float_list.value),
@@ -111,23 +139,38 @@ def stamps(folder):
 
 # ---------------------------------------------------------------- windows and targets
 
+LENGTHS = [(8, 3, 1), (8, 3, 3), (8, 7, 2), (5, 1, 1), (200, 2, 1)]
 
-@pytest.mark.parametrize(
-    ("max_len", "overlap", "min_history"), [(8, 3, 1), (8, 3, 3), (8, 7, 2), (5, 1, 1), (200, 2, 1)]
-)
-def test_every_column_click_with_a_history_is_a_target_once(tmp_path, records, max_len, overlap, min_history):
+
+@pytest.mark.parametrize(("max_len", "overlap", "min_history"), LENGTHS)
+def test_every_click_is_new_in_one_window_and_every_column_click_a_target_once(
+    tmp_path, records, max_len, overlap, min_history
+):
     records(user_max_len=max_len, window_overlap=overlap, min_history=min_history)
     users = by_user(decoded(tmp_path / "work/tfrecord"))
+    splits = collections.Counter()
     for uid, clicks in USERS:
-        columns = [CLICKS[click][1] for click in clicks]
-        targets = [w["start"] + i + 1 for w in users[uid] for i, label in enumerate(w["label"]) if label]
-        assert sorted(targets) == [at for at in range(min_history, len(clicks)) if columns[at]]
+        new = [w["start"] + i for w in users[uid] for i in range(w["repeated"], len(w["label"]))]
+        assert sorted(new) == list(range(len(clicks)))
+        split, place = held_out(uid, clicks, min_history=min_history)
+        targets = collections.defaultdict(list)
+        for window in users[uid]:
+            targets[window["split"]] += [window["start"] + i + 1 for i, label in enumerate(window["label"]) if label]
+        trained = [at for at in range(min_history, len(clicks[:place])) if CLICKS[clicks[at]][1]]
+        expected = {"train": trained} | ({split: [place]} if place else {})
+        assert {name: sorted(of_split) for name, of_split in targets.items() if of_split} == {
+            name: of_split for name, of_split in expected.items() if of_split
+        }
+        splits[split] += 1
+    assert min(splits[name] for name in ("train", "val", "test")) > 2
 
 
 def test_a_target_s_input_is_the_clicks_before_it_and_nothing_else(tmp_path, records):
     records()
     histories_of = dict(USERS)
-    for window in decoded(tmp_path / "work/tfrecord"):
+    windows = decoded(tmp_path / "work/tfrecord")
+    assert {window["split"] for window in windows} == {"train", "val", "test"}
+    for window in windows:
         clicks, start = histories_of[window["uid"]], window["start"]
         for i, label in enumerate(window["label"]):  # a causal tower at position i has read positions 0 .. i
             before = clicks[start : start + i + 1]
@@ -146,42 +189,55 @@ def test_the_label_is_a_float_and_the_last_position_has_none(tmp_path, records):
         assert len(window["label"]) == len(window["user_feature"]) == len(window["user_column"])
 
 
-def test_windows_repeat_the_overlap_and_no_more(tmp_path, records):
+def test_training_windows_repeat_the_overlap_and_no_more(tmp_path, records):
     records()
-    users = by_user(decoded(tmp_path / "work/tfrecord"))
+    users = by_user(decoded(tmp_path / "work/tfrecord", "train"))
     for uid, clicks in USERS:
+        trained = len(clicks[: held_out(uid, clicks)[1]])
         starts, lengths = [w["start"] for w in users[uid]], [len(w["label"]) for w in users[uid]]
-        if len(clicks) < 2:  # nothing follows
+        assert [w["repeated"] for w in users[uid]] == [0, *[3] * (len(starts) - 1)][: len(starts)]
+        if not trained:
             assert not starts
             continue
         assert starts == [5 * k for k in range(len(starts))]
         assert all(length == 8 for length in lengths[:-1])
-        assert starts[-1] + lengths[-1] == len(clicks)
+        assert starts[-1] + lengths[-1] == trained
         assert len(starts) == 1 or lengths[-1] > 3  # a last window brings something new
 
 
 def test_a_target_of_a_later_window_has_at_least_the_overlap_before_it(tmp_path, records):
     records()
-    later = [w for w in decoded(tmp_path / "work/tfrecord") if w["start"]]
+    later = [w for w in decoded(tmp_path / "work/tfrecord", "train") if w["start"]]
     assert later and all(sum(w["label"][:2]) == 0 for w in later)
 
 
 def test_windows_and_labels_of_a_small_history_by_hand():
     constants = dict(USER_MAX_LEN=5, WINDOW_OVERLAP=2, MIN_HISTORY=2)
     windows = list(cut_windows("u", [2, 3, 4, 5, 6, 7, 8], [1, 1, 1, 0, 1, 1, 0], constants))
-    assert [(w["start"], w["user_feature"], w["label"]) for w in windows] == [
-        (0, [2, 3, 4, 5, 6], [0, 1, 0, 1, 0]),  # the clicks 4 and 6; 3 has only one click before it
-        (3, [5, 6, 7, 8], [0, 1, 0, 0]),  # the click 7; 6 is a target of the window before
-    ]
+    assert windows == [
+        dict(uid="u", start=0, repeated=0, user_feature=[2, 3, 4, 5, 6], user_column=[1, 1, 1, 0, 1],
+             label=[0, 1, 0, 1, 0]),  # the clicks 4 and 6; 3 has only one click before it
+        dict(uid="u", start=3, repeated=2, user_feature=[5, 6, 7, 8], user_column=[0, 1, 1, 0],
+             label=[0, 1, 0, 0]),  # the click 7; 6 is a target of the window before
+    ]  # fmt: skip
     (short,) = cut_windows("u", [2, 3], [1, 1], constants | dict(WINDOW_OVERLAP=4, MIN_HISTORY=4))
     assert short["label"] == [0, 0]  # no click has four before it
+    (single,) = cut_windows("u", [2], [1], constants)
+    assert (single["user_feature"], single["label"]) == ([2], [0])
+    assert list(cut_windows("u", [], [], constants)) == []
 
 
 def test_an_unknown_video_clicked_in_a_known_column_is_a_target(tmp_path, records):
     records([(f"u{i}", ["v1", "new_c2", "other_new_c_3"]) for i in range(20)])
-    for window in decoded(tmp_path / "work/tfrecord"):
-        assert (window["user_feature"], window["user_column"]) == ([2, 1, 1], [0, 2, 3])
-        assert window["label"] == [1.0, 1.0, 0.0]
+    expected = {"train": ([2, 1], [0, 2], [1, 0]), "val": ([2, 1, 1], [0, 2, 3], [0, 1, 0])}
+    expected["test"] = expected["val"]
+    whole = ([2, 1, 1], [0, 2, 3], [1, 1, 0])
+    of_users = by_user(decoded(tmp_path / "work/tfrecord"))
+    for windows in of_users.values():
+        for window in windows:
+            found = window["user_feature"], window["user_column"], window["label"]
+            assert found == (whole if len(windows) == 1 else expected[window["split"]])
+    assert collections.Counter(map(len, of_users.values())).keys() == {1, 2}
 
 
 def test_the_encoder_gives_video_and_column_numbers(tmp_path, raw):
@@ -191,54 +247,218 @@ def test_the_encoder_gives_video_and_column_numbers(tmp_path, raw):
     assert ClickEncoder(index).encode([]) == ([], [])
 
 
+def test_the_encoder_counts_known_videos_in_unknown_columns(tmp_path, raw):
+    index = get_indexing(raw(tmp_path / "raw", columns=COLUMNS, titles={"v1": "One"}), tmp_path)
+    encoder = ClickEncoder(index)
+    assert encoder.encode(["v1_c9", "v1_", "v_4_nan", "v_4_c_3", "new", "new_c2", "v1"]) == (
+        [2, 2, 5, 5, 1, 1, 2], [0, 0, 0, 3, 0, 2, 0],
+    )  # fmt: skip
+    encoder.encode(["v3_None"])
+    assert [encoder.take_unknown_columns(), encoder.take_unknown_columns()] == [4, 0]
+
+
 def test_integer_clicks_and_users_are_their_decimal_text(tmp_path, raw, write_lines):
     raw(tmp_path / "raw", columns={"7": ["10", "11"]}, titles={"10": "Ten"})
-    users = [{"uid": i, "click_seq": [10, 11, "10_7"]} for i in range(20)]
+    users = [{"uid": i, "click_seq": [10, 11, "10_7"]} for i in range(19)] + [
+        {"uid": "19", "click_seq": [10, 11, "10_7"]}
+    ]
     write_lines(tmp_path / "raw/click_seq/clicks.json", users)
     get_indexing(tmp_path / "raw", tmp_path)
     get_tfrecord(tmp_path / "raw", tmp_path, **SHORT)
-    windows = decoded(tmp_path / "tfrecord")
+    windows = [w for w in decoded(tmp_path / "tfrecord") if len(w["label"]) == 3]
     assert sorted(w["uid"] for w in windows) == sorted(str(i) for i in range(20))
     assert all((w["user_feature"], w["user_column"]) == ([2, 3, 2], [0, 0, 1]) for w in windows)
 
 
-# ---------------------------------------------------------------- splits
+# ---------------------------------------------------------------- held out
 
 
-def test_no_user_is_in_two_splits(tmp_path, records, tiny_ranges):
+def test_what_is_held_out_by_hand():
+    settings = dict(USER_MAX_LEN=4, WINDOW_OVERLAP=2, MIN_HISTORY=1)
+    [val], [test] = uids_between(0, 0.2, 1), uids_between(0.8, 1, 1)
+    videos = [2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13]
+    columns = [1, 1, 0, 1, 1, 1, 2, 0, 0, 0, 2, 0]  # column 2 is retired: the click of video 7 is held out
+
+    def window(start, repeated, end, label):
+        return dict(uid=uid, start=start, repeated=repeated, user_feature=videos[start:end],
+                    user_column=columns[start:end], label=label)  # fmt: skip
+
+    for uid, split in [(val, "val"), (test, "test")]:
+        assert split_windows(uid, videos, columns, {1}, 0.2, settings) == {
+            "train": [window(0, 0, 4, [1, 0, 1, 0]), window(2, 2, 5, [0, 1, 0])],
+            # the four clicks before it, itself and three after it; then the rest
+            split: [window(1, 4, 9, [0, 0, 0, 1, 0, 0, 0, 0]), window(7, 2, 11, [0] * 4), window(9, 2, 12, [0] * 3)],
+        }
+        # No click in a current column has a history: all is trained on.
+        assert split_windows(uid, [2, 3], [1, 2], {1}, 0.2, settings) == {
+            "train": [dict(uid=uid, start=0, repeated=0, user_feature=[2, 3], user_column=[1, 2], label=[1, 0])]
+        }
+    uid = uids_between(0.2, 0.8, 1)[0]
+    assert split_windows(uid, videos[:3], columns, {1}, 0.2, settings).keys() == {"train"}
+
+
+def test_a_held_out_history_is_the_last_clicks_before_the_target(tmp_path, records):
+    records()
+    clicks_of = dict(USERS)
+    for split in ("val", "test"):
+        windows = [w for w in decoded(tmp_path / "work/tfrecord", split) if sum(w["label"])]
+        expected = {uid: held_out(uid, clicks)[1] for uid, clicks in USERS if held_out(uid, clicks)[0] == split}
+        assert len(windows) == len(expected) > 2
+        for window in windows:
+            place = expected[window["uid"]]
+            assert window["start"] == max(place - 8, 0)
+            assert window["label"].index(1.0) == place - window["start"] - 1
+            assert window["repeated"] == place - window["start"] and sum(window["label"]) == 1
+            last = clicks_of[window["uid"]][max(place - 8, 0) : place + 8]
+            assert window["user_feature"] == [CLICKS[click][0] for click in last]
+
+
+def test_what_is_held_out_and_all_after_it_is_in_no_training_record(tmp_path, records):
+    records()
+    held = {uid: held_out(uid, clicks)[1] for uid, clicks in USERS}
+    windows = decoded(tmp_path / "work/tfrecord", "train")
+    ends = {w["uid"]: w["start"] + len(w["label"]) for w in windows}  # of the last window
+    assert all(ends[uid] == place for uid, place in held.items() if place is not None and uid in ends)
+    assert sum(place is not None for place in held.values()) > 6
+
+
+def test_a_retired_column_is_no_target_of_validation_or_test_but_one_of_training(tmp_path, raw, records, rerun):
     users = histories(*[20] * 30)
-    records([*users, *users[:10]])  # the first ten come again, further on in the file
-    splits = collections.defaultdict(set)
+    records(users, held_out_users=9)
+    before = {w["uid"] for w in decoded(tmp_path / "work/tfrecord") if w["split"] != "train"}
+    raw(tmp_path / "raw", columns={cid: vids for cid, vids in COLUMNS.items() if cid != "c2"})
+    rerun(held_out_users=9)
+    columns = collections.defaultdict(set)
     for window in decoded(tmp_path / "work/tfrecord"):
-        splits[window["uid"]].add(window["split"])
-    assert len(splits) == 30 and all(len(of_user) == 1 for of_user in splits.values())
-    assert set.union(*splits.values()) == {"train", "val", "test"}
+        columns[window["split"]] |= {window["user_column"][i + 1] for i, of in enumerate(window["label"]) if of}
+    assert columns == {"train": {1, 2, 3}, "val": {1, 3}, "test": {1, 3}}
+    places = {w["uid"]: w["start"] + w["label"].index(1.0) + 1
+              for w in decoded(tmp_path / "work/tfrecord") if w["split"] != "train" and sum(w["label"])}  # fmt: skip
+    assert places == {uid: held_out(uid, clicks, current=(1, 3))[1] for uid, clicks in users if uid in before}
 
 
-def test_a_user_keeps_the_split_when_others_come_and_go(tmp_path, records):
-    def splits():
-        return {w["uid"]: w["split"] for w in decoded(tmp_path / "work/tfrecord")}
-
-    records(histories(*[9] * 30))
-    before = splits()
-    records([*histories(*[5] * 60)[10:], ("x", ["v1", "v2_c1"])])
-    after = splits()
-    assert len(before) == 30 and len(after) == 51
-    assert {uid: after[uid] for uid in before.keys() & after} == {uid: before[uid] for uid in before.keys() & after}
-
-
-def test_the_splits_are_as_large_as_the_ratios_say():
-    splits = collections.Counter(split_of(f"user-{i}", val_ratio=0.05, test_ratio=0.1) for i in range(5000))
-    # Five standard deviations of a binomial count around 250 and 500.
-    assert abs(splits["val"] - 250) < 5 * (5000 * 0.05 * 0.95) ** 0.5
-    assert abs(splits["test"] - 500) < 5 * (5000 * 0.1 * 0.9) ** 0.5
-    assert set(splits) == {"train", "val", "test"}
+@pytest.mark.parametrize(
+    ("held_out_users", "users", "share"), [(6, 20, 0.3), (5, 40, 0.125), (10, 20, 0.5), (3000, 20, 0.5)]
+)
+def test_the_held_out_share_is_that_of_the_users_and_half_at_most(records, held_out_users, users, share):
+    manifest = records(histories(*[9] * users), held_out_users=held_out_users)
+    assert manifest["held_out_share"] == share
+    expected = collections.Counter(held_out(f"u{u}", ["v1", "v2_c1"], share)[0] for u in range(users))
+    assert {name: manifest["splits"][name]["users"] for name in ("val", "test")} == {
+        name: expected[name] for name in ("val", "test")
+    }
+    assert manifest["splits"]["train"]["users"] == users
 
 
-def test_a_larger_ratio_only_moves_users_out_of_train_and_never_into_it():
-    for i in range(1000):
-        small, large = split_of(f"u{i}", 0.1, 0.1), split_of(f"u{i}", 0.1, 0.3)
-        assert small == large or (small, large) == ("train", "test")
+def test_as_users_come_nobody_is_held_out_who_was_trained_on_before(tmp_path, records):
+    sets = []
+    for number in (40, 41, 80, 160):
+        records(histories(*[9] * number), held_out_users=12)
+        sets.append(
+            {split: {w["uid"] for w in decoded(tmp_path / "work/tfrecord", split)} for split in ("val", "test")}
+        )
+    for few, many in itertools.pairwise(sets):
+        known = set.union(*(set(of) for of in few.values())) | {f"u{i}" for i in range(40)}
+        assert all(many[split] & known <= few[split] for split in ("val", "test"))
+    assert sets[0]["val"] - sets[-1]["val"] and sets[0]["test"] - sets[-1]["test"] and sets[-1]["val"]
+
+
+def test_a_share_is_held_out_as_large_as_it_says():
+    settings = dict(USER_MAX_LEN=4, WINDOW_OVERLAP=2, MIN_HISTORY=1)
+    splits = collections.Counter(
+        split for i in range(5000) for split in split_windows(f"user-{i}", [2, 3], [0, 1], {1}, 0.1, settings)
+    )
+    deviation = (5000 * 0.1 * 0.9) ** 0.5
+    assert abs(splits["val"] - 500) < 5 * deviation and abs(splits["test"] - 500) < 5 * deviation
+    assert splits["train"] == 5000
+
+
+# ---------------------------------------------------------------- the first pass
+
+
+def sketch_of(draws):
+    sketch = UserSketch()
+    for value in draws:
+        sketch.add(value)
+    return sketch
+
+
+def test_the_sketch_is_exact_while_users_are_few(monkeypatch):
+    monkeypatch.setattr(script, "SKETCH_SIZE", 64)
+    draws = [i / 64 for i in range(64)]
+    sketch = sketch_of([*draws, *draws[:16], *draws[:8]])
+    assert (sketch.users(), sketch.lines, sketch.repeated()) == (64, 88, 0.25)
+    assert (UserSketch().users(), UserSketch().repeated()) == (0, 0)
+
+
+def test_the_sketch_of_many_users_is_right_within_a_few_percent_and_small(monkeypatch):
+    monkeypatch.setattr(script, "SKETCH_SIZE", 1024)
+    draws = [draw(f"user{i}") for i in range(20_000)]
+    sketch = sketch_of(draws + draws[::4])
+    # The k-th lowest of n has a relative deviation of 1 / sqrt(k), 3 %; a share of 1/4 of k one of sqrt(3 / k) / 4.
+    assert abs(sketch.users() / 20_000 - 1) < 0.1
+    assert abs(sketch.repeated() - 0.25) < 0.05
+    assert sketch.lines == 25_000 and len(sketch.of_user) == 1024
+
+
+def test_more_users_are_never_taken_for_fewer(monkeypatch):
+    monkeypatch.setattr(script, "SKETCH_SIZE", 8)
+    for seed in range(30):
+        rng = random.Random(seed)
+        draws = [rng.random() for _ in range(60)]
+        estimates = [sketch_of(draws[:number]).users() for number in range(1, 61)]
+        assert estimates[:8] == list(range(1, 9)) and estimates == sorted(estimates)
+
+
+def test_sketches_add_up_to_the_same_however_the_users_were_cut(monkeypatch):
+    monkeypatch.setattr(script, "SKETCH_SIZE", 32)
+    rng = random.Random(1)
+    draws = [rng.random() for _ in range(300)]
+    draws += draws[:100]
+    for number, size in itertools.product((20, 32, 64, 65, 400), (1, 7, 33, 64, 150, 400)):
+        whole, total = sketch_of(draws[:number]), UserSketch()
+        for start in range(0, number, size):
+            total.update(sketch_of(draws[start : min(start + size, number)]))
+        assert (total.users(), total.lines, total.of_user) == (whole.users(), number, whole.of_user)
+
+
+def test_users_on_several_lines_are_noticed(tmp_path, raw, clicks_like_real, capsys):
+    data = clicks_like_real(200, seed=1)
+    for day in range(3):
+        users = [(uid, clicks[len(clicks) * day // 3 : len(clicks) * (day + 1) // 3]) for uid, clicks in data["users"]]
+        raw(tmp_path / "raw", columns=data["columns"], users=users, click_file=f"day{day}")
+    get_indexing(tmp_path / "raw", tmp_path)
+    manifest = get_tfrecord(tmp_path / "raw", tmp_path, num_workers=1)
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "about 200 users are on 600 lines, 100.0% of them on several" in err
+    assert manifest["held_out_share"] == 0.5
+    assert {"users": 200, "on_several_lines": 1.0, "lines": 600}.items() <= manifest["report"].items()
+
+
+def test_one_line_a_user_is_nothing_to_say(records, capsys):
+    records()
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("long_format", [True, False], ids=["one click a line", "one click a user"])
+def test_histories_that_are_all_of_one_click_are_refused(tmp_path, raw, clicks_like_real, long_format):
+    users = clicks_like_real(200, seed=1)["users"]
+    users = [(uid, [click]) for uid, clicks in users for click in (clicks if long_format else clicks[:1])]
+    path = raw(tmp_path, users=users) / "click_seq/clicks.json"
+    assert len(users) == (3544 if long_format else 200)
+    with pytest.raises(InputError, match="every history is of one click.*one line for each user"):
+        survey(cut_files([str(path)]), num_workers=1)
+
+
+def test_clicks_keep_their_meaning_whenever_their_column_comes_goes_or_returns(tmp_path, raw, clicks_like_real):
+    data = clicks_like_real(200, seed=1)
+    columns, without = data["columns"], {cid: vids for cid, vids in data["columns"].items() if cid != "t0c"}
+    reports = []
+    for work, of_day in [("a", columns), ("a", without), ("a", columns), ("b", without), ("b", columns)]:
+        get_indexing(raw(tmp_path / "raw", columns=of_day, users=data["users"]), tmp_path / work, num_workers=1)
+        report = get_tfrecord(tmp_path / "raw", tmp_path / work, num_workers=1)["report"]
+        reports.append((report["column_clicks"], report["unknown_columns"], report["unknown_videos"]))
+    assert reports == [(2843, 0, 0)] * 3 + [(2843 - 182, 182, 0), (2843, 0, 0)]
 
 
 # ---------------------------------------------------------------- workers and ranges
@@ -249,20 +469,27 @@ def test_one_and_two_workers_write_the_same_bytes(tmp_path, records, rerun, tiny
     assert rerun("two", num_workers=2) == manifest
     one, two = folder_bytes(tmp_path / "one/tfrecord"), folder_bytes(tmp_path / "two/tfrecord")
     assert len(one) > 40 and one == two  # 4 files of each of more than ten ranges
+    before = stamps(tmp_path / "two/tfrecord")
+    rerun("two", num_workers=2)  # who looks what stands in parallel
+    assert stamps(tmp_path / "two/tfrecord") == before
 
 
 def test_small_ranges_give_the_same_records_and_counts_as_one(tmp_path, records, rerun, monkeypatch):
     whole = records(work="whole")
-    monkeypatch.setattr(script, "file_ranges", functools.partial(file_ranges, range_bytes=200))
+    monkeypatch.setattr(toolbox, "RANGE_BYTES", 200)
     cut = rerun("cut")
     assert decoded(tmp_path / "cut/tfrecord") == decoded(tmp_path / "whole/tfrecord")
+    before = stamps(tmp_path / "whole/tfrecord")
+    assert rerun("whole") == whole  # finished work stands, however the input would be cut today
+    assert stamps(tmp_path / "whole/tfrecord") == before
     assert len(whole["shards"]) == 3 and len(cut["shards"]) > 30
     assert {**cut, "shards": 0} == {**whole, "shards": 0}
 
 
 def test_bad_lines_are_reported_by_their_place_in_the_file_whatever_the_ranges(
-    tmp_path, raw, write_lines, tiny_ranges, capsys
+    tmp_path, raw, write_lines, monkeypatch, capsys
 ):
+    monkeypatch.setattr(toolbox, "RANGE_BYTES", 2000)
     raw(tmp_path / "raw", columns=COLUMNS, titles={"v1": "One"})
     good = [{"uid": f"u{i}", "click_seq": ["v1", "v2_c1"]} for i in range(300)]
     lines = [*good[:123], "{", *good[123:250], b"\xff", *good[250:]]
@@ -279,7 +506,31 @@ def test_the_index_is_read_once_for_all_ranges_of_a_worker(tmp_path, records, ti
     monkeypatch.setattr(script, "load_index", lambda work_dir: loads.append(work_dir) or load_index(work_dir))
     manifest = records()
     assert len(manifest["shards"]) > 30
-    assert len(loads) <= 2  # by the entry function, and by its one worker
+    assert len(loads) == 2  # by the entry function, and by its one worker
+
+
+@pytest.mark.parametrize("change", ["a new column", "a retired column", "another index"])
+def test_an_index_that_changes_while_records_are_written_ends_the_run(tmp_path, raw, records, monkeypatch, change):
+    first_pass = script.survey
+
+    def change_the_index(*arguments):
+        columns = {
+            "a new column": {**COLUMNS, "c4": ["v1"]},
+            "a retired column": {"c1": ["v1"]},
+            "another index": {"x": "y"},
+        }
+        if change == "another index":
+            for path in (tmp_path / "work/indexing").iterdir():
+                path.unlink()
+        get_indexing(raw(tmp_path / "raw", columns=columns[change]), tmp_path / "work")
+        return first_pass(*arguments)
+
+    monkeypatch.setattr(script, "survey", change_the_index)
+    with pytest.raises(
+        InputError, match=r"/work/indexing was changed while get_tfrecord\.py was at work; run it again"
+    ):
+        records()
+    assert not (tmp_path / "work/tfrecord/manifest.json").exists()
 
 
 # ---------------------------------------------------------------- manifest
@@ -287,27 +538,33 @@ def test_the_index_is_read_once_for_all_ranges_of_a_worker(tmp_path, records, ti
 
 def test_the_manifest_s_numbers_equal_a_count_by_hand(tmp_path, raw, write_lines, monkeypatch):
     raw(tmp_path / "raw", columns=COLUMNS, titles={"v1": "One"})
-    monkeypatch.setattr(script, "file_ranges", functools.partial(file_ranges, range_bytes=2000))
+    monkeypatch.setattr(toolbox, "RANGE_BYTES", 2000)
     users = histories(*[(7 * i * i) % 23 for i in range(400)])
     lines = [{"uid": uid, "click_seq": clicks} for uid, clicks in users]
     lines[100:100] = ["", "{"]
     lines[200:200] = ["[]"]
     write_lines(tmp_path / "raw/click_seq/a.json.gz", lines[:150])
     write_lines(tmp_path / "raw/click_seq/b.json", lines[150:])
-    get_indexing(tmp_path / "raw", tmp_path)
-    returned = get_tfrecord(tmp_path / "raw", tmp_path, **SHORT)
+    index = get_indexing(tmp_path / "raw", tmp_path)
+    returned = get_tfrecord(tmp_path / "raw", tmp_path, **{**SHORT, "held_out_users": 120})
     manifest = json.loads((tmp_path / "tfrecord/manifest.json").read_text())
     assert manifest == returned
 
     clicks = [click for _, seq in users for click in seq]
-    targets = sum(CLICKS[click][1] > 0 for _, seq in users for click in seq[1:])
+    held = {uid: held_out(uid, seq) for uid, seq in users}
+    trained = sum(CLICKS[click][1] > 0 for uid, seq in users for click in seq[1 : held[uid][1]])
+    number_held = collections.Counter(split for split, _ in held.values())
+    targets = trained + number_held["val"] + number_held["test"]
     lengths = sorted(len(seq) for _, seq in users)
     assert manifest["report"] == {
         "lines": 403,
-        "skipped": {"blank": 1, "not JSON": 1, "wrong type": 1},
+        "skipped": {"blank": 1, "not JSON": 1, "wrong type of line": 1},
+        "users": 400,
+        "on_several_lines": 0.0,
         "clicks": len(clicks),
         "unknown_videos": sum(CLICKS[click][0] == 1 for click in clicks),
         "column_clicks": sum(CLICKS[click][1] > 0 for click in clicks),
+        "unknown_columns": clicks.count("v1_c9"),
         "targets": targets,
         "history": {"p50": lengths[399 // 2], "p90": lengths[399 * 9 // 10], "max": 22},
     }
@@ -315,17 +572,18 @@ def test_the_manifest_s_numbers_equal_a_count_by_hand(tmp_path, raw, write_lines
     for split, counts in manifest["splits"].items():
         of_split = [window for window in windows if window["split"] == split]
         lengths = collections.Counter(len(window["label"]) for window in of_split)
-        assert counts["windows"] == [lengths[n] for n in range(9)]
+        assert counts["windows"] == [lengths[n] for n in range(9 if split == "train" else 17)]
         assert counts["targets"] == sum(sum(window["label"]) for window in of_split)
-    # A user with one click or none has no window, but is counted.
-    assert sum(counts["users"] for counts in manifest["splits"].values()) == 400
-    with_windows = collections.Counter(split for _, split in {(w["uid"], w["split"]) for w in windows})
-    without = sum(len(seq) < 2 for _, seq in users)
-    missing = [manifest["splits"][split]["users"] - with_windows[split] for split in ("train", "val", "test")]
-    assert min(missing) >= 0 and sum(missing) == without
-    assert manifest["constants"] == {
-        "USER_MAX_LEN": 8, "WINDOW_OVERLAP": 3, "MIN_HISTORY": 1, "VAL_RATIO": 0.3, "TEST_RATIO": 0.3,
-    }  # fmt: skip
+        assert counts["users"] == len({window["uid"] for window in of_split})
+    assert manifest["splits"]["train"]["targets"] == trained
+    assert [manifest["splits"][split]["users"] for split in ("val", "test")] == [
+        number_held["val"],
+        number_held["test"],
+    ]
+    assert manifest["constants"] == {"USER_MAX_LEN": 8, "WINDOW_OVERLAP": 3, "MIN_HISTORY": 1, "HELD_OUT_USERS": 120}
+    assert (manifest["format"], manifest["held_out_share"]) == (script.FORMAT, 0.3)
+    assert manifest["index"] == index.fingerprint()
+    assert manifest["input"].keys() == {"a.json.gz", "b.json"} and len(set(manifest["input"].values())) == 2
 
 
 def test_the_manifest_knows_every_shard_by_size_and_hash(tmp_path, records, tiny_ranges):
@@ -343,7 +601,8 @@ def test_the_report_says_what_was_read_and_kept(records, capsys):
     manifest = records()
     out, report = capsys.readouterr().out, manifest["report"]
     assert f"20 lines (skipped: none), {report['clicks']} clicks" in out
-    assert "p90 30, max 101" in out
+    lengths = sorted(len(clicks) for _, clicks in USERS)
+    assert f"history p50 {lengths[19 // 2]}, p90 {lengths[19 * 9 // 10]}, max 101" in out
     for split in ("train", "val", "test"):
         assert f"{split}: {manifest['splits'][split]['users']} users" in out
 
@@ -358,25 +617,26 @@ def test_no_click_in_a_known_column_is_a_clear_error_and_writes_no_manifest(tmp_
 
 
 def test_too_few_users_is_a_clear_error_that_says_how_many_are_needed(records):
-    # 1 - 0.95 ** n > 0.99 for n >= 90
-    with pytest.raises(InputError, match=r"none of 2 users leaves a target for val; about 90 users are needed"):
-        records(histories(5, 5), val_ratio=0.05, test_ratio=0.05)
-    with pytest.raises(InputError, match=r"VAL_RATIO and TEST_RATIO must be positive"):
-        records(test_ratio=0)
+    users = [(uid, ["v1", "v2_c1", "v2_c1"]) for uid in uids_between(0.1, 0.9, 20)]
+    with pytest.raises(InputError, match=r"none of 20 users leaves a target for val; about 90 users are needed"):
+        records(users, held_out_users=1)  # of 20: 1 - 0.95 ** n > 0.99 for n >= 90
+    with pytest.raises(InputError, match=r"none of 20 users leaves a target for test; about 44 users are needed"):
+        records([(uid, users[0][1]) for uid in uids_between(0, 0.9, 20)], held_out_users=2)  # 0.9 ** n for n >= 44
 
 
 def test_no_target_left_for_training_is_a_clear_error(records):
-    with pytest.raises(InputError, match=r"train"):
-        records(val_ratio=0.5, test_ratio=0.5)
+    with pytest.raises(InputError, match=r"the column clicks of 20 users are all held out"):
+        records([(f"u{i}", ["v1", "v2_c1"]) for i in range(20)], held_out_users=10)
 
 
 def test_users_without_clicks_or_known_clicks_are_no_error(tmp_path, records):
     manifest = records([*histories(*[9] * 20), ("nothing", []), ("stranger", ["x", "y"]), ("once", ["v2_c1"])])
-    assert sum(counts["users"] for counts in manifest["splits"].values()) == 23
+    assert manifest["report"]["users"] == 23
     users = by_user(decoded(tmp_path / "work/tfrecord"))
-    assert "nothing" not in users and "once" not in users
-    [stranger] = users["stranger"]
+    assert "nothing" not in users
+    [stranger], [once] = users["stranger"], users["once"]
     assert (stranger["user_feature"], stranger["label"]) == ([1, 1], [0, 0])
+    assert (once["user_feature"], once["user_column"], once["label"]) == ([3], [1], [0])
 
 
 def test_a_missing_index_names_its_absolute_path_and_the_script_to_run(tmp_path, raw, monkeypatch):
@@ -412,6 +672,11 @@ def test_lengths_that_contradict_each_other_are_refused_with_their_values(record
         records(**bad)
 
 
+def test_nobody_held_out_is_refused(records):
+    with pytest.raises(InputError, match=r"HELD_OUT_USERS = 0: validation and the test need one user"):
+        records(held_out_users=0)
+
+
 @pytest.mark.parametrize("fault", ["bad lines", "cut gzip", "no column click"])
 def test_a_run_that_stops_leaves_the_former_records_as_they_were(tmp_path, raw, write_lines, records, fault):
     records()
@@ -443,6 +708,46 @@ def test_a_rerun_keeps_finished_shards(tmp_path, records, tiny_ranges):
     assert again == first
 
 
+def test_a_rerun_with_nothing_to_do_does_not_import_tensorflow(tmp_path, records):
+    records()
+    program = f"import sys, get_tfrecord; get_tfrecord.get_tfrecord('raw', 'work', **{SHORT}); print(*sys.modules)"
+    environment = {**os.environ, "PYTHONPATH": str(Path(script.__file__).parent)}
+    done = subprocess.run(
+        [sys.executable, "-c", program], check=True, cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert not {"tensorflow", "keras"} & set(done.stdout.split())
+
+
+def test_whatever_others_put_beside_the_records_stays(tmp_path, records, rerun):
+    records()
+    folder = tmp_path / "work/tfrecord"
+    others = [
+        "notes.txt",
+        "train-notes.txt",
+        "mine.tfrecord",
+        "part-1.txt",
+        "a/b.json",
+        "train-x.tfrecord/c",
+        "part-y.json/d",
+    ]
+    for name in others:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("mine")
+    stale = ["train-00009-0123456789abcdef.tfrecord", "part-00009-0123456789abcdef.json"]
+    for name in stale:
+        (folder / name).write_text("{}")
+    rerun(min_history=2)
+    assert [(folder / name).read_text() for name in others] == ["mine"] * len(others)
+    assert not [name for name in stale if (folder / name).exists()]
+
+
+def test_a_damaged_manifest_is_made_again_from_the_shards(tmp_path, records, rerun):
+    first = records()
+    before = stamps(tmp_path / "work/tfrecord")
+    (tmp_path / "work/tfrecord/manifest.json").write_text("{")
+    assert rerun() == first and stamps(tmp_path / "work/tfrecord") == before
+
+
 def test_a_killed_run_goes_on_with_the_shards_that_it_lacks(tmp_path, records, tiny_ranges):
     first = records()
     folder = tmp_path / "work/tfrecord"
@@ -470,11 +775,12 @@ def test_a_shard_that_was_cut_short_is_made_again(tmp_path, records):
     assert folder_bytes(folder) == files
 
 
-def test_changed_input_remakes_its_shards_alone_and_removes_the_stale_ones(tmp_path, raw, records):
-    raw(tmp_path / "raw", users=histories(*[9] * 20), click_file="a")
+def test_changed_input_remakes_its_shards_alone_and_removes_the_stale_ones(tmp_path, raw, records, monkeypatch):
+    raw(tmp_path / "raw", users=[(uid + "a", clicks) for uid, clicks in USERS], click_file="a")
+    monkeypatch.setattr(toolbox, "RANGE_BYTES", (tmp_path / "raw/click_seq/a.json").stat().st_size)  # a task for each
     records()  # clicks.json comes after a.json
     before = stamps(tmp_path / "work/tfrecord")
-    raw(tmp_path / "raw", users=USERS[:-1])
+    raw(tmp_path / "raw", users=[*USERS[:-1], (USERS[-1][0], ["v1"])])  # as many users, so the same share is held out
     get_tfrecord(tmp_path / "raw", tmp_path / "work", **SHORT)
     after = stamps(tmp_path / "work/tfrecord")
     assert len(before) == len(after) == 6
@@ -483,17 +789,17 @@ def test_changed_input_remakes_its_shards_alone_and_removes_the_stale_ones(tmp_p
 
 
 def test_input_rewritten_in_the_same_size_is_noticed(tmp_path, raw, records):
-    records([(f"u{i}", ["v1", "v2_c1"]) for i in range(20)])
+    records([(f"u{i}", ["v1", "v2_c1", "v1"]) for i in range(20)])
     path = tmp_path / "raw/click_seq/clicks.json"
     before = path.stat()
-    raw(tmp_path / "raw", users=[(f"u{i}", ["v2", "v1_c1"]) for i in range(20)])
+    raw(tmp_path / "raw", users=[(f"u{i}", ["v2", "v1_c1", "v1"]) for i in range(20)])
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
     assert path.stat().st_size == before.st_size
     get_tfrecord(tmp_path / "raw", tmp_path / "work", **SHORT)
-    assert all(w["user_feature"] == [3, 2] for w in decoded(tmp_path / "work/tfrecord"))
+    assert all(w["user_feature"][0] == 3 for w in decoded(tmp_path / "work/tfrecord"))
 
 
-@pytest.mark.parametrize("change", [dict(user_max_len=9), dict(min_history=2), dict(val_ratio=0.2)])
+@pytest.mark.parametrize("change", [dict(user_max_len=9), dict(min_history=2), dict(held_out_users=8)])
 def test_changed_constants_remake_every_shard(tmp_path, records, rerun, change):
     records()
     before = stamps(tmp_path / "work/tfrecord")
@@ -504,10 +810,9 @@ def test_changed_constants_remake_every_shard(tmp_path, records, rerun, change):
     assert folder_bytes(tmp_path / "fresh/tfrecord") == folder_bytes(tmp_path / "work/tfrecord")
 
 
-def test_a_grown_index_remakes_the_records_with_its_new_videos(tmp_path, raw, records):
-    records([(f"u{i}", ["new", "v2_c1"]) for i in range(20)])
-    assert all(w["user_feature"] == [1, 3] for w in decoded(tmp_path / "work/tfrecord"))
+def test_a_grown_index_remakes_the_records_with_its_new_videos(tmp_path, raw, records, rerun):
+    records([(f"u{i}", ["new", "v2_c1", "v2_c1"]) for i in range(20)])
+    assert all(w["user_feature"][:2] == [1, 3] for w in decoded(tmp_path / "work/tfrecord"))
     raw(tmp_path / "raw", columns={**COLUMNS, "c4": ["new"]})
-    get_indexing(tmp_path / "raw", tmp_path / "work")
-    get_tfrecord(tmp_path / "raw", tmp_path / "work", **SHORT)
-    assert all(w["user_feature"] == [7, 3] for w in decoded(tmp_path / "work/tfrecord"))
+    rerun()
+    assert all(w["user_feature"][:2] == [7, 3] for w in decoded(tmp_path / "work/tfrecord"))

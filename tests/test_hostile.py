@@ -19,6 +19,7 @@ from conftest import _clicks_like_real, _raw, _write_lines
 
 import get_dataset
 import get_indexing as get_indexing_module
+import train as train_module
 from get_indexing import (
     InputError,
     Tally,
@@ -34,12 +35,7 @@ from infer import Ranker, infer
 from train import load_model, train
 
 ROOT = Path(__file__).parents[1]
-RATIOS = dict(val_ratio=0.2, test_ratio=0.2)
-READ_CASES, CHAIN_CASES, RANK_CASES = (
-    1200,
-    30,
-    60,
-)  # files read, raw folders through two scripts, blocks of users ranked
+READ_CASES, CHAIN_CASES, RANK_CASES = 1200, 20, 40  # files read, folders through two scripts, blocks of users ranked
 LONGEST = 200_000  # bytes of a line in this file: MAX_LINE_BYTES, as a user would edit it
 IDS = [
     "../../etc/passwd", "/etc/passwd", "..", "C:\\x", "a\nb", "a\r\nb", "a\tb", "quote\"s'", "\\", "\x00", "\x1b[31m", " ",
@@ -206,8 +202,9 @@ def test_every_line_of_a_hostile_file_is_kept_as_it_is_or_counted_by_reason(tmp_
                 lambda path=path, form=form: list(read_records(Tally(str(path)), FORMATS[form][0]))
             )
         path.unlink()
-    assert {"blank", "not JSON", "not UTF-8", "wrong type", "too long", "id too long", "empty id"} <= reasons
-    assert {f"no {key}" for _, record in FORMATS.values() for key in record} <= reasons
+    assert {"blank", "not JSON", "not UTF-8", "wrong type of line", "too long", "id too long", "empty id"} <= reasons
+    keys = {key for _, record in FORMATS.values() for key in record}
+    assert {f"no {key}" for key in keys} | {f"wrong type of {key}" for key in keys} <= reasons
 
 
 def test_any_bytes_at_all_are_read_or_refused_with_one_line(tmp_path):
@@ -274,11 +271,11 @@ def test_hostile_folders_go_through_numbering_and_records_with_every_line_counte
         data_dir = _raw(folder / "raw", **real)
         files = {form: hostile_file(rng, form) for form in FORMATS}
         for form, (data, *_) in files.items():
-            name = "click_seq/z.json" if form == "click_seq" else f"{form}z.json"
+            name = os.fsdecode(b"click_seq/\xff.json") if form == "click_seq" else f"{form}z.json"
             (data_dir / name).write_bytes(data)
         before = contents(folder)
         index = get_indexing(data_dir, folder / "work")
-        manifest = get_tfrecord(data_dir, folder / "work", num_workers=1, **RATIOS)
+        manifest = get_tfrecord(data_dir, folder / "work", num_workers=1)
         after = contents(folder)
         assert all(path == "work" or path.startswith("work/") for path in after.keys() - before.keys())
         assert before.items() <= after.items()
@@ -287,10 +284,13 @@ def test_hostile_folders_go_through_numbering_and_records_with_every_line_counte
         report = manifest["report"]
         assert report["lines"] == len(real["users"]) + files["click_seq"][1]
         assert report["lines"] - sum(report["skipped"].values()) == len(users)
-        assert sum(split["users"] for split in manifest["splits"].values()) == len(users)
+        assert report["users"] == len({uid for uid, _ in users})
         assert report["clicks"] == sum(len(clicks) for _, clicks in users)
-        for split, (uids, labels) in shard_counts(folder / "work").items():
-            assert labels == manifest["splits"][split]["targets"] and uids <= {uid for uid, _ in users}
+        counts = shard_counts(folder / "work")
+        assert {split: of["targets"] for split, of in manifest["splits"].items()} == {
+            s: n for s, (_, n) in counts.items()
+        }
+        assert set.union(*(uids for uids, _ in counts.values())) == {uid for uid, clicks in users if clicks}
         assert {cid for cid, *_ in files["cid2vids"][2]} | real["columns"].keys() == index.columns.keys()
         assert {vid for vid, _ in files["vid2title"][2]} <= index.videos.keys() and load_index(folder / "work") == index
         shutil.rmtree(folder)
@@ -304,7 +304,7 @@ def test_hostile_ids_come_out_of_the_index_as_they_went_in(tmp_path):
 
 
 def test_one_user_may_come_many_times_or_click_very_often(tmp_path, monkeypatch):
-    """A user with 200,000 clicks, and one who comes 500 times: always in one split, every target stored once."""
+    """A user with 200,000 clicks, and one who comes 500 times: held out in one split, every target stored once."""
     monkeypatch.setattr(get_indexing_module, "MAX_LINE_BYTES", 32 << 20)
     users = _clicks_like_real(60, seed=62)
     often = [("often", ["t0a-1_t0a", "t0b-2"] * 100_000)]
@@ -312,13 +312,12 @@ def test_one_user_may_come_many_times_or_click_very_often(tmp_path, monkeypatch)
         tmp_path / "raw", users["columns"], users["users"] + often + [("again", ["t0a-1", "t0a-2_t0a"])] * 500
     )
     get_indexing(data_dir, tmp_path / "work")
-    manifest = get_tfrecord(data_dir, tmp_path / "work", num_workers=1, **RATIOS)
-    others = sum(click[1:].count("_") for _, clicks in users["users"] for click in clicks[1:])
+    manifest = get_tfrecord(data_dir, tmp_path / "work", num_workers=1)
+    others = sum("_" in click for _, clicks in users["users"] for click in clicks[1:])
     assert manifest["report"]["targets"] == others + 99_999 + 500 and manifest["report"]["history"]["max"] == 200_000
-    counts = shard_counts(tmp_path / "work")
-    assert (
-        sum("again" in uids for uids, _ in counts.values()) == sum("often" in uids for uids, _ in counts.values()) == 1
-    )
+    (train_uids, _), *held_out = (shard_counts(tmp_path / "work")[split] for split in ("train", "val", "test"))
+    for uid in ("often", "again"):
+        assert uid in train_uids and sum(uid in uids for uids, _ in held_out) == 1
 
 
 @pytest.mark.parametrize(
@@ -341,7 +340,7 @@ def trained(tmp_path_factory):
     columns = real["columns"] | {cid: rng.sample(IDS, 5) for cid in IDS}
     users = real["users"] + [(uid, [rng.choice(IDS) + "_" + rng.choice(IDS) for _ in range(9)]) for uid in IDS]
     get_indexing(_raw(folder / "raw", columns, users), folder / "work")
-    get_tfrecord(folder / "raw", folder / "work", num_workers=1, **RATIOS)
+    get_tfrecord(folder / "raw", folder / "work", num_workers=1)
     train(folder / "work", epochs=1, emb_dim=8)
     return folder
 
@@ -376,34 +375,25 @@ def test_hostile_users_get_a_valid_line_each(trained):
 
 
 def test_users_in_are_lines_out_for_every_ranking_file_and_nothing_is_written_elsewhere(own, all_bad_allowed):
+    """Hidden files are no one's input."""
     rng, clicks, expected = random.Random(10), own / "raw/click_seq", {}
-    names = [
-        ".hidden",
-        "a b",
-        "..",
-        "-rf",
-        "manifest",
-        "ünï",
-        "new\nline",
-        "%s",
-        "$(touch x)",
-        "x.tmp",
-        "a.json.gz",
-        "*",
-    ]
+    names = ["a b", "-rf", "manifest", "ünï", "new\nline", "%s", "$(touch x)", "x.tmp", "a.json.gz", "*",
+             os.fsdecode(b"\xff")]  # fmt: skip
+    for hidden in (".hidden.json", "...json"):
+        (clicks / hidden).write_bytes(b"not read")
     for name in names:
         data, _, expected[name] = hostile_file(rng, "click_seq")
         (clicks / f"{name}.json").write_bytes(data)
     before = contents(own)
-    outputs = infer(clicks, own / "work", num_workers=1)
+    outputs = infer(clicks, own / "work", own / "ranking", num_workers=1)
     after = contents(own)
     assert len(outputs) == len(names) + 1
-    new = {path for path in after.keys() - before.keys() if path != "work/ranking"}
-    assert new == {f"work/ranking/{name}" for name in ["manifest.json", *(path.name for path in outputs)]}
+    new = {path for path in after.keys() - before.keys() if path != "ranking"}
+    assert new == {f"ranking/{name}" for name in ["manifest.jsonl", *(path.name for path in outputs)]}
     assert before.items() <= after.items()
     columns = load_index(own / "work").columns
     for name, users in expected.items():
-        lines = gzip.decompress((own / f"work/ranking/{name}.json.gz").read_bytes()).decode().split("\n")
+        lines = gzip.decompress((own / f"ranking/{name}.json.gz").read_bytes()).decode().split("\n")
         assert lines.pop() == ""
         check_rankings(lines, users, columns)
 
@@ -453,13 +443,33 @@ def test_a_memory_with_a_pickled_object_is_refused_and_not_run(own, tmp_path):
     assert path.name in line and "run train.py again" in line and not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("place", ["state", "0000"])
-def test_a_checkpoint_with_a_pickled_object_is_refused_and_not_run(own, tmp_path, place):
-    path = own / "work/model/checkpoint.npz"
+def train_again(folder):
+    train(folder / "work", warm_epochs=1, emb_dim=8, seed=2)
+
+
+@pytest.fixture(scope="module")
+def stopped(trained, tmp_path_factory):
+    """A copy of that folder in which a second training was stopped after its last epoch."""
+    folder = shutil.copytree(trained, tmp_path_factory.mktemp("stopped") / "folder")
+
+    def stop(*_):
+        raise InputError("stopped")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_module, "finish", stop)
+        assert one_line(train_again, folder) == "stopped"
+    return folder
+
+
+@pytest.mark.parametrize("place", ["state", "0000", "best0000"])
+def test_a_checkpoint_with_a_pickled_object_is_refused_and_not_run(stopped, tmp_path, place):
+    folder = shutil.copytree(stopped, tmp_path / "folder")
+    path = folder / "work/model/checkpoint.npz"
     with np.load(path) as saved:
         arrays = dict(saved)
+    assert place in arrays
     np.savez(path, **arrays | {place: np.array([Payload(tmp_path / "ran")], object)})
-    line = one_line(train, own / "work", epochs=1, emb_dim=8)
+    line = one_line(train_again, folder)
     assert path.name in line and "run train.py again" in line and not (tmp_path / "ran").exists()
 
 
@@ -467,7 +477,7 @@ def test_a_checkpoint_with_a_pickled_object_is_refused_and_not_run(own, tmp_path
 def test_a_checkpoint_that_is_none_is_refused_by_name(own, data):
     path = own / "work/model/checkpoint.npz"
     path.write_bytes(data)
-    assert path.name in one_line(train, own / "work", epochs=1, emb_dim=8)
+    assert path.name in one_line(train_again, own)
 
 
 # ---------------------------------------------------------------- as processes
@@ -496,7 +506,7 @@ PROCESS_CASES = {
     "columns that are none": ("get_indexing", columns_are("null", "[]", "1")),
     "code for a column": ("get_indexing", columns_are(COLUMN, "__import__('os').mkdir('ran')")),
     "empty columns file": ("get_indexing", columns_are()),
-    "columns file is a folder": ("get_indexing", lambda data: (data / "cid2vids2.json").mkdir()),
+    "columns file is a link to nothing": ("get_indexing", lambda data: (data / "cid2vids2.json").symlink_to("nothing")),
     "no gzip": ("get_indexing", bytes_are("cid2vids2.json.gz", b'{"cid": "c"}\n')),
     "cut gzip": ("get_indexing", bytes_are("cid2vids2.json.gz", gzip.compress(b'{"cid": "c", "vids": []}\n' * 99)[:-9])),
     "pickle": ("get_indexing", bytes_are("cid2vids2.json", b"\x80\x04\x95cos\nmkdir\n(S'ran'\ntR.")),
@@ -518,7 +528,7 @@ def test_hostile_input_ends_a_script_with_exactly_one_line(tmp_path, script, har
     data = _raw(tmp_path / "data/sample", columns={"c1": ["v1"]}, users=[("u1", ["v1", "v1_c1"])])
     for name in ("get_indexing", "get_tfrecord"):
         shutil.copy(ROOT / f"{name}.py", tmp_path)
-    assert execute(["get_indexing.py"], tmp_path).returncode == 0
+    get_indexing(data, tmp_path / "data/work")
     harm(data)
     before = contents(tmp_path / "data/work")
     ended = execute([f"{script}.py"], tmp_path)
@@ -536,7 +546,7 @@ def test_columns_without_any_video_are_refused_with_one_line(tmp_path):
 
     def chain():
         get_indexing(_raw(tmp_path / "raw", columns={"c0": [], "c1": []}, users=users), tmp_path / "work")
-        get_tfrecord(tmp_path / "raw", tmp_path / "work", num_workers=1, **RATIOS)
+        get_tfrecord(tmp_path / "raw", tmp_path / "work", num_workers=1)
         train(tmp_path / "work", epochs=1, emb_dim=8)
 
     assert "video" in one_line(chain)

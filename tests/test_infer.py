@@ -15,6 +15,7 @@ from conftest import _clicks_like_real, _raw, _write_lines
 
 import get_dataset
 import infer as infer_module
+import train as train_module
 from get_dataset import column_table, dataset_from_clicks, load_manifest
 from get_indexing import InputError, cut_files, get_indexing, load_index
 from get_tfrecord import get_tfrecord
@@ -35,6 +36,7 @@ def trained(tmp_path_factory):
     get_tfrecord(raw, folder / "work", num_workers=1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(get_dataset, "MIN_STEPS", 6)
+        patch.setattr(train_module, "MEMORY_WEIGHTS", (0.3, 0.6))  # so that both towers and memory count
         train(folder / "work", epochs=1, emb_dim=8)
     return folder
 
@@ -442,6 +444,7 @@ def test_a_model_or_index_that_changes_under_a_run_stops_it_and_leaves_the_forme
         return cut_files(paths)
 
     monkeypatch.setattr(infer_module, "cut_files", cut_later)
+    infer_module.load_ranker.cache_clear()  # as in a worker that has just been started
     with pytest.raises(InputError, match="model or index changed while infer.py was at work; run it again"):
         rank_own(two)
     assert stamps(two) == before

@@ -301,22 +301,22 @@ class Battery:
         self.check_same(folder, script)
         shutil.rmtree(folder)
 
+    def rank(self, folder):
+        """Return the rankings that infer.py gives in a copy of a folder."""
+        copy = shutil.copytree(folder, self.folder / "ranked")
+        run(copy, "infer")
+        ranked = rankings_of(standing(copy, "infer"))
+        shutil.rmtree(copy)
+        return ranked
+
     def check_ranking(self, folder):
         """Assert that infer.py ranks by the former model, to the byte, or by the finished new one."""
         if not self.rankings:
-            by_former = self.ready_folder("train")
-            run(by_former, "infer")
-            self.rankings = [rankings_of(standing(by_former, "infer")), rankings_of(self.new["infer"])]
-            assert self.rankings[0] != self.rankings[1]
-        former = standing(folder, "infer")
-        run(folder, "infer")
-        ranked = rankings_of(standing(folder, "infer"))
-        is_former = standing(folder)["model/model.json"] == self.former["train"]["model/model.json"]
-        assert ranked == self.rankings[0 if is_former else 1], "infer.py ranks by neither model"
-        shutil.rmtree(folder / "data/work/ranking")
-        for name, data in former.items():
-            (folder / "data/work/ranking").mkdir(exist_ok=True)
-            (folder / "data/work" / name).write_bytes(data)
+            self.rankings = {"former": self.rank(self.ready["train"]), "new": self.rank(self.done)}
+            assert self.rankings["former"] != self.rankings["new"]
+        stands, former = ((of / "data/work/model/model.json").read_bytes() for of in (folder, self.ready["train"]))
+        model = "former" if stands == former else "new"
+        assert self.rank(folder) == self.rankings[model], f"infer.py does not rank by the {model} model, which stands"
 
     def check_same(self, folder, script):
         """Assert that a folder's outputs are those of the undisturbed run, with nothing left beside them."""
