@@ -25,9 +25,6 @@ and for training the column side, drawn fresh for each batch:
 
 from pathlib import Path
 
-import numpy as np
-import tensorflow as tf
-
 from get_indexing import (
     DATA_DIR,
     FIRST_VIDEO,
@@ -41,6 +38,9 @@ from get_indexing import (
     run_script,
 )
 from get_tfrecord import FORMAT, ClickEncoder, record_constants, split_windows
+
+import numpy as np
+import tensorflow as tf
 
 BATCH_POSITIONS = 4096  # clicks in a batch, padding included; windows of like length share a batch
 MIN_STEPS = 100  # batches in an epoch: small data gets smaller batches

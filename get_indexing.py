@@ -46,6 +46,11 @@ ENDINGS = (".json", ".jsonl", ".json.gz", ".jsonl.gz")  # of the files that are 
 CHAIN = ("get_indexing", "get_tfrecord", "get_dataset", "model_tf2", "train", "infer")
 UNPACKS_TO = 8  # bytes that one of a gzip file holds, or so
 
+os.environ.setdefault(
+    "TF_CPP_MIN_LOG_LEVEL", "3"
+)  # before TensorFlow is imported: without its lines, as far as it lets
+os.environ["KERAS_BACKEND"] = "tensorflow"  # whatever the user's other projects need
+
 
 def rules():
     """Return what each constant can be, {name: (in words, test)}; run_script() holds the constants of a script to it."""
@@ -476,23 +481,28 @@ def skip_line(file, end=None):
 
 
 @contextlib.contextmanager
-def replacing(path):
-    """Yield a temporary path; what is written there replaces `path` whole, synced to disk, if the block ends well."""
+def replacing(path, durable=True):
+    """Yield a temporary path; what is written there replaces `path` whole if the block ends well.
+
+    It is synced to disk, unless it is not `durable`: a file that is known by its hash, and made again where it is cut.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         yield temporary
-        sync(temporary)
+        if durable:
+            sync(temporary)
         os.replace(temporary, path)
-        sync(path.parent)
+        if durable:
+            sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def remove_leftovers(folder):
-    """Remove the temporary files that a killed run left in folder."""
-    for path in Path(folder).glob(".*.tmp"):
+def remove_leftovers(folder, pattern=f".*.{'[0-9a-f]' * 32}.tmp"):
+    """Remove the temporary files, those of replacing() or of another pattern, that a killed run left in folder."""
+    for path in Path(folder).glob(pattern):
         if path.is_file():
             path.unlink()
 
@@ -657,6 +667,7 @@ def start_worker(function):
         os._exit(1)
 
     threading.Thread(target=end_with_parent, daemon=True).start()
+    os.environ["CUDA_VISIBLE_DEVICES"] = "-1"  # the workers would fight over it
     run_task.function = function
 
 

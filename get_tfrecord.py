@@ -94,7 +94,7 @@ def get_tfrecord(data_dir=DATA_DIR, work_dir=WORK_DIR, num_workers=NUM_WORKERS, 
         manifest["report"] = {**tally_report(tallies, users), **manifest["report"]}
         check_enough(manifest)
         write_json(folder / "manifest.json", manifest)
-        remove_others(folder, manifest)
+    remove_others(folder, manifest)
     print_report(manifest)
     return manifest
 

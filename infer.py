@@ -20,8 +20,6 @@ import shutil
 import sys
 from pathlib import Path
 
-import numpy as np
-
 from get_indexing import (
     DATA_DIR,
     NUM_WORKERS,
@@ -50,6 +48,8 @@ from get_indexing import (
     split_click,
 )
 from get_tfrecord import ClickEncoder
+
+import numpy as np
 
 CLICKS_DIR = f"{DATA_DIR}/click_seq"  # the users to rank for; name another folder to rank for others
 RANKING_DIR = f"{WORK_DIR}/ranking"  # one for each folder of users
@@ -80,7 +80,7 @@ def infer(clicks_dir=CLICKS_DIR, work_dir=WORK_DIR, ranking_dir=RANKING_DIR, top
     """Write the ranking of each click file as soon as it is whole, and return all paths; those still good are kept."""
     folder, work_dir = Path(ranking_dir).absolute(), Path(work_dir).absolute()
     folder.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(folder)
+    remove_parts(folder)
     index, model = load_index(work_dir), read_json(work_dir / "model/model.json", "train.py")
     made_with = {
         "model": model.get("id"),
@@ -99,13 +99,13 @@ def infer(clicks_dir=CLICKS_DIR, work_dir=WORK_DIR, ranking_dir=RANKING_DIR, top
     with map_files(rank, tasks, "rank", num_workers) as results:
         parts = chain(zip(*of_task, strict=True) for of_task in zip(tasks, results, strict=True))
         for path, of_file in itertools.groupby(parts, key=lambda part: part[0].path):
-            tally = join_parts(outputs[path], of_file)
-            made_from = made_with | {"clicks": str(clicks_dir), "input": tally.hexdigest()}
-            append_manifest(folder, outputs[path], manifest, made_from)
+            made_from = made_with | {"clicks": str(clicks_dir)}
+            tally, manifest[outputs[path].name] = join_parts(outputs[path], of_file, made_from)
             users += tally.lines - tally.skipped.total()
-    remove_leftovers(folder)  # of a task that was tried twice
+    remove_parts(folder)  # of a task that was tried twice
     for name, of_file in sorted(manifest.items()):
-        if of_file["clicks"] == str(clicks_dir) and folder / name not in outputs.values() and (folder / name).exists():
+        is_gone = folder / name not in outputs.values() and same_folder(of_file["clicks"], clicks_dir)
+        if is_gone and (folder / name).exists():
             print(
                 f"{folder / name}: no click file of this name any more; remove it if it should not be published",
                 file=sys.stderr,
@@ -116,17 +116,25 @@ def infer(clicks_dir=CLICKS_DIR, work_dir=WORK_DIR, ranking_dir=RANKING_DIR, top
     return list(outputs.values())
 
 
-def join_parts(output, parts):
-    """Write a ranking from its parts, (FileRange, Tally) in order, and return the Tally of all."""
+def join_parts(output, parts, made_from):
+    """Write a ranking from its parts, (FileRange, Tally) in order; return (Tally of all, its entry of the manifest).
+
+    The entry, which knows the ranking by its hash, is written just before: no ranking stands that the manifest lacks.
+    """
     tallies = Tallies()
-    with replacing(output) as temporary, open(temporary, "wb") as whole:
-        for file_range, tally in parts:  # gzip files in a row are one gzip file
-            with open(part_of(output.parent, file_range), "rb") as part:
-                shutil.copyfileobj(part, whole)
-            part_of(output.parent, file_range).unlink()
-            tallies.extend([tally])
+    with replacing(output, durable=False) as temporary:
+        with open(temporary, "wb") as whole:
+            for file_range, tally in parts:  # gzip files in a row are one gzip file
+                with open(part_of(output.parent, file_range), "rb") as part:
+                    shutil.copyfileobj(part, whole)
+                part_of(output.parent, file_range).unlink()
+                tallies.extend([tally])
         tallies.check()
-    return tallies[file_range.path]
+        (tally,) = tallies.values()
+        entry = made_from | {"input": tally.hexdigest(), "sha256": file_fingerprint(temporary)}
+        with open(output.parent / "manifest.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps({output.name: entry}) + "\n")
+    return tally, entry
 
 
 def read_manifest(folder):
@@ -143,20 +151,18 @@ def read_manifest(folder):
     return manifest
 
 
-def append_manifest(folder, output, manifest, made_from):
-    """Add a finished ranking, by its hash, to the manifest and its file."""
-    manifest[output.name] = made_from | {"sha256": file_fingerprint(output)}
-    with open(folder / "manifest.jsonl", "a", encoding="utf-8") as file:
-        file.write(json.dumps({output.name: manifest[output.name]}) + "\n")
-
-
 def check_folder(made_from, output, clicks_dir):
     """Refuse to write over the ranking of another folder's file of the same name."""
-    if made_from and made_from["clicks"] != str(clicks_dir) and output.exists():
+    if made_from and not same_folder(made_from["clicks"], clicks_dir) and output.exists():
         raise InputError(
             f"{output} is the ranking of a file in {made_from['clicks']}, not in {clicks_dir}; give this folder a "
             "RANKING_DIR of its own in infer.py"
         )
+
+
+def same_folder(one, other):
+    """Return whether two paths are of the same folder, however they are written."""
+    return Path(one).resolve() == Path(other).resolve()
 
 
 def standing_rankings(outputs, manifest, made_with, num_workers):
@@ -190,7 +196,13 @@ def read_digests(ranges):
 
 def part_of(folder, file_range):
     """Return the path of the ranking of one FileRange, until it is joined with the others of its file."""
-    return folder / f".{input_name(file_range.path)}.json.gz.{file_range.start}.tmp"
+    return folder / f".{input_name(file_range.path)}.json.gz.{file_range.start}.part"
+
+
+def remove_parts(folder):
+    """Remove what a killed run left in folder."""
+    remove_leftovers(folder)
+    remove_leftovers(folder, ".*.json.gz.*.part")
 
 
 def rank_ranges(ranges, folder, work_dir, made_with):
@@ -200,7 +212,7 @@ def rank_ranges(ranges, folder, work_dir, made_with):
         tallies.append(Tally(file_range.path))
         users = read_records(tallies[-1], parse_clicks, file_range)
         with (
-            replacing(part_of(folder, file_range)) as temporary,
+            replacing(part_of(folder, file_range), durable=False) as temporary,
             open(temporary, "wb") as file,
             gzip.GzipFile("", "wb", GZIP_LEVEL, file, mtime=0) as packed,
         ):

@@ -12,11 +12,6 @@ import functools
 import os
 from typing import NamedTuple
 
-import keras
-import numpy as np
-import tensorflow as tf
-from keras import layers, ops
-
 from get_dataset import ITEM_MAX_LEN, NUM_NEGATIVES, column_table, read_windows, shards_of
 from get_indexing import (
     FIRST_VIDEO,
@@ -32,9 +27,14 @@ from get_indexing import (
 )
 from get_tfrecord import USER_MAX_LEN
 
+import keras
+import numpy as np
+import tensorflow as tf
+from keras import layers, ops
+
 EMB_DIM = 64  # of the embeddings and of both towers' vectors
 NUM_HEADS = 2
-USER_BLOCKS = 1  # transformer blocks of the user tower
+USER_BLOCKS = 2  # transformer blocks of the user tower
 ITEM_BLOCKS = 0  # transformer blocks of the column tower; one makes a step three times as long and gains nothing
 FFN_RATIO = 2  # width of a block's feed-forward layer, in EMB_DIM
 DROPOUT = None  # None: 1 / sqrt(clicks per video), within DROPOUT_RANGE: a video seen often needs less of it

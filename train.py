@@ -30,10 +30,6 @@ import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
-import keras
-import numpy as np
-import tensorflow as tf
-
 from get_dataset import (
     DATASET_CONSTANTS,
     ITEM_MAX_LEN,
@@ -84,6 +80,10 @@ from model_tf2 import (
     training_loss,
 )
 
+import keras
+import numpy as np
+import tensorflow as tf
+
 EPOCHS = 12  # at most; the learning rate falls along a cosine over so many
 PATIENCE = 4  # epochs without a better validation NDCG@10 before training ends
 LEARNING_RATE = 3e-3  # of Adam, at the start
@@ -94,7 +94,7 @@ WARM_RATE = 0.3  # of LEARNING_RATE, then
 SEED = 1  # of weights, dropout, shuffling and negatives
 MEMORY = True  # False leaves the plain two towers
 MEMORY_DECAYS = (0.7, 0.9)  # per click between two that are counted as near; chosen on validation
-MEMORY_WEIGHTS = tuple(tenth / 10 for tenth in range(11))  # of the memory in the mix; chosen on validation
+MEMORY_WEIGHTS = tuple(tenth / 10 for tenth in range(10))  # of the memory in the mix; chosen on validation
 REPEATS = (1.0, 0.5, 0.001)  # factors for columns that the user clicked before; chosen on validation
 CLUSTER_TIMEOUT = 600  # seconds that a worker waits for the others
 SCORES_AT_ONCE = 4_000_000  # numbers in a block of evaluated scores: bounds the memory needed
@@ -141,7 +141,7 @@ def train(work_dir=WORK_DIR, record_constants=None, epochs=EPOCHS, patience=PATI
     run = {
         "constants": dict(
             EPOCHS=epochs, PATIENCE=patience, LEARNING_RATE=learning_rate, LOWEST_RATE=LOWEST_RATE,
-            WARM_EPOCHS=warm_epochs, WARM_RATE=WARM_RATE, LOSS=loss, SEED=seed,
+            WARM_START=warm_start, WARM_EPOCHS=warm_epochs, WARM_RATE=WARM_RATE, LOSS=loss, SEED=seed,
             MEMORY=use_memory, MEMORY_DECAYS=MEMORY_DECAYS, MEMORY_WEIGHTS=MEMORY_WEIGHTS, REPEATS=REPEATS,
             **DATASET_CONSTANTS, **MODEL_CONSTANTS,
         ),
@@ -623,7 +623,9 @@ def grow(old, new, index):
 def publish(folder, model, memory, chosen, manifest, index, run, table, ranks, users):
     """Write weights, memory and tables under names of their own; then model.json, whose rename publishes all."""
     remove_leftovers(folder)
-    with open(folder / ".room.tmp", "wb") as room:  # h5py does not survive a full disk, so ask for the room before
+    with open(
+        folder / f".room.{'0' * 32}.tmp", "wb"
+    ) as room:  # h5py does not survive a full disk, so ask for the room before
         room.writelines([*(weight.tobytes() for weight in model.get_weights()), bytes(1 << 20)])
     remove_leftovers(folder)
     saved = {

@@ -76,6 +76,8 @@ def test_what_a_script_imports_from_another_is_made_there():
 def test_a_script_runs_only_when_it_is_the_one_started(script):
     allowed = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AugAssign, ast.AnnAssign)
     first, *others, last = tree_of(script).body
+    if script == "get_indexing":  # TensorFlow reads its environment when it is imported
+        others = [node for node in others if not ast.unparse(node).startswith("os.environ.setdefault('TF_CPP")]
     assert isinstance(first, ast.Expr) and isinstance(first.value.value, str)
     assert [type(node) for node in others if not isinstance(node, allowed)] == []
     assert ast.unparse(last) == "if __name__ == '__main__':\n    run_script(main)"

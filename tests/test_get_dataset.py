@@ -3,10 +3,6 @@
 import hashlib
 import shutil
 
-import numpy as np
-import pytest
-import tensorflow as tf
-
 import get_dataset as script
 import get_indexing as toolbox
 from get_dataset import (
@@ -20,6 +16,10 @@ from get_dataset import (
 )
 from get_indexing import FileRange, Index, InputError, get_indexing
 from get_tfrecord import ClickEncoder, get_tfrecord, write_windows
+
+import numpy as np
+import pytest
+import tensorflow as tf
 
 CONSTANTS = dict(USER_MAX_LEN=12, WINDOW_OVERLAP=4, MIN_HISTORY=1, HELD_OUT_USERS=30)
 INDEX = Index({"a": 2, "b": 3, "c": 4}, {"c1": [2, 3], "c2": [4]})

@@ -14,8 +14,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 import get_indexing as script
 from get_indexing import (
     FileRange,
@@ -32,6 +30,8 @@ from get_indexing import (
     read_records,
     split_click,
 )
+
+import pytest
 
 ROOT = Path(__file__).parent.parent
 PAIR = {"c1": ["v1", "v2"], "c2": ["v2", "v3"]}

@@ -11,13 +11,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-from tensorflow.train import SequenceExample
-
 import get_indexing as toolbox
 import get_tfrecord as script
 from get_indexing import InputError, cut_files, get_indexing
 from get_tfrecord import ClickEncoder, UserSketch, cut_windows, get_tfrecord, split_windows, survey
+
+import pytest
+from tensorflow.train import SequenceExample
 
 COLUMNS = {"c1": ["v1", "v2"], "c2": ["v3"], "c_3": ["v_4", "v5"]}  # v1 2, v2 3, v3 4, v_4 5, v5 6
 CLICKS = {  # click: (video number, column number), by hand

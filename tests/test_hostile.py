@@ -12,11 +12,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
-import pytest
-import tensorflow as tf
-from conftest import _clicks_like_real, _raw, _write_lines
-
 import get_dataset
 import get_indexing as get_indexing_module
 import train as train_module
@@ -33,6 +28,11 @@ from get_indexing import (
 from get_tfrecord import get_tfrecord
 from infer import Ranker, infer
 from train import load_model, train
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from conftest import _clicks_like_real, _raw, _write_lines
 
 ROOT = Path(__file__).parents[1]
 READ_CASES, CHAIN_CASES, RANK_CASES = 1200, 20, 40  # files read, folders through two scripts, blocks of users ranked

@@ -9,10 +9,6 @@ import os
 import shutil
 from collections import Counter
 
-import numpy as np
-import pytest
-from conftest import _clicks_like_real, _raw, _write_lines
-
 import get_dataset
 import infer as infer_module
 import train as train_module
@@ -22,6 +18,10 @@ from get_tfrecord import get_tfrecord
 from infer import Ranker, infer, print_example
 from model_tf2 import Memory, Scorer, count_windows
 from train import MEMORY_DECAYS, train
+
+import numpy as np
+import pytest
+from conftest import _clicks_like_real, _raw, _write_lines
 
 REAL = _clicks_like_real(150, seed=31)
 HEARD = ["t0a-1_t0a", "t0b-2"]  # clicks of a user whom the model knows
@@ -412,8 +412,13 @@ def test_a_ranking_of_another_click_folder_is_never_overwritten_and_not_called_g
     assert "any more" not in capsys.readouterr().err and computed_again(two) == set()
 
 
+def test_a_click_folder_may_be_named_by_another_path(two, monkeypatch):
+    monkeypatch.chdir(two / "asked")
+    assert computed_again(two, asked="click_seq") == computed_again(two, asked="../asked/click_seq") == set()
+
+
 def test_files_and_folders_of_others_stay_and_disturb_nothing(two):
-    notes = {"notes.txt": b"mine", "old/one.json.gz": b"kept", ".hidden": b"x", "other.json.gz": b"not ours"}
+    notes = {"notes.txt": b"mine", "old/one.json.gz": b"kept", ".mine.tmp": b"x", "other.json.gz": b"not ours"}
     for name, data in notes.items():
         (two / "ranking" / name).parent.mkdir(exist_ok=True)
         (two / "ranking" / name).write_bytes(data)
@@ -480,7 +485,8 @@ def test_a_truncated_gzip_file_stops_and_leaves_no_output(own):
 
 
 def test_what_a_killed_run_left_is_removed(two):
-    (two / "ranking/.one.json.gz.0.tmp").write_bytes(b"half")
+    for name in (".one.json.gz.0.part", f".one.json.gz.{'0' * 32}.tmp", f".one.json.gz.0.part.{'f' * 32}.tmp"):
+        (two / "ranking" / name).write_bytes(b"half")
     rank_own(two)
     assert not list((two / "ranking").glob(".*"))
 

@@ -5,11 +5,6 @@ import itertools
 import random
 from collections import Counter, defaultdict
 
-import numpy as np
-import pytest
-import tensorflow as tf
-from conftest import _raw
-
 import get_dataset
 import get_indexing as toolbox
 import model_tf2
@@ -34,6 +29,11 @@ from model_tf2 import (
     mix,
     training_loss,
 )
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from conftest import _raw
 
 NUM_VIDEOS, NUM_COLUMNS, DIM = 30, 6, 8
 LAST_VIDEO = FIRST_VIDEO + NUM_VIDEOS - 1
@@ -703,6 +703,8 @@ def test_a_bounded_table_keeps_totals_exact_and_the_strongest_columns(records, t
         expected[place] = value
     assert np.allclose(kept.sum(axis=1), expected.sum(axis=1), rtol=1e-5)
     assert (np.count_nonzero(kept[:, 1:, 0], axis=1) <= 2).all() and kept[:, 0].any()
+    strongest = np.sort(expected[:, 1:].sum(axis=2), axis=1)[:, -2:]
+    assert np.allclose(np.sort(kept[:, 1:].sum(axis=2), axis=1)[:, -2:], strongest, rtol=1e-5)
     near = {(v, c): w for v in range(rows) for c in range(size) if (w := expected[v, c]).any()}
     assert agree(Counts(clicks, as_pairs(near, size), follows), trained_on, index)
 

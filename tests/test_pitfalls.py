@@ -1,22 +1,18 @@
-"""Traps of Keras and TensorFlow that the README lists in a line each: seen, and so known again when they go.
+"""Traps of Keras and TensorFlow that the README lists in a line each, as seen with Keras 3.12.4 and 3.15.1.
 
-The name of a test stands at the end of its line in the README.
+The name of a test stands at the end of its line there; a test that fails with a newer version tells that a trap is gone.
 """
 
 import importlib.util
 import math
 import warnings
 
+from train import LazyAdam
+
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-
-from train import LazyAdam
-
-pytestmark = pytest.mark.skipif(
-    tuple(map(int, keras.__version__.split(".")[:2])) < (3, 15), reason="seen with Keras 3.15; former ones differ"
-)
 
 
 class Small(keras.Model):
@@ -145,7 +141,10 @@ def test_adam_moves_every_row():
 
 
 def test_number_beyond_the_table():
-    with tf.device("CPU:0"), pytest.raises(tf.errors.InvalidArgumentError, match=r"indices\[0\] = 3 is not in \[0, 3\)"):
+    with (
+        tf.device("CPU:0"),
+        pytest.raises(tf.errors.InvalidArgumentError, match=r"indices\[0\] = 3 is not in \[0, 3\)"),
+    ):
         keras.layers.Embedding(3, 2)(tf.constant([3]))
 
 
@@ -222,9 +221,11 @@ def test_unknown_activation(tmp_path):
 
 def test_longer_than_the_shape():
     """padded_batch with a fixed length raises on a longer element, when it is read."""
-    dataset = tf.data.Dataset.from_tensors([1, 2, 3]).padded_batch(1, padded_shapes=[2])
-    with pytest.raises(tf.errors.DataLossError, match="2"):
-        next(iter(dataset))
+    spec = tf.TensorSpec([None], tf.int32)
+    dataset = tf.data.Dataset.from_generator(lambda: iter([[1, 2], [1, 2, 3]]), output_signature=spec)
+    assert len(list(dataset.padded_batch(1, padded_shapes=[3]))) == 2
+    with pytest.raises(tf.errors.DataLossError, match="pad to a smaller size"):
+        list(dataset.padded_batch(1, padded_shapes=[2]))
 
 
 def test_wrong_cardinality():
@@ -239,7 +240,7 @@ def test_wrong_cardinality():
 def test_tensorboard_is_missing(tmp_path):
     model = keras.Sequential([keras.Input([1]), keras.layers.Dense(1)])
     model.compile(loss="mse")
-    with pytest.raises(ImportError, match="(?i)tensorboard"):
+    with pytest.raises(Exception, match="TensorBoard is not installed"):
         model.fit(np.ones([1, 1]), np.ones([1, 1]), verbose=0, callbacks=[keras.callbacks.TensorBoard(tmp_path)])
 
 

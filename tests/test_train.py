@@ -1,10 +1,39 @@
-"""Training, its evaluation beside the baselines, and what is kept of it."""
+"""Training, its evaluation beside the baselines, what is kept of it, and what happens to the model that stands."""
 
+import contextlib
 import csv
 import hashlib
+import importlib
+import io
 import json
+import os
+import re
 import shutil
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
+
+import get_dataset
+import model_tf2
+import train as train_module
+from get_dataset import DATASET_CONSTANTS, held_out, load_manifest
+from get_indexing import CHAIN, FIRST_VIDEO, Index, InputError, cluster_place, get_indexing, load_index
+from get_tfrecord import get_tfrecord, record_constants
+from model_tf2 import MODEL_CONSTANTS, Memory, Mix, Scorer, build_model, count_windows
+from train import (
+    MEMORY_DECAYS,
+    MEMORY_WEIGHTS,
+    REPEATS,
+    all_rankings,
+    grow,
+    load_model,
+    make_table,
+    metrics_of,
+    rank_of,
+    ranks_of,
+    train,
+)
 
 import keras
 import numpy as np
@@ -12,25 +41,17 @@ import pytest
 import tensorflow as tf
 from conftest import _clicks_like_real, _raw
 
-import get_dataset
-import train as train_module
-from get_dataset import load_manifest, make_dataset
-from get_indexing import InputError, cluster_place, get_indexing
-from get_tfrecord import get_tfrecord, split_of
-from model_tf2 import MEMORY_CLICKS, PLAIN_TOWERS, Memory, build_model, count_clicks, count_memories
-from train import (
-    all_rankings,
-    choose_mix,
-    evaluate,
-    load_model,
-    metrics_of,
-    rank_of,
-    target_scorer,
-    train,
-)
+ROOT = Path(__file__).parents[1]
+USERS, HELD_OUT = 150, 40
+SETTINGS = record_constants(held_out_users=HELD_OUT)
+TINY = dict(record_constants=SETTINGS, emb_dim=8, epochs=3, warm_epochs=2)
+METRICS = {"HR@10", "NDCG@10", "MRR", "GAUC"}
 
-RATIOS = dict(val_ratio=0.2, test_ratio=0.2)
-TINY = dict(emb_dim=8, memory=False)
+
+def split_of(uid):
+    """By the hash of the uid: the lowest are for validation, the highest for the test."""
+    draw = int.from_bytes(hashlib.blake2b(uid.encode(), digest_size=8).digest(), "big") / 2**64
+    return "val" if draw < HELD_OUT / USERS else "test" if draw >= 1 - HELD_OUT / USERS else "train"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -41,37 +62,75 @@ def few_steps():
         yield
 
 
+def make_records(raw, work_dir):
+    get_indexing(raw, work_dir)
+    get_tfrecord(raw, work_dir, held_out_users=HELD_OUT, num_workers=1)
+
+
 @pytest.fixture(scope="module")
 def records(tmp_path_factory):
     """A work folder with the index and the records of 150 users with structured clicks; nothing is trained there."""
     folder = tmp_path_factory.mktemp("records")
-    raw = _raw(folder / "raw", **_clicks_like_real(150, seed=21))
-    get_indexing(raw, folder / "work")
-    get_tfrecord(raw, folder / "work", **RATIOS)
+    make_records(_raw(folder / "raw", **_clicks_like_real(USERS, seed=21)), folder / "work")
     return folder / "work"
 
 
 @pytest.fixture(scope="module")
-def users():
-    """The same users' clicks as {uid: [(vid, cid or None), ...]}, taken apart without the scripts."""
-    taken = {}
-    for uid, clicks in _clicks_like_real(150, seed=21)["users"]:
-        taken[uid] = [(click.split("_") + [None])[:2] for click in clicks]
+def users(records):
+    """The same users' clicks as {uid: [(video number, column number), ...]}, taken apart without the scripts."""
+    index, taken = load_index(records), {}
+    numbers = {cid: number for number, cid in enumerate(index.columns, start=1)}
+    for uid, clicks in _clicks_like_real(USERS, seed=21)["users"]:
+        parts = [(click.split("_") + [None])[:2] for click in clicks]
+        taken[uid] = [(index.videos[vid], numbers.get(cid, 0)) for vid, cid in parts]
     return taken
+
+
+def target_place(history):
+    """The place of the last click in a column that has a history; every column is current."""
+    return max(at for at, (_, column) in enumerate(history) if at and column)
+
+
+def train_and_listen(*arguments, **options):
+    """Return (what train() returned, what it printed)."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        returned = train(*arguments, **options)
+    return returned, printed.getvalue()
 
 
 @pytest.fixture(scope="module")
 def trained(records, tmp_path_factory):
-    """(work folder after three epochs of train(), what it returned)."""
-    work_dir = tmp_path_factory.mktemp("trained") / "work"
-    shutil.copytree(records, work_dir)
-    return work_dir, train(work_dir, epochs=3, emb_dim=8)
+    """(work folder after three epochs of train(), what it returned, what it printed)."""
+    work_dir = shutil.copytree(records, tmp_path_factory.mktemp("trained") / "work")
+    return work_dir, *train_and_listen(work_dir, **TINY)
+
+
+@pytest.fixture(scope="module")
+def second_day(trained, tmp_path_factory):
+    """The trained folder on the next day: two clicks more a user, a new video on a shelf, and a new column."""
+    folder, rng = tmp_path_factory.mktemp("second"), np.random.default_rng(29)
+    first = _clicks_like_real(USERS, seed=21)
+    columns = first["columns"] | {"t0a": [*first["columns"]["t0a"], "fresh"], "late": ["fresh", "t1a-0"]}
+    users = []
+    for uid, clicks in first["users"]:
+        cids = rng.choice([*columns, "late"], 2)
+        users.append((uid, [*clicks, *(f"{rng.choice(columns[cid])}_{cid}" for cid in cids)]))
+    work_dir = shutil.copytree(trained[0], folder / "work")
+    make_records(_raw(folder / "raw", columns=columns, users=users), work_dir)
+    return work_dir
+
+
+@pytest.fixture(scope="module")
+def warm(second_day, tmp_path_factory):
+    """(work folder after a warm run on the second day, what it returned, what it printed)."""
+    work_dir = shutil.copytree(second_day, tmp_path_factory.mktemp("warm") / "work")
+    return work_dir, *train_and_listen(work_dir, **TINY)
 
 
 @pytest.fixture
 def fresh(records, tmp_path):
-    """A function name -> another work folder with the records, not trained."""
-    return lambda name: shutil.copytree(records, tmp_path / name)
+    """A copy of the folder with the records, not trained."""
+    return shutil.copytree(records, tmp_path / "work")
 
 
 @pytest.fixture
@@ -80,44 +139,61 @@ def own(trained, tmp_path):
     return shutil.copytree(trained[0], tmp_path / "work")
 
 
-def weights_of(work_dir):
-    """The best weights so far, and those after the last epoch, as arrays."""
-    with np.load(work_dir / "model/checkpoint.npz") as checkpoint:
-        last = [checkpoint[name] for name in checkpoint if name != "state"]
-    return towers_of(work_dir) + last
+@pytest.fixture
+def today(second_day, tmp_path):
+    """A copy of the folder of the second day, in which the first day's model stands."""
+    return shutil.copytree(second_day, tmp_path / "work")
+
+
+def saved_in(work_dir):
+    return json.loads((work_dir / "model/model.json").read_text(encoding="utf-8"))
 
 
 def towers_of(work_dir):
     """The weights that load_model gives."""
-    return [variable.numpy() for variable in load_model(work_dir)[0].trainable_variables]
+    return [variable.numpy() for variable in load_model(work_dir).model.trainable_variables]
 
 
 def same(a, b):
     return len(a) == len(b) and all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
 
 
+def history_of(work_dir):
+    """The rows of history.csv, but for the seconds."""
+    with open(work_dir / "model/history.csv", newline="") as file:
+        return [{name: value for name, value in row.items() if name != "seconds"} for row in csv.DictReader(file)]
+
+
+def published(work_dir):
+    """The bytes of all that ranks or that one reads of the model that stands."""
+    names = {"model.json", "metrics.json", "test.csv"}
+    paths = [path for path in (work_dir / "model").glob("*.*") if path.name in names or path.suffix in (".h5", ".npz")]
+    return {path.name: path.read_bytes() for path in paths if path.name != "checkpoint.npz"}
+
+
 def edit_json(path, change):
     value = json.loads(path.read_text(encoding="utf-8"))
-    path.write_text(json.dumps(change(value) or value), encoding="utf-8")
+    path.write_text(json.dumps(change(value)), encoding="utf-8")
 
 
 # ---------------------------------------------------------------- ranks and metrics
 
 
-def brute_rank(scores, target):
-    """Place of column number `target` in a sorted list, where equal scores go by column number."""
-    order = sorted(range(1, len(scores) + 1), key=lambda column: (-scores[column - 1], column))
-    return 1 + order.index(target)
+def brute_rank(scores, place):
+    """Rank of a place in a sorted list, where equal scores go by place."""
+    order = sorted(range(len(scores)), key=lambda column: (-scores[column], column))
+    return 1 + order.index(place)
+
+
+def gain(rank):
+    return (rank <= 10) / np.log2(rank + 1)
 
 
 def test_ranks_are_places_in_the_sorted_list_and_of_equal_scores_the_first_column_wins():
     rng = np.random.default_rng(22)
-    scores, targets = rng.integers(0, 4, [200, 9]).astype(float), rng.integers(1, 10, 200)
-    assert rank_of(scores, targets).tolist() == [brute_rank(s, t) for s, t in zip(scores, targets, strict=True)]
-
-
-def test_a_ranking_of_equal_scores_gains_nothing_by_being_equal():
-    assert rank_of(np.zeros([3, 5]), np.array([1, 3, 5])).tolist() == [1, 3, 5]
+    scores, places = rng.integers(0, 4, [200, 9]).astype(float), rng.integers(0, 9, 200)
+    assert rank_of(scores, places).tolist() == [brute_rank(s, p) for s, p in zip(scores, places, strict=True)]
+    assert rank_of(np.zeros([3, 5]), np.array([0, 2, 4])).tolist() == [1, 3, 5]
 
 
 def test_metrics_are_those_of_the_field():
@@ -131,12 +207,70 @@ def test_metrics_are_those_of_the_field():
 
 def test_gauc_is_the_mean_over_pairs_of_a_target_and_another_column():
     rng = np.random.default_rng(23)
-    scores, targets = rng.permutation(40 * 7).reshape(40, 7), rng.integers(1, 8, 40)
-    pairs = [scores[i, t - 1] > scores[i, c] for i, t in enumerate(targets) for c in range(7) if c != t - 1]
-    assert metrics_of(rank_of(scores, targets), 7)["GAUC"].mean() == pytest.approx(np.mean(pairs))
+    scores, places = rng.permutation(40 * 7).reshape(40, 7), rng.integers(0, 7, 40)
+    pairs = [scores[i, p] > scores[i, c] for i, p in enumerate(places) for c in range(7) if c != p]
+    assert metrics_of(rank_of(scores, places), 7)["GAUC"].mean() == pytest.approx(np.mean(pairs))
 
 
-# ---------------------------------------------------------------- places in a cluster
+# ---------------------------------------------------------------- the table
+
+
+def make_users(histories, clicked_before):
+    return {"place": np.zeros(len(histories), int), "history": np.array(histories),
+            "clicked_before": np.array(clicked_before, bool)}  # fmt: skip
+
+
+def test_intervals_are_those_of_redrawn_users():
+    """Of two users, one a hit: means are 0, 1/2 or 1, a quarter of the draws each at the ends. Of many: as normal."""
+    two = make_table({"row": np.array([1, 99])}, make_users([1, 2], [0, 1]), 100)["test"]["row"]
+    assert (two["low"], two["NDCG@10"], two["high"]) == (0, 0.5, 1)
+    same_for_all = make_table({"row": np.array([2] * 9)}, make_users(range(9), [0] * 9), 100)["test"]["row"]
+    assert [same_for_all[name] for name in ("low", "NDCG@10", "high")] == pytest.approx([1 / np.log2(3)] * 3)
+    ranks = np.random.default_rng(25).integers(1, 20, 400)
+    gains = np.array([gain(rank) for rank in ranks])
+    many = make_table({"row": ranks}, make_users(range(400), [0] * 400), 100)["test"]["row"]
+    half = 1.96 * gains.std() / 20
+    assert many["low"] == pytest.approx(gains.mean() - half, abs=0.2 * half)
+    assert many["high"] == pytest.approx(gains.mean() + half, abs=0.2 * half)
+    assert many["low"] < many["NDCG@10"] == pytest.approx(gains.mean())
+
+
+def test_notes_say_what_is_better_and_what_is_within_the_noise():
+    final = np.arange(40) % 4 + 2
+    rows = {"worse": final + 1, "equal": final, "better": final - 1, "ahead": np.where(np.arange(40) < 3, 1, final + 8),
+            "mix": final}  # fmt: skip
+    notes = make_table(rows, make_users(range(40), [0] * 40), 50)["notes"]
+    by_row = {row: [note for note in notes if note.startswith(f"{row!r} ")] for row in rows}
+    assert by_row["worse"] == [] and by_row["mix"] == []
+    (equal,) = by_row["equal"]
+    assert "within the noise of 'mix' in NDCG@10: +0.0000, 95 % +0.0000 to +0.0000" in equal
+    better, in_others = by_row["better"]
+    assert "better than 'mix' in NDCG@10: +0." in better and in_others == "'better' is ahead of 'mix' in MRR, GAUC"
+    assert not any("NDCG" in note for note in by_row["ahead"])
+
+
+def test_slices_are_the_means_of_their_users_which_add_up_and_an_empty_slice_has_none():
+    ranks = np.array([1, 2, 3, 30])
+    slices = make_table({"row": ranks}, make_users([5, 1, 9, 7], [0, 0, 0, 0]), 50)["slices"]
+    expected = {"up to 6 clicks": [1, 2], "more than 6": [3, 30], "clicked before": [], "never clicked": ranks}
+    assert list(slices) == list(expected)
+    for name, of_slice in expected.items():
+        assert slices[name]["users"] == len(of_slice)
+        found = np.mean([gain(rank) for rank in of_slice]) if len(of_slice) else None
+        assert slices[name]["row"] == (None if found is None else pytest.approx(found))
+
+
+def test_the_printed_table_shows_intervals_slices_and_notes(trained):
+    printed, metrics = trained[2], json.loads((trained[0] / "model/metrics.json").read_text())
+    for row, of in metrics["test"].items():
+        assert re.search(rf"^{row} +.*{of['NDCG@10']:.4f} +{of['low']:.4f} to {of['high']:.4f}", printed, re.MULTILINE)
+    assert all(f"{name}" in printed for name in metrics["slices"])
+    assert [line for line in printed.splitlines() if line.startswith("Note: ")] == [
+        f"Note: {note}." for note in metrics["notes"]
+    ]
+
+
+# ---------------------------------------------------------------- places in a cluster, and a worker or shard that is lost
 
 
 @pytest.mark.parametrize(
@@ -148,304 +282,469 @@ def test_the_chief_comes_before_the_workers(monkeypatch, kind, number, place):
     assert cluster_place() == place
 
 
+def test_records_that_are_rewritten_under_training_end_it_with_one_line(own, trained, monkeypatch):
+    def gone(*_):
+        raise tf.errors.NotFoundError(None, None, "train-00000.tfrecord; No such file")
+
+    monkeypatch.setattr(train_module, "train_epoch", gone)
+    with pytest.raises(InputError, match=r"the shards changed .*train-00000.*; run get_tfrecord\.py, then train\.py"):
+        train(own, seed=2, **TINY)
+    assert published(own) == published(trained[0])
+
+
+def test_what_a_lost_worker_raises_is_one_line_in_a_cluster_alone(monkeypatch):
+    with pytest.raises(tf.errors.UnavailableError), train_module.lost_worker_named():
+        raise tf.errors.UnavailableError(None, None, "gone")
+    config = {"cluster": {"worker": ["a:1", "b:1"]}, "task": {"type": "worker", "index": 1}}
+    monkeypatch.setenv("TF_CONFIG", json.dumps(config))
+    with pytest.raises(InputError, match="worker 1 of 2 lost another one"), train_module.lost_worker_named():
+        raise tf.errors.UnavailableError(None, None, "gone")
+
+
 # ---------------------------------------------------------------- evaluation
 
 
+@pytest.fixture(scope="module")
+def scoring(records):
+    """(Scorer of towers that learned nothing and the training clicks' memory, Counts, manifest, index)."""
+    manifest, index = load_manifest(records, SETTINGS)
+    counts = count_windows(manifest, ["train"], MEMORY_DECAYS, index, records, num_workers=1)
+    model = build_model(num_videos=60, num_columns=12, emb_dim=8)
+    return Scorer(model, Memory.of_counts(counts, 0, index), index), counts, manifest, index
+
+
+@pytest.fixture(scope="module")
+def training_clicks(users):
+    """What training may know of each user: of held-out ones what comes before their last column click."""
+    return [clicks if split_of(uid) == "train" else clicks[: target_place(clicks)] for uid, clicks in users.items()]
+
+
+def test_every_held_out_user_is_evaluated_once_by_the_last_column_click(records, users, scoring):
+    scorer, _, manifest, _ = scoring
+    for split in ("val", "test"):
+        found = scorer.rankable(held_out(manifest, split, records))
+        rows = zip(found["uid"], found["user_feature"], found["user_column"], found["place"], strict=True)
+        expected = {}
+        for uid, clicks in users.items():
+            if split_of(uid) == split:
+                at = target_place(clicks)
+                expected[uid] = (clicks[:at], clicks[at][1] - 1)
+        assert len(found["uid"]) == len(expected) > 30
+        for uid, videos, columns, place in rows:
+            history = [
+                (video, column) for video, column in zip(videos.tolist(), columns.tolist(), strict=True) if video
+            ]
+            assert (history, place) == expected[uid.decode()]
+
+
 @pytest.mark.parametrize("block", [4_000_000, 100])
-def test_every_target_of_a_split_is_evaluated_once_with_the_clicks_before_it(records, users, monkeypatch, block):
-    """In blocks of few scores too. Histories are the clicks before the target, latest first."""
+def test_ranks_are_those_of_what_is_served_also_in_blocks(records, scoring, monkeypatch, block):
+    """Of each user alone, without padding; a retired column is no target and in no ranking."""
     monkeypatch.setattr(train_module, "SCORES_AT_ONCE", block)
-    manifest, index = load_manifest(records)
-    numbers = {cid: number for number, cid in enumerate(index.columns, start=1)}
-    expected = []
-    for uid, clicks in users.items():
-        if split_of(uid, **RATIOS) == "test":
-            coded = [(index.videos[vid], numbers.get(cid, 0)) for vid, cid in clicks]
-            expected += [(coded[:at][::-1], coded[at][1]) for at in range(1, len(coded)) if coded[at][1]]
-    model, found = build_model(num_videos=60, num_columns=12, emb_dim=8), []
-    column_videos = get_dataset.column_table(index, np.zeros(62, int))
-    for logits, videos, columns, targets in target_scorer(model, column_videos)(
-        make_dataset(manifest, "test", records)
-    ):
-        assert logits.shape == (len(targets), 12) and videos.shape == (len(targets), MEMORY_CLICKS)
-        for history, target in zip(np.stack([videos, columns], 2).tolist(), targets.tolist(), strict=True):
-            found.append(([(video, column) for video, column in history if video], target))
-    assert len(expected) == manifest["splits"]["test"]["targets"] > 100
-    assert sorted(found) == sorted(expected)
+    scorer, _, manifest, index = scoring
+    retired = Index(index.videos, index.columns | {"t0b": []})
+    scorer, by = Scorer(scorer.model, scorer.memory, retired), Mix(MEMORY_DECAYS[0], 0.5, 0.5)
+    everyone = held_out(manifest, "test", records)
+    users = scorer.rankable(everyone)
+    gone = list(index.columns).index("t0b") + 1
+    assert 0 < (everyone["target_column"] == gone).sum() == len(everyone["uid"]) - len(users["uid"])
+    ranks = ranks_of(users, scorer, lambda *clicks: [("mix", scorer.probabilities(*clicks, by))])["mix"]
+    for user, (length, place) in enumerate(zip(users["history"], users["place"], strict=True)):
+        alone = [users[name][user : user + 1, :length] for name in ("user_feature", "user_column")]
+        (scores,) = scorer.probabilities(*alone, by)
+        assert len(scores) == 11 and (scores[place] - scores > 1e-6).sum() <= 11 - ranks[user]
+        assert (scores - scores[place] > 1e-6).sum() <= ranks[user] - 1
 
 
-def test_targets_of_long_histories_in_overlapping_windows_are_evaluated_once(tmp_path):
-    rng = np.random.default_rng(24)
-    columns = {f"c{i}": [f"v{i}"] for i in range(4)}
-    users = [(f"u{u}", [f"v{c}_c{c}" for c in rng.integers(0, 4, rng.integers(2, 60))]) for u in range(60)]
-    raw = _raw(tmp_path / "raw", columns=columns, users=users)
-    index = get_indexing(raw, tmp_path / "work")
-    manifest = get_tfrecord(raw, tmp_path / "work", user_max_len=9, window_overlap=4, **RATIOS)
-    expected = Counter()
-    for uid, clicks in users:
-        if split_of(uid, **RATIOS) == "val":
-            expected.update(int(click[-1]) + 1 for click in clicks[1:])
-    score = target_scorer(
-        build_model(num_videos=4, num_columns=4, emb_dim=8), get_dataset.column_table(index, np.zeros(6, int))
-    )
-    found = Counter()
-    for *_, targets in score(make_dataset(manifest, "val", tmp_path / "work")):
-        found.update(targets.tolist())
-    assert found == expected
-
-
-def test_evaluation_is_the_mean_over_all_blocks():
-    blocks = [(np.eye(3)[[0]], None, None, np.array([1])), (np.eye(3)[[0, 0, 0]], None, None, np.array([2, 3, 1]))]
-    results = evaluate(blocks, iter, lambda scores, *_: [("given", scores), ("turned", -scores)])
-    assert results["given"]["MRR"] == pytest.approx((1 + 1 / 2 + 1 / 3 + 1) / 4)
-    assert results["turned"]["MRR"] == pytest.approx((1 / 3 + 1 + 1 / 2 + 1 / 3) / 4)
-
-
-def test_the_baselines_are_counted_on_the_training_users(records, users):
-    manifest, index = load_manifest(records)
-    numbers = {cid: number for number, cid in enumerate(index.columns, start=1)}
+def test_the_baselines_are_counted_on_the_training_clicks(records, scoring, training_clicks):
+    scorer, counts, manifest, index = scoring
     clicked, follows = np.zeros(13), np.zeros([13, 13])
-    for uid, clicks in users.items():
-        if split_of(uid, **RATIOS) == "train":
-            in_columns = [numbers[cid] for _, cid in clicks if cid]
-            np.add.at(clicked, in_columns, 1)
-            np.add.at(follows, (in_columns[:-1], in_columns[1:]), 1)
+    for clicks in training_clicks:
+        in_columns = [column for _, column in clicks if column]
+        np.add.at(clicked, in_columns, 1)
+        np.add.at(follows, (in_columns[:-1], in_columns[1:]), 1)
     popularity = clicked[1:] / clicked.sum()
-    histories = [[numbers.get(cid, 0) for _, cid in clicks][:-1:][::-1] for clicks in list(users.values())[:40]]
-    columns = np.array([(history + [0] * MEMORY_CLICKS)[:MEMORY_CLICKS] for history in histories])
-    memory = count_memories(manifest, index, count_clicks(manifest, index, records), [0.6], records)[0.6]
-    ranked = dict(
-        all_rankings(manifest, memory, PLAIN_TOWERS, records)(np.zeros([40, 12], np.float32), columns, columns)
-    )
+    users = scorer.rankable(held_out(manifest, "test", records))
+    ranked = dict(all_rankings(scorer, counts, None, None, index)(users["user_feature"], users["user_column"]))
     assert list(ranked) == ["random", "popularity", "own columns", "chain", "towers"]
     assert np.allclose(ranked["popularity"], popularity, rtol=1e-12)
-    for row, history in enumerate(histories):
+    for row, history in enumerate(users["user_column"].tolist()):
         own, chain = 1e-6 * popularity, 1e-6 * popularity
-        for age, column in enumerate(history):
-            if column:
-                own[column - 1] += 0.8**age
-        for turn, column in enumerate([column for column in history if column]):
+        for turn, column in enumerate(column for column in reversed(history) if column):
+            own[column - 1] += 0.8**turn
             chain += 0.8**turn * follows[column, 1:] / follows[column].sum()
         assert np.allclose(ranked["own columns"][row], own, atol=1e-12)
         assert np.allclose(ranked["chain"][row], chain, atol=1e-12)
 
 
-def test_the_random_baseline_ranks_a_target_in_the_middle(trained):
-    assert 0.4 < trained[1]["random"]["GAUC"] < 0.6
-
-
-def test_the_chosen_mix_is_the_best_of_those_tried_counting_its_neighbours(trained):
-    """Of all memory weights and temperatures, with the memory's own constants as chosen."""
-    work_dir, _ = trained
-    manifest, index = load_manifest(work_dir)
-    model, memory, chosen, _ = load_model(work_dir)
-    score, ndcg = target_scorer(model, get_dataset.column_table(index, memory.video_clicks)), Counter()
-    for logits, videos, columns, targets in score(make_dataset(manifest, "val", work_dir)):
-        remembered = np.maximum(memory.scores(videos, columns, chosen.own_weight), 1e-9)
-        remembered /= remembered.sum(axis=1, keepdims=True)
-        for tenths in range(9):
-            for temperature in (1.0, 1.5):
-                weight = tenths / 10
-                towers = np.exp(logits.astype(float) / temperature)
-                mixed = (1 - weight) * towers / towers.sum(axis=1, keepdims=True) + weight * remembered
-                for scores, target in zip(mixed, targets, strict=True):
-                    rank = brute_rank(scores, target)
-                    ndcg[tenths, temperature] += (rank <= 10) / np.log2(rank + 1)
-    steady = {
-        (tenths, temperature): np.mean([ndcg[t, temperature] for t in range(tenths - 1, tenths + 2) if 0 <= t < 9])
-        for tenths, temperature in ndcg
-    }
-    found = steady[round(10 * chosen.memory_weight), chosen.temperature]
-    assert found == pytest.approx(max(steady.values()), rel=1e-4)
+def test_the_chosen_mix_is_the_best_on_validation_of_those_there_are(trained, scoring, records):
+    """By the ranks of scores written down here, of the towers and of the training clicks' memory."""
+    _, counts, manifest, index = scoring
+    model, _, chosen, saved = load_model(trained[0])
+    ndcg = {}
+    for place, decay in enumerate(MEMORY_DECAYS):
+        scorer = Scorer(model, Memory.of_counts(counts, place, index), index)
+        users = scorer.rankable(held_out(manifest, "val", records))
+        clicks = users["user_feature"], users["user_column"]
+        logits = scorer.towers(*clicks).astype(float) / chosen.temperature
+        towers = np.exp(logits - logits.max(axis=1, keepdims=True))
+        towers /= towers.sum(axis=1, keepdims=True)
+        memory = np.maximum(scorer.remembered(*clicks, chosen), 1e-9)
+        memory /= memory.sum(axis=1, keepdims=True)
+        for weight in MEMORY_WEIGHTS:
+            for repeat in REPEATS:
+                mixed = ((1 - weight) * towers + weight * memory) * np.where(scorer.clicked(clicks[1]), repeat, 1)
+                ranks = [brute_rank(scores, place) for scores, place in zip(mixed, users["place"], strict=True)]
+                ndcg[decay, weight, repeat] = np.mean([gain(rank) for rank in ranks])
+    assert ndcg[chosen.decay, chosen.memory_weight, chosen.repeat] == pytest.approx(max(ndcg.values()))
+    assert saved["validation"]["mix"]["NDCG@10"] == pytest.approx(max(ndcg.values()))
 
 
 # ---------------------------------------------------------------- a whole run
 
 
-def test_a_run_writes_weights_memory_model_history_and_metrics(trained):
-    work_dir, test = trained
-    ends = {".".join(path.name.split(".")[-2:]) for path in (work_dir / "model").iterdir() if path.is_file()}
-    named = {"model.json", "metrics.json", "history.csv", "checkpoint.npz"}
-    assert ends == {"weights.h5", "memory.npz", *named}
+def test_a_run_publishes_weights_memory_model_tables_and_history(trained):
+    work_dir, test, _ = trained
+    ends = sorted(".".join(path.name.split(".")[-2:]) for path in (work_dir / "model").iterdir() if path.is_file())
+    assert ends == sorted(["history.csv", "memory.npz", "metrics.json", "model.json", "test.csv", "weights.h5"])
     metrics = json.loads((work_dir / "model/metrics.json").read_text())
-    assert metrics["test"] == test
-    assert {"random", "popularity", "own columns", "chain", "towers", "memory", "mix"} == set(test)
-    assert all(set(values) == {"HR@10", "NDCG@10", "MRR", "GAUC"} for values in test.values())
-    assert all(0 < value <= 1 for values in test.values() for value in values.values())
+    assert metrics["test"] == test == saved_in(work_dir)["test"]
+    assert list(test) == ["random", "popularity", "own columns", "chain", "towers", "memory", "mix"]
+    assert set(metrics["validation"]) == set(test) and metrics["mix"] == saved_in(work_dir)["mix"]
+    for of in test.values():
+        assert set(of) == {*METRICS, "low", "high"} and 0 < of["low"] <= of["NDCG@10"] <= of["high"] <= 1
+    slices = list(metrics["slices"].values())
+    for pair in (slices[:2], slices[2:]):
+        assert sum(of["users"] for of in pair) == sum(split_of(f"user{n}") == "test" for n in range(USERS))
 
 
-def test_the_model_file_vouches_for_its_weights_and_its_memory(trained):
-    folder = trained[0] / "model"
-    saved = json.loads((folder / "model.json").read_text())
+def test_a_line_of_test_csv_for_each_test_user_gives_the_whole_table_again(trained, users):
+    work_dir, test, _ = trained
+    cids = list(load_index(work_dir).columns)
+    with open(work_dir / "model/test.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["uid", "history", "target", "clicked_before", *test]
+    assert sorted(row["uid"] for row in rows) == sorted(uid for uid in users if split_of(uid) == "test")
+    for row in rows:
+        clicks, at = users[row["uid"]], target_place(users[row["uid"]])
+        target = clicks[at][1]
+        before = int(target in [column for _, column in clicks[:at]])
+        assert (row["history"], row["target"], row["clicked_before"]) == (str(at), cids[target - 1], str(before))
+    for name, of in test.items():
+        ranks = np.array([int(row[name]) for row in rows])
+        assert of["NDCG@10"] == pytest.approx(np.mean([gain(rank) for rank in ranks]))
+        assert of["HR@10"] == pytest.approx(np.mean(ranks <= 10)) and of["MRR"] == pytest.approx(np.mean(1 / ranks))
+    assert 0.35 < test["random"]["GAUC"] < 0.65
+
+
+def test_the_model_file_vouches_for_its_files_and_names_every_constant_and_its_value(trained):
+    folder, saved = trained[0] / "model", saved_in(trained[0])
     for part, end in (("weights", ".weights.h5"), ("memory", ".memory.npz")):
         path = folder / saved[part]["file"]
         assert hashlib.sha256(path.read_bytes()).hexdigest() == saved[part]["sha256"]
         assert [found.name for found in folder.glob(f"*{end}")] == [path.name] and path.name.endswith(end)
     assert saved["arguments"]["emb_dim"] == 8
     assert (saved["arguments"]["num_videos"], saved["arguments"]["num_columns"]) == (60, 12)
-    assert saved["user_max_len"] == 50 and saved["item_max_len"] == get_dataset.ITEM_MAX_LEN
+    assert saved["user_max_len"] == SETTINGS["USER_MAX_LEN"] and saved["item_max_len"] == get_dataset.ITEM_MAX_LEN
     assert {"tensorflow", "keras", "numpy", "python"} <= set(saved["versions"])
+    constants = saved["run"]["constants"]
+    assert constants.items() >= {**DATASET_CONSTANTS, **MODEL_CONSTANTS}.items()
+    assert (constants["EPOCHS"], constants["WARM_EPOCHS"], constants["SEED"]) == (3, 2, train_module.SEED)
+    assert tuple(constants["MEMORY_WEIGHTS"]) == MEMORY_WEIGHTS and saved["run"]["records"]["constants"] == SETTINGS
+    for table, module in ((DATASET_CONSTANTS, get_dataset), (MODEL_CONSTANTS, model_tf2)):
+        assert {name: value for name, value in table.items() if name != "MIN_STEPS"} == {
+            name: getattr(module, name) for name in table if name != "MIN_STEPS"
+        }
 
 
 def test_the_history_has_a_line_for_each_epoch_and_the_best_one_is_the_model(trained):
-    folder = trained[0] / "model"
-    with open(folder / "history.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows, saved = history_of(trained[0]), saved_in(trained[0])
     assert [row["epoch"] for row in rows] == ["1", "2", "3"]
     best = max(float(row["NDCG@10"]) for row in rows)
-    assert json.loads((folder / "model.json").read_text())["validation"]["NDCG@10"] == pytest.approx(best)
+    assert saved["validation"]["towers"]["NDCG@10"] == pytest.approx(best)
     assert float(rows[2]["loss"]) < float(rows[0]["loss"])
+    assert len(re.findall(r"^ +[123] .*\|.*\|.* \*$", trained[2], re.MULTILINE)) >= 1  # the best so far is marked
 
 
-def test_the_loaded_model_gives_the_validation_metrics_that_were_kept(trained):
-    work_dir, _ = trained
-    manifest, index = load_manifest(work_dir)
-    model, memory, _, saved = load_model(work_dir)
-    score = target_scorer(model, get_dataset.column_table(index, memory.video_clicks))
-    again = evaluate(make_dataset(manifest, "val", work_dir), score, lambda logits, *_: [("towers", logits)])
-    assert again["towers"] == pytest.approx(saved["validation"])
-
-
-def test_the_kept_memory_is_that_of_the_chosen_decay(trained):
-    work_dir, _ = trained
-    manifest, index = load_manifest(work_dir)
-    _, memory, chosen, _ = load_model(work_dir)
-    counted = count_memories(manifest, index, count_clicks(manifest, index, work_dir), [chosen.decay], work_dir)[
-        chosen.decay
-    ]
-    assert isinstance(memory, Memory)
-    assert np.array_equal(memory.by_video.values, counted.by_video.values)
+def test_what_is_published_remembers_all_clicks_and_what_was_tested_only_those_of_training(
+    trained, users, scoring, records
+):
+    work_dir, test, _ = trained
+    model, memory, chosen, _ = load_model(work_dir)
+    everything = Counter(column for clicks in users.values() for _, column in clicks if column)
+    assert memory.column_clicks.tolist() == [everything[number] for number in range(13)]
+    videos = Counter(video for clicks in users.values() for video, _ in clicks)
+    assert memory.video_clicks.tolist() == [videos[number] for number in range(FIRST_VIDEO + 60)]
+    _, counts, manifest, index = scoring
+    scorer = Scorer(model, Memory.of_counts(counts, MEMORY_DECAYS.index(chosen.decay), index), index)
+    tested = scorer.rankable(held_out(manifest, "test", records))
+    scores = scorer.remembered(tested["user_feature"], tested["user_column"], chosen)
+    ranks = [brute_rank(of_user, place) for of_user, place in zip(scores, tested["place"], strict=True)]
+    assert test["memory"]["NDCG@10"] == pytest.approx(np.mean([gain(rank) for rank in ranks]))
 
 
 def test_the_model_beats_popularity_on_clicks_with_structure(trained):
-    test = trained[1]
-    assert test["mix"]["NDCG@10"] > 1.3 * test["popularity"]["NDCG@10"]
-    assert test["memory"]["NDCG@10"] > 1.3 * test["popularity"]["NDCG@10"]
-    assert test["towers"]["NDCG@10"] > test["popularity"]["NDCG@10"]
+    popularity = trained[1]["popularity"]["NDCG@10"]
+    assert trained[1]["mix"]["NDCG@10"] > 1.3 * popularity and trained[1]["memory"]["NDCG@10"] > 1.3 * popularity
+    assert trained[1]["towers"]["NDCG@10"] > popularity
 
 
-@pytest.fixture
-def chosen_on(monkeypatch):
-    """The users in what choose_mix() is given, written down at each call."""
-    uids = set()
+def refuse(*_, **__):
+    raise AssertionError("this was not to be called")
 
-    def spy(batches, *others):
-        uids.update(uid.decode() for batch in batches.as_numpy_iterator() for uid in batch["uid"])
-        return choose_mix(batches, *others)
+
+def test_a_run_over_the_same_records_with_the_same_constants_does_nothing(own, trained, monkeypatch):
+    for name in ("fit", "finish", "count_windows"):
+        monkeypatch.setattr(train_module, name, refuse)
+    again, printed = train_and_listen(own, **TINY)
+    assert again == trained[1] and "nothing to train: " in printed
+    assert published(own) == published(trained[0]) and history_of(own) == history_of(trained[0])
+
+
+def test_the_choice_is_made_on_validation_users_alone(own, monkeypatch):
+    given, choose = set(), train_module.choose_mix
+
+    def spy(users, *others):
+        given.update(uid.decode() for uid in users["uid"])
+        return choose(users, *others)
 
     monkeypatch.setattr(train_module, "choose_mix", spy)
-    return uids
+    monkeypatch.setattr(train_module, "fit", lambda strategy, scorer, *_: scorer.model.get_weights())
+    train(own, warm_start=False, **TINY | {"epochs": 4})
+    assert given == {f"user{n}" for n in range(USERS) if split_of(f"user{n}") == "val"}
 
 
-def test_a_finished_run_trains_no_further_and_its_mix_is_chosen_on_validation_alone(own, trained, chosen_on):
-    before = (own / "model/history.csv").read_bytes()
-    assert train(own, epochs=3, emb_dim=8) == trained[1]
-    assert (own / "model/history.csv").read_bytes() == before
-    assert same(weights_of(own), weights_of(trained[0]))
-    assert chosen_on == {f"user{n}" for n in range(150) if split_of(f"user{n}", **RATIOS) == "val"}
+def scripted(monkeypatch, *values):
+    """Give the validation NDCG@10 of the epochs these values."""
+    ndcg = iter(values)
+    monkeypatch.setattr(train_module, "agreed", lambda _, metrics: metrics | {"NDCG@10": next(ndcg)})
 
 
-def test_without_memory_the_plain_towers_rank(uninterrupted):
-    test = json.loads((uninterrupted / "model/metrics.json").read_text())["test"]
+def test_training_with_the_other_loss_and_without_memory_ends_when_validation_gets_no_better(fresh, monkeypatch):
+    scripted(monkeypatch, 0.3, 0.5, 0.4, 0.5, 0.2, 0.9)
+    test, printed = train_and_listen(fresh, use_memory=False, loss="bce", patience=3, **TINY | {"epochs": 9})
+    assert [row["NDCG@10"] for row in history_of(fresh)] == [
+        "0.3",
+        "0.5",
+        "0.4",
+        "0.5",
+        "0.2",
+    ]  # of equal ones the first
+    assert [line[-1] == "*" for line in printed.splitlines() if re.match(" +[0-9] ", line)] == [True] * 2 + [False] * 3
     assert list(test)[-1] == "towers" and not {"memory", "mix"} & set(test)
-    assert load_model(uninterrupted)[2].memory_weight == 0
+    chosen = load_model(fresh).mix
+    assert (chosen.memory_weight, chosen.repeat) == (0, 1)
 
 
-def test_where_a_baseline_is_better_the_run_says_so(capsys):
-    values = dict.fromkeys(("HR@10", "NDCG@10"), 0.5)
-    train_module.print_table({"chain": values | {"HR@10": 0.6}, "towers": values}, PLAIN_TOWERS)
-    printed = capsys.readouterr().out
-    assert "'chain' is better than 'towers' in HR@10" in printed and "in NDCG@10" not in printed
+def test_an_unknown_loss_is_refused(fresh):
+    with pytest.raises(InputError, match="LOSS = 'hinge': it must be one of softmax, bce"):
+        train(fresh, loss="hinge", **TINY)
 
 
-def test_training_with_either_loss_ends_when_validation_gets_no_better(fresh, monkeypatch):
-    ndcg = iter([0.3, 0.5, 0.4, 0.5, 0.2, 0.9])
-    evaluated = train_module.evaluate
+# ---------------------------------------------------------------- starting from what stands
 
-    def with_ndcg(*arguments):
-        results = evaluated(*arguments)
-        return {"towers": results["towers"] | {"NDCG@10": next(ndcg)}} if len(results) == 1 else results
 
-    monkeypatch.setattr(train_module, "evaluate", with_ndcg)
-    work_dir = fresh("patience")
-    train(work_dir, epochs=9, patience=3, loss="bce", **TINY)
-    history = (work_dir / "model/history.csv").read_text().splitlines()
-    assert len(history) == 1 + 5  # the best is epoch 2, the first of the equal ones
-    assert json.loads((work_dir / "model/model.json").read_text())["validation"]["NDCG@10"] == 0.5
+def test_a_first_run_starts_from_nothing_and_says_so(trained):
+    assert "training starts from nothing: no model stands; 3 epochs at most" in trained[2]
+
+
+def test_a_warm_run_starts_from_what_stands_says_so_and_takes_its_own_number_of_epochs(warm, trained):
+    date = saved_in(trained[0])["date"]
+    assert f"training starts from the weights of the model of {date}; 2 epochs at most" in warm[2]
+    assert [row["epoch"] for row in history_of(warm[0])] == ["0", "1", "2"]
+    assert history_of(warm[0])[0]["loss"] == ""
+    assert list(warm[1]) == ["random", "popularity", "own columns", "chain", "standing", "towers", "memory", "mix"]
+
+
+def test_epoch_0_is_what_stands_and_the_model_is_never_worse_on_validation(warm, trained):
+    """The first day's towers, as they are served on the second day, whose new video they do not know, do about the same."""
+    rows = [float(row["NDCG@10"]) for row in history_of(warm[0])]
+    assert saved_in(warm[0])["validation"]["towers"]["NDCG@10"] == pytest.approx(max(rows))
+    assert max(rows) >= rows[0]
+
+
+def test_where_no_epoch_is_better_the_weights_that_stand_stay(own, trained, monkeypatch):
+    scripted(monkeypatch, 0.9, 0.1, 0.2)
+    test, printed = train_and_listen(own, seed=2, **TINY)
+    assert same(towers_of(own), towers_of(trained[0]))
+    assert test["standing"] == test["mix"] and "'standing' is within the noise of 'mix'" in printed
+    assert [test[row]["NDCG@10"] for row in trained[1]] == [trained[1][row]["NDCG@10"] for row in trained[1]]
+
+
+def never(*_):
+    raise KeyboardInterrupt
+
+
+def start_of(work_dir, monkeypatch, **options):
+    """What train() prints before it fits, and the first weights that it would fit."""
+    weights = []
+
+    def spy(strategy, scorer, *_):
+        weights.extend(scorer.model.get_weights())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_module, "fit", spy)
+    with contextlib.redirect_stdout(io.StringIO()) as printed, pytest.raises(KeyboardInterrupt):
+        train(work_dir, **TINY | options)
+    return printed.getvalue(), weights
+
+
+def test_a_run_that_cannot_be_warm_starts_from_nothing_and_says_why(own, monkeypatch):
+    path = own / "model/model.json"
+    text = path.read_text(encoding="utf-8")
+    printed, weights = start_of(own, monkeypatch, emb_dim=4)
+    assert "training starts from nothing: the model that stands has emb_dim = 8, now it is 4; 3 epochs" in printed
+    assert weights[0].shape == (62, 4)
+    printed, cold = start_of(own, monkeypatch, warm_start=False, seed=2)
+    assert "from nothing: WARM_START is False; 3 epochs" in printed
+    assert not same(cold, towers_of(own))
+    printed, stands = start_of(own, monkeypatch, seed=2)
+    assert "from the weights of the model of" in printed and same(stands, towers_of(own))
+    edit_json(path, lambda saved: saved | {"index": saved["index"] | {"sha256": "other"}})
+    assert "from nothing: the model that stands was made with another index" in start_of(own, monkeypatch, seed=2)[0]
+    saved = json.loads(text)
+    saved["run"]["records"]["held_out_share"] = 0.2
+    path.write_text(json.dumps(saved), encoding="utf-8")
+    printed, _ = start_of(own, monkeypatch)
+    assert "from nothing: 26.67% of the users are held out, 20.00% when the model that stands was trained" in printed
+
+
+@pytest.mark.parametrize("part", ["weights", "memory"])
+def test_where_the_files_of_what_stands_are_damaged_training_starts_from_nothing(own, monkeypatch, part, capsys):
+    (own / "model" / saved_in(own)[part]["file"]).write_bytes(b"damaged")
+    printed, _ = start_of(own, monkeypatch)
+    assert "training starts from nothing: no model stands" in printed
+    assert "model.json: the weights or the memory that it names are damaged or gone" in capsys.readouterr().err
+
+
+def test_new_videos_get_the_mean_of_their_shelf_new_columns_zeros_and_all_else_is_as_it_was():
+    index = Index(dict.fromkeys("abcdefgh"), {"one": [2, 3, 7], "two": [4, 5, 6], "three": [8]})
+    sizes = dict(emb_dim=4, num_heads=2, user_blocks=1, item_blocks=1)
+    old, new = build_model(num_videos=5, num_columns=2, **sizes), build_model(num_videos=8, num_columns=3, **sizes)
+    grow(old, new, index)
+    before, after = old.video_embedding.numpy(), new.video_embedding.numpy()
+    assert np.array_equal(after[:7], before)
+    assert np.allclose(after[7], before[[2, 3]].mean(axis=0))
+    assert np.allclose(after[8:], before[2:].mean(axis=0))  # on a shelf of new videos alone, or on none
+    assert np.array_equal(new.column_embedding.numpy(), [*old.column_embedding.numpy(), [0] * 4])
+    tables = {old.video_embedding.path, old.column_embedding.path}
+    for was, now in zip(old.variables, new.variables, strict=True):
+        assert was.path in tables or np.array_equal(was, now)
+
+
+def test_the_first_weights_of_a_warm_run_are_the_grown_ones(today, trained, monkeypatch):
+    _, weights = start_of(today, monkeypatch)
+    stood = load_model(trained[0]).model
+    assert weights[0].shape[0] == FIRST_VIDEO + 61 and weights[1].shape[0] == 1 + 13
+    assert np.array_equal(weights[0][:62], stood.video_embedding) and not weights[1][13].any()
+    shelf = load_index(today).columns["t0a"]
+    assert np.allclose(weights[0][62], weights[0][shelf[:5]].mean(axis=0), atol=1e-7)
 
 
 # ---------------------------------------------------------------- killed and run again
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(records, tmp_path_factory):
-    """A work folder after two epochs of the plain towers in one go."""
-    work_dir = shutil.copytree(records, tmp_path_factory.mktemp("uninterrupted") / "work")
-    train(work_dir, epochs=2, **TINY)
-    return work_dir
+def kill_at(monkeypatch, place, call, work_dir, **options):
+    """Train until a function of train.py is called so many times."""
+    whole, calls = getattr(train_module, place), []
 
-
-def test_a_run_that_ended_early_goes_on_to_the_same_weights(fresh, uninterrupted):
-    work_dir = fresh("early")
-    train(work_dir, epochs=1, **TINY)
-    train(work_dir, epochs=2, **TINY)
-    assert same(weights_of(work_dir), weights_of(uninterrupted))
-
-
-def killed(*_):
-    raise KeyboardInterrupt
-
-
-@pytest.mark.parametrize("place", ["train_epoch", "save_checkpoint"])
-def test_a_run_killed_in_its_second_epoch_goes_on_to_the_same_weights(fresh, uninterrupted, monkeypatch, place):
-    work_dir, whole, calls = fresh("killed"), getattr(train_module, place), []
-
-    def killed_at_the_second(*arguments):
+    def killed_there(*arguments):
         calls.append(place)
-        return whole(*arguments) if len(calls) == 1 else killed()
+        return never() if len(calls) == call else whole(*arguments)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train_module, place, killed_at_the_second)
-        train(work_dir, epochs=2, **TINY)
-    train(work_dir, epochs=2, **TINY)
-    assert same(weights_of(work_dir), weights_of(uninterrupted))
-    with open(work_dir / "model/history.csv") as a, open(uninterrupted / "model/history.csv") as b:
-        rows = [[{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)] for file in (a, b)]
-    assert rows[0] == rows[1] and len(rows[0]) == 2
+        patch.setattr(train_module, place, killed_there)
+        train(work_dir, **TINY | options)
 
 
-def test_a_run_never_ends_with_the_weights_of_another_run(fresh, uninterrupted, monkeypatch):
-    """Another seed's run, of other weights, is killed after it has saved some; then the first seed's run starts again."""
-    work_dir = fresh("two")
-    shutil.copytree(uninterrupted / "model", work_dir / "model")
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train_module, "save_checkpoint", killed)
-        train(work_dir, epochs=2, seed=2, **TINY)
-    assert not np.allclose(towers_of(work_dir)[1], towers_of(uninterrupted)[1], atol=1e-3)
-    train(work_dir, epochs=2, **TINY)
-    assert same(weights_of(work_dir), weights_of(uninterrupted))
+def test_a_first_run_killed_leaves_nothing_that_ranks_and_goes_on_to_the_same_weights(fresh, trained, monkeypatch):
+    kill_at(monkeypatch, "save_checkpoint", 2, fresh)
+    assert published(fresh) == {}
+    with pytest.raises(FileNotFoundError, match=r"/model/model\.json: no such file; run train\.py first"):
+        load_model(fresh)
+    _, printed = train_and_listen(fresh, **TINY)
+    assert "going on after epoch 1 of" in printed
+    assert same(towers_of(fresh), towers_of(trained[0])) and history_of(fresh) == history_of(trained[0])
+    assert published(fresh).keys() == published(trained[0]).keys()
 
 
-def test_other_constants_start_from_the_beginning(fresh, uninterrupted):
-    work_dir = fresh("changed")
-    shutil.copytree(uninterrupted / "model", work_dir / "model")
-    train(work_dir, epochs=1, learning_rate=1e-3, **TINY)
-    assert len((work_dir / "model/history.csv").read_text().splitlines()) == 1 + 1
-    assert not same(towers_of(work_dir), towers_of(uninterrupted))
+def test_a_warm_run_killed_anywhere_leaves_what_stood_and_goes_on_to_the_same_weights(
+    today, trained, warm, monkeypatch
+):
+    """Killed in its second epoch, then when all is written but model.json, then right after model.json."""
+    stood = published(trained[0])
+    kill_at(monkeypatch, "train_epoch", 2, today)
+    assert published(today) == stood and (today / "model/checkpoint.npz").exists()
+    assert towers_of(today) and saved_in(today) == saved_in(trained[0])
+    kill_at(monkeypatch, "write_test", 1, today)
+    assert published(today).items() >= stood.items()
+    assert same(towers_of(today), towers_of(trained[0]))
+    kill_at(monkeypatch, "end_publishing", 2, today)  # the first call ends what stood
+    monkeypatch.setattr(train_module, "train_epoch", refuse)
+    monkeypatch.setattr(train_module, "finish", refuse)
+    test, printed = train_and_listen(today, **TINY)
+    assert "nothing to train" in printed and test == warm[1]
+    assert same(towers_of(today), towers_of(warm[0])) and history_of(today) == history_of(warm[0])
+    assert published(today).keys() == published(warm[0]).keys()
+    for name in ("test.csv", "metrics.json"):
+        assert published(today)[name] == published(warm[0])[name]
+    assert not (today / "model/checkpoint.npz").exists()
 
 
-def test_a_damaged_checkpoint_is_named_with_what_to_do(own):
+def test_the_best_weights_so_far_are_in_the_checkpoint(own, monkeypatch):
+    """Of epochs 0.2, 0.9, 0.1: killed in the next, what is published is what the second one left."""
+    kept, save = [], train_module.save_checkpoint
+
+    def spy(folder, model, *others):
+        kept.append(model.get_weights())
+        save(folder, model, *others)
+
+    scripted(monkeypatch, 0.2, 0.9, 0.1, 0.3)
+    monkeypatch.setattr(train_module, "save_checkpoint", spy)
+    options = TINY | {"epochs": 4}
+    kill_at(monkeypatch, "train_epoch", 4, own, epochs=4, warm_start=False, seed=5)
+    train(own, warm_start=False, seed=5, **options)
+    assert len(kept) == 4 and same(towers_of(own), kept[1])
+
+
+def test_a_checkpoint_of_another_run_is_not_gone_on_with_and_a_damaged_one_is_named(own, trained, monkeypatch):
+    kill_at(monkeypatch, "train_epoch", 2, own, seed=2)
+    _, before = start_of(own, monkeypatch, seed=3)
+    monkeypatch.undo()
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        kill_at(monkeypatch, "train_epoch", 1, own, seed=3)
+    assert "going on" not in printed.getvalue()
     path = own / "model/checkpoint.npz"
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(InputError, match=r"checkpoint\.npz: damaged .*remove it and run train\.py again"):
-        train(own, epochs=3, emb_dim=8)
+        train(own, seed=3, **TINY)
+    assert published(own) == published(trained[0])
 
 
-def test_a_loss_that_is_not_finite_names_the_step_and_keeps_the_best_weights(own, trained):
-    with pytest.raises(InputError, match=r"the loss is (nan|inf|-inf) at step 2 of epoch 1"):
-        train(own, epochs=3, learning_rate=float("inf"), emb_dim=8)
-    assert same(towers_of(own), towers_of(trained[0]))
+def test_a_loss_that_is_not_finite_names_step_and_shard_and_keeps_what_stands(own, trained):
+    with pytest.raises(
+        InputError, match=r"the loss is (nan|inf|-inf) at step 2 of epoch 1 .*windows of train-0.*is kept"
+    ):
+        train(own, learning_rate=float("inf"), **TINY)
+    assert published(own) == published(trained[0])
     assert all(np.isfinite(array).all() for array in towers_of(own))
+
+
+# ---------------------------------------------------------------- other people's files
+
+
+def test_files_and_folders_of_others_stay_and_only_files_of_its_own_pattern_go(own, monkeypatch):
+    folder = own / "model"
+    notes = [folder / "notes.weights.h5", folder / "0123456789abcdef.weights.h5.bak", folder / "mine" / "a.memory.npz"]
+    for path in notes:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("mine")
+    (folder / f"{'f' * 16}.memory.npz").mkdir()
+    (folder / f"{'0' * 16}.weights.h5").write_text("left by a killed run")
+    monkeypatch.setattr(train_module, "fit", lambda strategy, scorer, *_: scorer.model.get_weights())
+    train(own, seed=2, **TINY)
+    assert all(path.read_text() == "mine" for path in notes) and (folder / f"{'f' * 16}.memory.npz").is_dir()
+    assert not (folder / f"{'0' * 16}.weights.h5").exists()
 
 
 # ---------------------------------------------------------------- what load_model refuses
@@ -453,8 +752,7 @@ def test_a_loss_that_is_not_finite_names_the_step_and_keeps_the_best_weights(own
 
 @pytest.mark.parametrize("part", ["weights", "memory"])
 def test_a_file_that_is_not_the_one_the_model_was_saved_with_is_refused(own, part):
-    folder = own / "model"
-    path = folder / json.loads((folder / "model.json").read_text())[part]["file"]
+    path = own / "model" / saved_in(own)[part]["file"]
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
@@ -476,6 +774,8 @@ def test_an_index_with_other_numbers_is_refused(own, name):
     edit_json(own / "indexing" / name, swap_first_two)
     with pytest.raises(InputError, match=r"model\.json was made with another index .*train\.py"):
         load_model(own)
+    with pytest.raises(InputError, match=r"manifest\.json was made with another index .*get_tfrecord\.py"):
+        train(own, **TINY)
 
 
 def test_an_index_that_lost_videos_is_refused(own):
@@ -490,34 +790,50 @@ def test_a_grown_index_and_a_shelf_filled_anew_are_accepted(own, trained):
     assert same(towers_of(own), towers_of(trained[0]))
 
 
-def test_training_on_records_of_another_index_is_refused(own):
-    edit_json(own / "indexing/vid2idx.json", swap_first_two)
-    with pytest.raises(InputError, match=r"manifest\.json was made with another index .*get_tfrecord\.py"):
-        train(own, epochs=1, emb_dim=8)
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "no such file; run train.py first"), ("{", "damaged .*run train.py again"),
+     ('{"format": 99}', "made with format = 99, now it is 2; run train.py again")],
+)  # fmt: skip
+def test_a_model_file_that_is_missing_damaged_or_of_another_format_is_refused(records, tmp_path, content, message):
+    (tmp_path / "model").mkdir()
+    if content:
+        (tmp_path / "model/model.json").write_text(content)
+    with pytest.raises((FileNotFoundError, InputError), match=rf"/model/model\.json: {message}"):
+        load_model(tmp_path, load_index(records))
 
 
-def test_a_missing_model_names_the_script_to_run_first(fresh):
-    with pytest.raises(FileNotFoundError, match=r"/model/model\.json: no such file; run train\.py first"):
-        load_model(fresh("untrained"))
-
-
-def test_a_model_of_another_format_is_refused(own):
-    edit_json(own / "model/model.json", lambda saved: saved | {"format": 99})
-    with pytest.raises(InputError, match=r"model\.json: format 99, not 1; run train\.py again"):
-        load_model(own)
-
-
-def test_a_damaged_model_file_is_refused(own):
-    (own / "model/model.json").write_text("{")
-    with pytest.raises(InputError, match=r"model\.json: damaged .* run train\.py again"):
-        load_model(own)
-
-
-def test_missing_records_name_the_script_to_run_first(fresh):
-    work_dir = fresh("unrecorded")
-    shutil.rmtree(work_dir / "tfrecord")
+def test_missing_records_and_those_of_other_constants_name_the_script_to_run(fresh):
+    with pytest.raises(
+        InputError, match=r"manifest\.json: made with HELD_OUT_USERS = 40, now it is 41; run get_tfrecord"
+    ):
+        train(fresh, **TINY | {"record_constants": SETTINGS | {"HELD_OUT_USERS": 41}})
+    shutil.rmtree(fresh / "tfrecord")
     with pytest.raises(FileNotFoundError, match=r"/tfrecord/manifest\.json: no such file; run get_tfrecord\.py first"):
-        train(work_dir, epochs=1, **TINY)
+        train(fresh, **TINY)
+
+
+def test_raw_clicks_that_changed_since_the_records_were_made_are_said(records, capsys):
+    data_dir, made = records.parent / "raw", (records / "tfrecord/manifest.json").stat().st_mtime
+    clicks = data_dir / "click_seq/clicks.json"
+    os.utime(clicks, (made - 5, made - 5))
+    train_module.say_if_clicks_changed(records, data_dir)
+    train_module.say_if_clicks_changed(records, data_dir / "nowhere")
+    assert capsys.readouterr().err == ""
+    os.utime(clicks, (made + 5, made + 5))
+    train_module.say_if_clicks_changed(records, data_dir)
+    (said,) = capsys.readouterr().err.splitlines()
+    assert "the clicks changed since the records were made (clicks.json); run get_tfrecord.py first" in said
+    os.utime(clicks, (made - 5, made - 5))
+    other = data_dir / "click_seq/more.json"
+    other.write_text("")
+    os.utime(other, (made - 5, made - 5))
+    train_module.say_if_clicks_changed(records, data_dir)
+    other.unlink()
+    assert "(other files)" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- the optimizer
 
 
 def test_lazy_adam_does_what_adam_does_on_touched_rows_and_leaves_the_others():
@@ -543,3 +859,72 @@ def test_lazy_adam_treats_dense_gradients_as_adam_does():
         ours.apply([tf.constant(gradient)])
         reference.apply([tf.constant(gradient)], [dense])
     np.testing.assert_allclose(lazy.numpy(), dense.numpy(), rtol=1e-5)
+
+
+# ---------------------------------------------------------------- constants
+
+FIXED = {"PAD", "UNKNOWN", "FIRST_VIDEO", "ENDINGS", "CHAIN", "UNPACKS_TO", "FORMAT", "SPLITS", "LISTS", "WINDOW_SPEC",
+         "PADDED_SHAPES", "DATASET_CONSTANTS", "MODEL_CONSTANTS", "LOSSES", "MODEL_FORMAT"}  # fmt: skip
+
+
+@pytest.mark.parametrize("script", CHAIN)
+def test_every_constant_is_held_to_a_rule_which_the_shipped_value_keeps_and_a_wrong_type_does_not(script):
+    made = set(
+        re.findall(r"^([A-Z][A-Z_0-9]*)(?=[A-Z_0-9, ]* \|?= )", (ROOT / f"{script}.py").read_text(), re.MULTILINE)
+    )
+    made |= set(
+        re.findall(r"^[A-Z_0-9]+, ([A-Z_0-9]+)(?:, [A-Z_0-9]+)* = ", (ROOT / f"{script}.py").read_text(), re.MULTILINE)
+    )
+    module = importlib.import_module(script)
+    rules = module.rules()
+    assert made - FIXED == set(rules)
+    for name, (words, holds) in rules.items():
+        value = getattr(module, name) if name != "MIN_STEPS" else 6
+        assert words and holds(value), name
+        for wrong in (object(), [value], {}, b"1", float("nan"), ()):
+            assert not holds(wrong), (name, wrong)
+        if type(value) is not bool:
+            assert not holds(True), name
+        if type(value) is not str:
+            assert not holds(str(value)), name
+
+
+@pytest.mark.parametrize(
+    ("script", "name", "inside", "outside"),
+    [
+        ("get_indexing", "MAX_BAD_FRACTION", [0, 1, 0.5], [-0.1, 1.1]),
+        ("get_indexing", "NUM_WORKERS", [None, 1], [0, -1, 1.0]),
+        ("get_indexing", "DATA_DIR", ["data", "/data"], ["", "~/data", None]),
+        ("get_tfrecord", "USER_MAX_LEN", [2], [1, None, 2.5]),
+        ("get_dataset", "MAX_CANDIDATES", [0], [-1, None]),
+        ("model_tf2", "EMB_DIM", [2, 8], [0, 7, -2]),
+        ("model_tf2", "DROPOUT", [0, 0.9], [-0.1, 0.95]),
+        ("model_tf2", "VIDEO_DECAY", [1, 0.1], [0, 1.1]),
+        ("model_tf2", "LOSS", ["bce"], ["hinge", "", None]),
+        ("train", "EPOCHS", [1], [0, -3, 2.0, None]),
+        ("train", "WARM_START", [True, False], [0, 1, None]),
+        ("train", "LEARNING_RATE", [1e-9], [0, -1, float("inf")]),
+        ("train", "REPEATS", [(1.0,)], [(0,), (0.5, 2), 0.5]),
+        ("train", "SEED", [0, 2**32 - 1], [-1, 2**32]),
+        ("infer", "GZIP_LEVEL", [0, 9], [10]),
+        ("infer", "TOP_K", [0], [-1]),
+    ],
+)
+def test_a_constant_can_be_what_its_rule_says_and_no_more(script, name, inside, outside):
+    _, holds = importlib.import_module(script).rules()[name]
+    assert [value for value in inside if not holds(value)] == []
+    assert [value for value in outside if holds(value)] == []
+
+
+def test_a_script_with_a_constant_that_cannot_be_ends_with_one_line_and_writes_nothing(tmp_path):
+    for script in CHAIN:
+        shutil.copy(ROOT / f"{script}.py", tmp_path)
+    source = (tmp_path / "train.py").read_text(encoding="utf-8")
+    edited, times = re.subn(r"^EPOCHS = \d+", "EPOCHS = 0", source, flags=re.MULTILINE)
+    (tmp_path / "train.py").write_text(edited, encoding="utf-8")
+    done = subprocess.run([sys.executable, "train.py"], cwd=tmp_path, capture_output=True, text=True, check=False,
+                          env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"})  # fmt: skip
+    assert (times, done.returncode, done.stdout) == (1, 1, "")
+    assert done.stderr.splitlines()[-1] == "train.py: EPOCHS = 0 in train.py: it must be a whole number from 1"
+    assert "Traceback" not in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(f"{script}.py" for script in CHAIN)

@@ -41,13 +41,13 @@ def main(users=20_000, rounds=3):
         for script in ("get_indexing", "get_tfrecord"):
             cost_of(chain, script)
 
-        import numpy as np
-        import tensorflow as tf
-        from bench_get_tfrecord import NEGATIVES, naive
-
         from get_dataset import add_candidates, column_table, load_manifest, make_dataset
         from model_tf2 import LOSS, build_model
         from train import LEARNING_RATE, LazyAdam, make_train_step
+
+        import numpy as np
+        import tensorflow as tf
+        from bench_get_tfrecord import NEGATIVES, naive
 
         work_dir = chain / "data/work"
         manifest, index = load_manifest(work_dir)
@@ -57,8 +57,8 @@ def main(users=20_000, rounds=3):
         videos = column_table(index, np.ones(2 + len(index.videos)))
 
         def batches(epoch):
-            dataset = make_dataset(manifest, "train", work_dir, seed=epoch)
-            return add_candidates(dataset, videos, np.ones(len(videos)), len(index.videos), seed=epoch)
+            dataset = make_dataset(manifest, work_dir, seed=epoch)
+            return add_candidates(dataset, videos, len(index.videos), seed=epoch)
 
         def raw_read():
             paths = [str(work_dir / "tfrecord" / name) for name in manifest["shards"] if name.startswith("train")]

@@ -11,6 +11,7 @@ tenth of the users. The model is trained for one epoch on a few users: what it r
 import gzip
 import itertools
 import json
+import re
 import shutil
 import statistics
 import sys
@@ -30,7 +31,9 @@ def trained_house(folder):
     write_clicks(folder / "few", TRAINED_ON)
     chain = house(folder / "trained", folder / "few")
     script = chain / "train.py"
-    script.write_text(script.read_text().replace("\nEPOCHS = 12", "\nEPOCHS = 1"))
+    source, times = re.subn(r"^EPOCHS = [0-9]+", "EPOCHS = 1", script.read_text(), flags=re.MULTILINE)
+    assert times == 1
+    script.write_text(source)
     for name in ("get_indexing", "get_tfrecord", "train"):
         cost_of(chain, name)
     return chain
@@ -56,7 +59,7 @@ def parts_alone(work_dir, clicks_path):
     from get_dataset import column_table
     from get_indexing import Tally, load_index, parse_clicks, read_records
     from infer import Ranker
-    from model_tf2 import MEMORY_CLICKS, mix
+    from model_tf2 import mix
 
     ranker, index = Ranker(work_dir), load_index(work_dir)
     cids = np.array(list(index.columns))
@@ -81,17 +84,18 @@ def parts_alone(work_dir, clicks_path):
         gzip=lambda: zlib.compress(text, 1),
     )
 
-    shelves = column_table(index, ranker.memory.video_clicks)[1:]
+    memory, by = ranker.scorer.memory, ranker.mix
+    shelves = column_table(index, memory.video_clicks)[1:]
     all_columns = {"item_feature": shelves, "item_column": np.arange(1, len(cids) + 1)}
 
     def naive():
         with gzip.open(clicks_path.parent / "naive.gz", "wt", compresslevel=9) as file:
             for uid, clicks in users[:NAIVE_USERS]:
                 history = np.array(ranker.encoder.encode(clicks), np.int32)[:, None, -ranker.user_max_len :]
-                logits = ranker.model({"user_feature": history[0], "user_column": history[1], **all_columns})[:, -1]
-                latest = history[:, :, : -MEMORY_CLICKS - 1 : -1]
-                remembered = ranker.memory.scores(*latest, ranker.chosen.own_weight)
-                (of_user,) = mix(logits.numpy(), remembered, ranker.chosen.memory_weight, ranker.chosen.temperature)
+                logits = ranker.scorer.model({"user_feature": history[0], "user_column": history[1], **all_columns})
+                remembered = memory.scores(*history[:, :, : -by.memory_clicks - 1 : -1], by)
+                clicked = np.isin(all_columns["item_column"], history[1])[None]
+                (of_user,) = np.log(mix(logits.numpy(), remembered, np.ones(len(cids)), clicked, by))
                 best = sorted(zip(cids.tolist(), of_user.tolist(), strict=True), key=lambda pair: -pair[1])
                 line = {"uid": uid, "columns": [cid for cid, _ in best], "scores": [round(s, 4) for _, s in best]}
                 file.write(json.dumps(line | {"source": "model"}) + "\n")

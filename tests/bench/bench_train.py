@@ -1,11 +1,11 @@
 """Time a training step: with 50,000 and with 1,000,000 videos, against the machine's GEMM peak, and against a naive fit.
 
-    python tests/bench/bench_train.py [ROUNDS]
+    python tests/bench/bench_train.py [ROUNDS [USERS]]
 
 MFU is the multiply-adds of the matrix products that a step needs, forward and backward, as a fraction of what tf.matmul
 does in the same time. The naive model: the same towers, but one sample for each click in a column, its history and one
 column (the clicked one or one of NEGATIVES others), binary cross-entropy, and Keras' fit with a batch of 128. At the end
-an evaluation of the validation split is held against an epoch of 20,000 users.
+an evaluation of the validation users is held against an epoch of so many users.
 """
 
 import statistics
@@ -13,23 +13,35 @@ import sys
 import tempfile
 from pathlib import Path
 
-import keras
-import numpy as np
-import tensorflow as tf
-from measure import cost_of, house, in_turn, seconds, write_clicks
-
 from get_dataset import (
+    AHEAD,
     BATCH_POSITIONS,
     ITEM_MAX_LEN,
     NUM_NEGATIVES,
     add_candidates,
     column_table,
+    held_out,
     load_manifest,
     make_dataset,
 )
 from get_tfrecord import USER_MAX_LEN
-from model_tf2 import EMB_DIM, FFN_RATIO, LOSS, build_model
-from train import LEARNING_RATE, LazyAdam, evaluate, make_train_step, target_scorer
+from model_tf2 import (
+    EMB_DIM,
+    FFN_RATIO,
+    ITEM_BLOCKS,
+    LOSS,
+    USER_BLOCKS,
+    Memory,
+    Scorer,
+    build_model,
+    count_windows,
+)
+from train import LEARNING_RATE, MEMORY_DECAYS, LazyAdam, make_train_step, ranks_of
+
+import keras
+import numpy as np
+import tensorflow as tf
+from measure import cost_of, house, in_turn, seconds, write_clicks
 
 COLUMNS = 1000
 FEW, MANY = 50_000, 1_000_000
@@ -40,30 +52,33 @@ USERS = 20_000
 
 def random_batch(rng, num_videos, columns=COLUMNS, windows=BATCH_POSITIONS // USER_MAX_LEN, length=USER_MAX_LEN):
     """Return a training batch as get_dataset.py makes it, a quarter of whose clicks are targets."""
-    videos = rng.integers(2, num_videos, [windows, length + 1])
+    videos = rng.integers(2, num_videos, [windows, length + AHEAD])
     clicked = rng.integers(1, columns + 1, videos.shape) * (rng.random(videos.shape) < 0.25)
+    following = np.stack([clicked[:, ahead : ahead + length] for ahead in range(1, 1 + AHEAD)], axis=2)
+    targets = following * (following[..., :1] > 0)
     batch = {
-        "user_feature": videos[:, :-1],
-        "user_column": clicked[:, :-1],
-        "target_video": videos[:, 1:],
-        "target_column": clicked[:, 1:],
+        "user_feature": videos[:, :length],
+        "user_column": clicked[:, :length],
+        "target_video": videos[:, 1 : 1 + length],
+        "target_column": targets,
+        "target_item": np.maximum(targets - 1, 0),
         "item_column": np.arange(1, columns + 1),
         "item_feature": rng.integers(2, num_videos, [columns, ITEM_MAX_LEN]),
         "negative_video": rng.integers(2, num_videos, [NUM_NEGATIVES]),
     }
     batch = {name: tf.constant(value, tf.int32) for name, value in batch.items()}
-    label = tf.cast(batch["target_column"] > 0, tf.float32)
+    label = tf.cast(batch["target_column"][..., 0] > 0, tf.float32)
     return batch | {"label": label, "item_log_prob": tf.zeros([columns]), "seed": tf.zeros([2], tf.int64)}
 
 
 def needed_flops(batch):
     """Return the floating point operations of a step's matrix products; backward costs twice forward."""
     targets, positions = float(tf.reduce_sum(batch["label"])), tf.size(batch["label"]).numpy()
-    attention = 4 * positions * USER_MAX_LEN * EMB_DIM + 4 * COLUMNS * ITEM_MAX_LEN**2 * EMB_DIM
     alone = len(np.unique(batch["target_video"])) + NUM_NEGATIVES
-    in_blocks = positions + COLUMNS * ITEM_MAX_LEN + alone
-    blocks = 2 * in_blocks * EMB_DIM**2 * (4 + 2 * FFN_RATIO)
-    logits = 2 * EMB_DIM * (targets * COLUMNS + positions * NUM_NEGATIVES)
+    of_users, of_columns = positions * USER_BLOCKS, COLUMNS * ITEM_MAX_LEN * ITEM_BLOCKS
+    attention = 4 * EMB_DIM * (of_users * USER_MAX_LEN + of_columns * ITEM_MAX_LEN)
+    blocks = 2 * (of_users + of_columns + alone * ITEM_BLOCKS) * EMB_DIM**2 * (4 + 2 * FFN_RATIO)
+    logits = 2 * EMB_DIM * (targets * (COLUMNS + AHEAD) + positions * NUM_NEGATIVES)
     return 3 * (attention + blocks + logits)
 
 
@@ -104,27 +119,34 @@ def new_step(num_videos, batch):
     return lambda: step(batch).numpy()
 
 
-def epoch_and_evaluation(folder):
+def epoch_and_evaluation(folder, users):
     """Return (steps, seconds of the median step, seconds of an evaluation) of synthetic users."""
-    write_clicks(folder / "raw", USERS)
+    write_clicks(folder / "raw", users)
     chain = house(folder / "house", folder / "raw")
     for script in ("get_indexing", "get_tfrecord"):
         cost_of(chain, script)
     manifest, index = load_manifest(chain / "data/work")
     videos = column_table(index, np.ones(2 + len(index.videos)))
-    batches = make_dataset(manifest, "train", chain / "data/work", seed=1)
+    batches = make_dataset(manifest, chain / "data/work", seed=1)
     steps = len(batches)
-    batches = add_candidates(batches, videos, np.ones(len(videos)), len(index.videos), seed=1)
+    batches = add_candidates(batches, videos, len(index.videos), seed=1)
     model = build_model(num_videos=len(index.videos), num_columns=len(index.columns))
     optimizer = LazyAdam(model.trainable_variables, lambda step: LEARNING_RATE)
     step = make_train_step(tf.distribute.get_strategy(), model, optimizer, batches.element_spec, LOSS)
     times = [seconds(lambda batch=batch: step(batch).numpy()) for batch in batches.take(60)]
-    validation, score = make_dataset(manifest, "val", chain / "data/work"), target_scorer(model, videos)
-    evaluation = in_turn(2, evaluation=lambda: evaluate(validation, score, lambda logits, *_: [("towers", logits)]))
+    counts = count_windows(manifest, ["train"], MEMORY_DECAYS, index, chain / "data/work")
+    scorer = Scorer(model, Memory.of_counts(counts, 0, index), index)
+    validation = scorer.rankable(held_out(manifest, "val", chain / "data/work"))
+
+    def evaluate():
+        scorer.refresh()
+        ranks_of(validation, scorer, lambda *clicks: [("towers", scorer.towers(*clicks))])
+
+    evaluation = in_turn(2, evaluation=evaluate)
     return steps, statistics.median(times[5:]), evaluation["evaluation"]
 
 
-def main(rounds=20):
+def main(rounds=20, users=USERS):
     rng = np.random.default_rng(0)
     batches = {number: random_batch(rng, number) for number in (FEW, MANY)}
     few, many = (new_step(number, batch) for number, batch in batches.items())
@@ -143,8 +165,8 @@ def main(rounds=20):
     )
 
     with tempfile.TemporaryDirectory() as folder:
-        steps, step, evaluation = epoch_and_evaluation(Path(folder))
-    print(f"{USERS:,} users: {steps:,} steps of {1e3 * step:.0f} ms; an evaluation takes {evaluation:.1f} s, "
+        steps, step, evaluation = epoch_and_evaluation(Path(folder), users)
+    print(f"{users:,} users: {steps:,} steps of {1e3 * step:.0f} ms; an evaluation takes {evaluation:.1f} s, "
           f"{evaluation / (steps * step):.1%} of an epoch's steps")  # fmt: skip
 
 

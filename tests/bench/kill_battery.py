@@ -167,7 +167,7 @@ def standing(folder, script=None):
 
 
 def comparable(outputs):
-    """Return outputs in the form that a second run must give again: arrays for weights, and no seconds."""
+    """Return outputs in the form that a second run must give again: arrays for weights, no seconds, of lines the last."""
     same = {}
     for name, data in outputs.items():
         if name.endswith(".h5"):
@@ -180,6 +180,8 @@ def comparable(outputs):
             same[name] = [line.rpartition(",")[0] for line in data.decode().splitlines()]
         elif name == "model/model.json":
             same[name] = {k: v for k, v in json.loads(data).items() if k not in ("weights", "date", "id")}
+        elif name == "ranking/manifest.jsonl":
+            same[name] = {key: value for line in data.splitlines() for key, value in json.loads(line).items()}
         else:
             same[name] = data
     return same
