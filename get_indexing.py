@@ -62,7 +62,7 @@ def rules():
         "MAX_LINE_BYTES": a_whole_number(1),
         "MAX_ID_CHARS": a_whole_number(1),
         "RANGE_BYTES": a_whole_number(1),
-        "NUM_WORKERS": a_whole_number(1, or_none=True),
+        "NUM_WORKERS": or_none(a_whole_number(1)),
     }
 
 
@@ -567,10 +567,10 @@ def check_same(path, made_with, now, script):
 # ---------------------------------------------------------------- toolbox: constants
 
 
-def a_whole_number(low, high=math.inf, or_none=False):
+def a_whole_number(low, high=math.inf):
     """Return the rule of a whole number."""
-    words = f"a whole number from {low}" + (f" to {high}" if high < math.inf else "") + " or None" * or_none
-    return words, lambda value: (value is None and or_none) or (type(value) is int and low <= value <= high)
+    words = f"a whole number from {low}" + (f" to {high}" if high < math.inf else "")
+    return words, lambda value: type(value) is int and low <= value <= high
 
 
 def a_number(interval):
@@ -583,6 +583,12 @@ def a_number(interval):
         )
 
     return f"a number in {interval}", holds
+
+
+def or_none(rule):
+    """Return a rule that None keeps too."""
+    words, holds = rule
+    return f"None or {words}", lambda value: value is None or holds(value)
 
 
 def a_tuple_of(rule):

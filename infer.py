@@ -54,6 +54,7 @@ import numpy as np
 CLICKS_DIR = f"{DATA_DIR}/click_seq"  # the users to rank for; name another folder to rank for others
 RANKING_DIR = f"{WORK_DIR}/ranking"  # one for each folder of users
 TOP_K = 0  # columns for each user; 0: all
+RANK_BYTES = 512 << 10  # of click files: the work of one task
 BATCH_USERS = 128
 GZIP_LEVEL = 1  # level 9 takes 70 times as long for 12 % less
 MEMO_SIZE = 1 << 18  # scores whose text is remembered
@@ -66,6 +67,7 @@ def rules():
         "CLICKS_DIR": a_path(),
         "RANKING_DIR": a_path(),
         "TOP_K": a_whole_number(0),
+        "RANK_BYTES": a_whole_number(1),
         "BATCH_USERS": a_whole_number(1),
         "GZIP_LEVEL": a_whole_number(0, 9),
         "MEMO_SIZE": a_whole_number(1),
@@ -92,7 +94,7 @@ def infer(clicks_dir=CLICKS_DIR, work_dir=WORK_DIR, ranking_dir=RANKING_DIR, top
     for output in outputs.values():
         check_folder(manifest.get(output.name), output, clicks_dir)
     stands = standing_rankings(outputs, manifest, made_with, num_workers)
-    tasks = cut_files([path for path in outputs if path not in stands])
+    tasks = cut_files([path for path in outputs if path not in stands], RANK_BYTES)
     rank = functools.partial(rank_ranges, folder=folder, work_dir=work_dir, made_with=made_with)
 
     users, chain = 0, itertools.chain.from_iterable

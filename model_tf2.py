@@ -1,9 +1,9 @@
-"""BST + DSSM: two Behaviour Sequence Transformer towers that meet in a scaled cosine.
+"""BST + DSSM: two towers that meet in a scaled cosine, and a memory of what was clicked near what beside them.
 
-The user tower reads the videos that a user clicked, the column tower the videos that stand for a column. Both end in
-vectors of length one, whose cosine ranks, as in DSSM (Huang et al. 2013, "Learning deep structured semantic models for
-web search using clickthrough data"); in between they are transformers, as in BST (Chen et al. 2019, "Behavior sequence
-transformer for e-commerce recommendation in Alibaba").
+The user tower reads the videos that a user clicked, and their columns, by a Behaviour Sequence Transformer (Chen et al.
+2019, "Behavior sequence transformer for e-commerce recommendation in Alibaba"); the column tower reads the videos that
+stand for a column. Both end in vectors of length one, whose cosine ranks, as in DSSM (Huang et al. 2013, "Learning deep
+structured semantic models for web search using clickthrough data").
 
     python model_tf2.py          prints a summary on random input; nothing is read or written
 """
@@ -18,11 +18,12 @@ from get_indexing import (
     PAD,
     UNKNOWN,
     WORK_DIR,
+    InputError,
     a_number,
-    a_tuple_of,
     a_whole_number,
     map_files,
     one_of,
+    or_none,
     run_script,
 )
 from get_tfrecord import USER_MAX_LEN
@@ -37,11 +38,10 @@ NUM_HEADS = 2
 USER_BLOCKS = 2  # transformer blocks of the user tower
 ITEM_BLOCKS = 0  # transformer blocks of the column tower; one makes a step three times as long and gains nothing
 FFN_RATIO = 2  # width of a block's feed-forward layer, in EMB_DIM
-DROPOUT = None  # None: 1 / sqrt(clicks per video), within DROPOUT_RANGE: a video seen often needs less of it
-DROPOUT_RANGE = (0.1, 0.3)
+DROPOUT = None  # None: by the rarity of the videos, see by_rarity()
 INIT_STDDEV = 0.02  # of embeddings and kernels; Glorot trained slower and ended lower
 INIT_SCALE = 20.0  # of the cosine, learned from there: a bare cosine is too flat for a softmax
-AHEAD_DECAY = 0.5  # of the clicks after the next, as targets too: share of each against the one before it
+AHEAD_DECAY = None  # share of each click after the next as a target, against the one before; None: by_rarity()
 AUX_WEIGHT = 0.5  # of the auxiliary loss: the next video among random ones
 MAX_LAG = 16  # memory: clicks from one to another that counts as near; no more than a window repeats
 BACKWARD = 0.3  # memory: what a column clicked before a video counts there, one clicked after it counting 1
@@ -62,7 +62,7 @@ COLUMNS_AT_ONCE = 8192  # columns whose vectors are computed at once
 LOSS = "softmax"  # over the candidates; or "bce": binary cross-entropy of each candidate
 LOSSES = ("softmax", "bce")
 MODEL_CONSTANTS = dict(
-    INIT_STDDEV=INIT_STDDEV, INIT_SCALE=INIT_SCALE, AHEAD_DECAY=AHEAD_DECAY, AUX_WEIGHT=AUX_WEIGHT, MAX_LAG=MAX_LAG, BACKWARD=BACKWARD,
+    INIT_STDDEV=INIT_STDDEV, INIT_SCALE=INIT_SCALE, AUX_WEIGHT=AUX_WEIGHT, MAX_LAG=MAX_LAG, BACKWARD=BACKWARD,
     MEMORY_WIDTH=MEMORY_WIDTH, COLUMN_WIDTH=COLUMN_WIDTH, VIDEO_DECAY=VIDEO_DECAY, VIDEO_BACKOFF=VIDEO_BACKOFF,
     COLUMN_BACKOFF=COLUMN_BACKOFF, POPULARITY_DISCOUNT=POPULARITY_DISCOUNT, MEMORY_CLICKS=MEMORY_CLICKS,
     TEMPERATURE=TEMPERATURE,
@@ -81,11 +81,10 @@ def rules():
         ),
         "USER_BLOCKS": a_whole_number(0),
         "ITEM_BLOCKS": a_whole_number(0),
-        "DROPOUT": ("None or a number in [0, 0.9]", lambda rate: rate is None or a_number("[0, 0.9]")[1](rate)),
-        "DROPOUT_RANGE": a_tuple_of(a_number("[0, 0.9]")),
+        "DROPOUT": or_none(a_number("[0, 0.9]")),
         "INIT_STDDEV": a_number("(0, inf)"),
         "INIT_SCALE": a_number("(0, inf)"),
-        "AHEAD_DECAY": a_number("[0, 1]"),
+        "AHEAD_DECAY": or_none(a_number("[0, 1]")),
         "AUX_WEIGHT": a_number("[0, inf)"),
         "BACKWARD": a_number("[0, inf)"),
         "VIDEO_DECAY": a_number("(0, 1]"),
@@ -182,7 +181,7 @@ class BST_DSSM(keras.Model):
     """
 
     def __init__(self, num_videos, num_columns, emb_dim=EMB_DIM, num_heads=NUM_HEADS, user_blocks=USER_BLOCKS,
-                 item_blocks=ITEM_BLOCKS, ffn_ratio=FFN_RATIO, dropout=DROPOUT_RANGE[0], max_age=None):  # fmt: skip
+                 item_blocks=ITEM_BLOCKS, ffn_ratio=FFN_RATIO, dropout=0.0, max_age=None):  # fmt: skip
         super().__init__()
         max_age = USER_MAX_LEN - 2 if max_age is None else max_age
         self.arguments = dict(
@@ -227,7 +226,7 @@ class BST_DSSM(keras.Model):
 
     def logits(self, users, columns):
         """User vectors [..., dim] and column vectors [columns, dim] -> scaled cosines [..., columns]."""
-        return self.scale * ops.matmul(users, ops.transpose(columns))
+        return ops.matmul(self.scale * users, ops.transpose(columns))
 
     def next_logits(self, users, videos, clicked, columns, numbers):
         """Return the logits [batch, columns] of columns of rising numbers for the click after each history's last one.
@@ -271,10 +270,17 @@ def look_up(table, numbers):
     return tf.gather(table.value, numbers)
 
 
-def dropout_for(clicks, num_videos):
-    """Return the rate of dropout for so many clicks on so many videos, where DROPOUT is None."""
-    lowest, highest = DROPOUT_RANGE
-    return round(float(np.clip((num_videos / max(clicks, 1)) ** 0.5, lowest, highest)), 2)
+def by_rarity(clicks, num_videos):
+    """Return (DROPOUT, AHEAD_DECAY), where they are None by the rarity of the videos: 1 / sqrt(clicks per video).
+
+    What is known of a video from n clicks is known to about 1 / sqrt(n). The rarer videos are, the more is left out in
+    training, and the more the clicks after the next one count as targets beside it.
+    """
+    rarity = (num_videos / max(clicks, 1)) ** 0.5
+    rules = min(max(rarity, 0.1), 0.3), min(2 * rarity, 0.6)
+    return tuple(
+        round(rule, 2) if is_set is None else is_set for is_set, rule in zip((DROPOUT, AHEAD_DECAY), rules, strict=True)
+    )
 
 
 def build_model(**arguments):
@@ -295,10 +301,13 @@ def dense(units, **options):
     return layers.Dense(units, kernel_initializer=small_normal(), use_bias=False, **options)
 
 
-def training_loss(model, batch, kind=LOSS, aux_weight=AUX_WEIGHT, training=True, replica=0, num_replicas=1):
+def training_loss(
+    model, batch, kind=LOSS, ahead_decay=0.0, aux_weight=AUX_WEIGHT, training=True, replica=0, num_replicas=1
+):
     """Return (the loss to minimise, its part for the columns) of a training batch of get_dataset.py: two scalars.
 
-    Both are means over the targets of the batch. Of several replicas each gives the part of every num_replicas-th
+    A click after the next one is a target too, by a share of ahead_decay against the one before. Both losses are means over
+    the targets of the batch. Of several replicas each gives the part of every num_replicas-th
     window, counted from `replica`, against the candidates of the whole batch: the parts add up to the loss of one.
     """
     names = ("user_feature", "user_column", "target_video", "target_column", "target_item")
@@ -319,7 +328,7 @@ def training_loss(model, batch, kind=LOSS, aux_weight=AUX_WEIGHT, training=True,
     )
     others = model.add_repeats(model.logits(of_target, items[-drawn:]), candidates, before, ages)
     others = tf.where(numbers[:, :1] == candidates, -1e9, others)
-    shares = tf.where(numbers > 0, AHEAD_DECAY ** tf.range(numbers.shape[1], dtype=tf.float32), 0.0)
+    shares = tf.where(numbers > 0, ahead_decay ** tf.range(numbers.shape[1], dtype=tf.float32), 0.0)
     column_loss = candidate_loss(own, shares, others, batch["item_log_prob"], kind)
 
     column_loss = tf.math.divide_no_nan(column_loss, count(batch["target_column"][..., 0] > 0))
@@ -358,7 +367,8 @@ def candidate_loss(own, shares, others, log_prob, kind=LOSS):
     shares /= tf.reduce_sum(shares, axis=1, keepdims=True)
     if kind == "softmax":
         logits = tf.concat([own[:, :1], others - log_prob], axis=1)
-        losses = tf.reduce_logsumexp(logits, axis=1) - tf.reduce_sum(shares * own, axis=1)
+        losses = tf.nn.sparse_softmax_cross_entropy_with_logits(tf.zeros_like(own[:, 0], tf.int32), logits)
+        losses += own[:, 0] - tf.reduce_sum(shares * own, axis=1)
     else:
         losses = tf.reduce_sum(shares * tf.nn.softplus(-own), axis=1)
         losses += tf.reduce_sum(tf.nn.softplus(others) * tf.exp(-log_prob), axis=1)
@@ -671,7 +681,7 @@ class Scorer:
 
     def towers(self, videos, columns):
         """Return what the towers give: logits [n, current columns]."""
-        return self.logits(videos, columns, self.vectors).numpy()
+        return self.logits(np.int32(videos), np.int32(columns), self.vectors).numpy()
 
     def remembered(self, videos, columns, by):
         """Return what the memory gives, [n, current columns]."""
@@ -694,6 +704,8 @@ class Scorer:
         """Return the held-out users whose target is a current column, with its "place" among the current columns and
         whether it was "clicked_before"."""
         kept = np.isin(users["target_column"], self.numbers)
+        if not kept.any():
+            raise InputError("no column that a held-out user clicked is still there; run get_tfrecord.py again")
         users = {name: values[kept] for name, values in users.items()}
         before = (users["user_column"] == users["target_column"][:, None]).any(axis=1)
         return users | {"place": np.searchsorted(self.numbers, users["target_column"]), "clicked_before": before}

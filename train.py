@@ -64,7 +64,6 @@ from get_indexing import (
     write_json,
 )
 from model_tf2 import (
-    DROPOUT,
     LOSS,
     LOSSES,
     MODEL_CONSTANTS,
@@ -74,8 +73,8 @@ from model_tf2 import (
     Mix,
     Scorer,
     build_model,
+    by_rarity,
     count_windows,
-    dropout_for,
     mix,
     training_loss,
 )
@@ -89,7 +88,7 @@ PATIENCE = 4  # epochs without a better validation NDCG@10 before training ends
 LEARNING_RATE = 3e-3  # of Adam, at the start
 LOWEST_RATE = 0.02  # of the learning rate, at the end
 WARM_START = True  # False trains from nothing also where a model stands
-WARM_EPOCHS = 3  # instead of EPOCHS where training starts from the weights of a model
+WARM_EPOCHS = 2  # instead of EPOCHS where training starts from the weights of a model
 WARM_RATE = 0.3  # of LEARNING_RATE, then
 SEED = 1  # of weights, dropout, shuffling and negatives
 MEMORY = True  # False leaves the plain two towers
@@ -130,18 +129,20 @@ def train(work_dir=WORK_DIR, record_constants=None, epochs=EPOCHS, patience=PATI
     """
     if loss not in LOSSES:
         raise InputError(f"LOSS = {loss!r}: it must be one of {', '.join(LOSSES)}")
-    strategy, folder = make_strategy(), Path(work_dir, "model")
+    strategy, folder, is_first = make_strategy(), Path(work_dir, "model"), cluster_place()[0] == 0
+    if is_first:
+        remove_leftovers(folder)
     keras.utils.set_random_seed(seed)
     tf.config.experimental.enable_op_determinism()
     manifest, index = load_manifest(work_dir, record_constants)
-    if DROPOUT is None:
-        arguments = {"dropout": dropout_for(manifest["report"]["clicks"], len(index.videos))} | arguments
+    dropout, ahead_decay = by_rarity(manifest["report"]["clicks"], len(index.videos))
+    arguments = {"dropout": dropout} | arguments
     with strategy.scope():
         model = build_model(num_videos=len(index.videos), num_columns=len(index.columns), **arguments)
     run = {
         "constants": dict(
             EPOCHS=epochs, PATIENCE=patience, LEARNING_RATE=learning_rate, LOWEST_RATE=LOWEST_RATE,
-            WARM_START=warm_start, WARM_EPOCHS=warm_epochs, WARM_RATE=WARM_RATE, LOSS=loss, SEED=seed,
+            WARM_START=warm_start, WARM_EPOCHS=warm_epochs, WARM_RATE=WARM_RATE, LOSS=loss, AHEAD_DECAY=ahead_decay, SEED=seed,
             MEMORY=use_memory, MEMORY_DECAYS=MEMORY_DECAYS, MEMORY_WEIGHTS=MEMORY_WEIGHTS, REPEATS=REPEATS,
             **DATASET_CONSTANTS, **MODEL_CONSTANTS,
         ),
@@ -169,9 +170,9 @@ def train(work_dir=WORK_DIR, record_constants=None, epochs=EPOCHS, patience=PATI
         print(f"training starts {started}; {epochs:,} epochs at most")
 
         scorer = Scorer(model, Memory.of_counts(counts, 0, index), index)
-        weights = fit(strategy, scorer, manifest, index, work_dir, loss, seed, epochs, patience, learning_rate,
-                      {**run, "from": standing and saved["weights"]})  # fmt: skip
-        if cluster_place()[0]:
+        run_from = run | {"from": standing and saved["weights"]}
+        weights = fit(strategy, scorer, manifest, index, work_dir, run_from, epochs, learning_rate)
+        if not is_first:
             return None
         model.set_weights(weights)
         scorer.refresh()
@@ -201,12 +202,13 @@ def make_strategy():
 # ---------------------------------------------------------------- fitting the towers
 
 
-def fit(strategy, scorer, manifest, index, work_dir, loss, seed, epochs, patience, learning_rate, run):
+def fit(strategy, scorer, manifest, index, work_dir, run, epochs, learning_rate):
     """Train the scorer's towers; return the weights of the best epoch.
 
     Epoch 0 is the weights as they come, where `run` says from which model. A checkpoint of the same run goes on.
     """
     model, folder, is_first = scorer.model, Path(work_dir, "model"), cluster_place()[0] == 0
+    loss, ahead_decay, seed, patience = (run["constants"][name] for name in ("LOSS", "AHEAD_DECAY", "SEED", "PATIENCE"))
     steps = len(make_dataset(manifest, work_dir))
     with strategy.scope():
         schedule = keras.optimizers.schedules.CosineDecay(learning_rate, epochs * steps, LOWEST_RATE)
@@ -224,7 +226,8 @@ def fit(strategy, scorer, manifest, index, work_dir, loss, seed, epochs, patienc
             draw = seed * 1_000_000 + epoch
             batches = make_dataset(manifest, work_dir, seed=draw)
             batches = add_candidates(batches, column_videos, len(index.videos), seed=draw)
-            train_step = train_step or make_train_step(strategy, model, optimizer, batches.element_spec, loss)
+            if not train_step:
+                train_step = make_train_step(strategy, model, optimizer, batches.element_spec, ahead_decay, loss)
             losses = train_epoch(train_step, batches, epoch, optimizer, manifest, work_dir)
         scorer.refresh()
         ranks = ranks_of(validation, scorer, lambda *clicks: [("towers", scorer.towers(*clicks))])["towers"]
@@ -285,7 +288,7 @@ class LazyAdam:
         write(parameter, read(parameter) - rate * new_mean / (tf.sqrt(new_square) + self.epsilon))
 
 
-def make_train_step(strategy, model, optimizer, batch_spec, loss):
+def make_train_step(strategy, model, optimizer, batch_spec, ahead_decay, loss):
     """Return train_step(batch) -> [loss, loss of the columns, number of targets], which updates the model once.
 
     Every replica is given the whole batch and takes its own part of the windows.
@@ -294,7 +297,9 @@ def make_train_step(strategy, model, optimizer, batch_spec, loss):
     def replica_step(batch):
         replica = tf.distribute.get_replica_context().replica_id_in_sync_group
         with tf.GradientTape() as tape:
-            losses = training_loss(model, batch, loss, replica=replica, num_replicas=strategy.num_replicas_in_sync)
+            losses = training_loss(
+                model, batch, loss, ahead_decay, replica=replica, num_replicas=strategy.num_replicas_in_sync
+            )
         optimizer.apply(tape.gradient(losses[0], model.trainable_variables))
         return tf.stack(losses)
 
@@ -477,38 +482,45 @@ def all_rankings(scorer, counts, chosen, standing, index):
 def make_table(ranks, users, num_columns):
     """Return {"test": {row: {metric: mean}}, "slices": {slice: {"users": n, row: NDCG@10}}, "notes": [line, ...]}.
 
-    The 95 % intervals of NDCG@10 are percentiles over RESAMPLES draws of the test users with replacement, the same draws
-    for every row, so that differences between rows have one too (Efron 1979).
+    "low" and "high" of a row are the 95 % interval of its NDCG@10.
     """
-    number, final = len(users["place"]), list(ranks)[-1]
-    draws = np.random.default_rng(0).multinomial(number, np.full(number, 1 / number), RESAMPLES) / number
     metrics = {row: metrics_of(of_row, num_columns) for row, of_row in ranks.items()}
-    test, notes = {}, []
+    test = {}
     for row, of_row in metrics.items():
-        gain, rest = of_row["NDCG@10"], means(of_row)
-        low, high = np.percentile(draws @ gain, [2.5, 97.5]).tolist()
-        test[row] = rest | {"low": low, "high": high}
-        ahead = gain - metrics[final]["NDCG@10"]
-        low, high = np.percentile(draws @ ahead, [2.5, 97.5])
-        if row != final and high >= 0:
-            what = "better than" if low > 0 else "within the noise of"
-            notes.append(f"{row!r} is {what} {final!r} in NDCG@10: {ahead.mean():+.4f}, 95 % {low:+.4f} to {high:+.4f}")
-        better = [name for name in ("HR@10", "MRR", "GAUC") if rest[name] > means(metrics[final])[name]]
-        if row != final and better:
-            notes.append(f"{row!r} is ahead of {final!r} in {', '.join(better)}")
+        low, high = interval(of_row["NDCG@10"])
+        test[row] = means(of_row) | {"low": low, "high": high}
     middle = int(np.median(users["history"]))
-    slices = {}
-    for name, of_slice in {
+    slices = {
         f"up to {middle} clicks": users["history"] <= middle,
         f"more than {middle}": users["history"] > middle,
         "clicked before": users["clicked_before"],
         "never clicked": ~users["clicked_before"],
-    }.items():
+    }
+    for name, of_slice in slices.items():
         gains = {row: of_row["NDCG@10"][of_slice] for row, of_row in metrics.items()}
-        slices[name] = {"users": int(of_slice.sum())} | {
-            row: float(gain.mean()) if len(gain) else None for row, gain in gains.items()
-        }
-    return {"test": test, "slices": slices, "notes": notes}
+        means_of_slice = {row: float(gain.mean()) if len(gain) else None for row, gain in gains.items()}
+        slices[name] = {"users": int(of_slice.sum())} | means_of_slice
+    return {"test": test, "slices": slices, "notes": list(notes_on(metrics))}
+
+
+def interval(values):
+    """Return the 95 % interval of a mean over users: percentiles over RESAMPLES draws of them with replacement (Efron 1979)."""
+    draws = np.random.default_rng(0).multinomial(len(values), np.full(len(values), 1 / len(values)), RESAMPLES)
+    return np.percentile(draws @ values / len(values), [2.5, 97.5]).tolist()
+
+
+def notes_on(metrics):
+    """Yield a line for each row that is better than the last one, or within the noise of it."""
+    *others, final = metrics
+    for row in others:
+        ahead = metrics[row]["NDCG@10"] - metrics[final]["NDCG@10"]
+        low, high = interval(ahead)  # of the difference for each user, so a paired one
+        if high >= 0:
+            what = "better than" if low > 0 else "within the noise of"
+            yield f"{row!r} is {what} {final!r} in NDCG@10: {ahead.mean():+.4f}, 95 % {low:+.4f} to {high:+.4f}"
+        better = [name for name in ("HR@10", "MRR", "GAUC") if metrics[row][name].mean() > metrics[final][name].mean()]
+        if better:
+            yield f"{row!r} is ahead of {final!r} in {', '.join(better)}"
 
 
 def print_table(table, chosen):
@@ -604,28 +616,34 @@ def why_not_warm(saved, arguments, manifest, index):
 
 
 def grow(old, new, index):
-    """Give the new model the old one's weights. A new video gets the mean of the old ones that share a shelf with it, or
-    of all; a new column none, since it is scored by its videos."""
+    """Give the new model the old one's weights. A new video starts as the mean of the old ones on its shelves, or of all;
+    a new column as none, since it is scored by its videos."""
     for before, variable in zip(old.variables, new.variables, strict=True):
         rows = before.numpy()
-        if rows.shape != tuple(variable.shape):
-            more = np.zeros([variable.shape[0] - len(rows), rows.shape[1]], rows.dtype)
-            if variable is new.video_embedding and len(rows) > FIRST_VIDEO:
-                more += rows[FIRST_VIDEO:].mean(axis=0)
-                for shelf in index.columns.values():
-                    known = [video for video in shelf if video < len(rows)]
-                    if known and len(known) < len(shelf):
-                        more[[video - len(rows) for video in shelf if video >= len(rows)]] = rows[known].mean(axis=0)
-            rows = np.concatenate([rows, more])
+        if variable is new.video_embedding:
+            rows = np.concatenate([rows, new_videos(rows, index)])
+        elif variable is new.column_embedding:
+            rows = np.pad(rows, [(0, variable.shape[0] - len(rows)), (0, 0)])
         variable.assign(rows)
+
+
+def new_videos(rows, index):
+    """Return embeddings [new videos, dim] for the videos that rows, those of the old ones, lack."""
+    weight = np.float32(1e-6)  # of the mean of all, which any video on a shelf outweighs
+    counts = np.full([FIRST_VIDEO + len(index.videos) - len(rows), 1], weight)
+    sums = counts * rows[FIRST_VIDEO:].mean(axis=0)
+    for shelf in index.columns.values():
+        shelf = np.array(shelf, int)
+        known, new = shelf[shelf < len(rows)], shelf[shelf >= len(rows)] - len(rows)
+        sums[new] += rows[known].sum(axis=0)
+        counts[new] += len(known)
+    return sums / counts
 
 
 def publish(folder, model, memory, chosen, manifest, index, run, table, ranks, users):
     """Write weights, memory and tables under names of their own; then model.json, whose rename publishes all."""
-    remove_leftovers(folder)
-    with open(
-        folder / f".room.{'0' * 32}.tmp", "wb"
-    ) as room:  # h5py does not survive a full disk, so ask for the room before
+    # h5py does not survive a full disk, so ask for the room before.
+    with open(folder / f".room.{'0' * 32}.tmp", "wb") as room:
         room.writelines([*(weight.tobytes() for weight in model.get_weights()), bytes(1 << 20)])
     remove_leftovers(folder)
     saved = {

@@ -1,7 +1,6 @@
 """Ranking: what each user's line holds, that serving is what was evaluated, and what a second run does again."""
 
 import csv
-import functools
 import gzip
 import hashlib
 import json
@@ -211,8 +210,12 @@ def test_serving_gives_the_towers_logits_of_the_training_side(trained):
     expected = {}
     for batch in dataset_from_clicks(REAL["users"], index, constants).as_numpy_iterator():
         vectors = scorer.model.user_vectors(batch["user_feature"], batch["user_column"]).numpy()
-        for uid, clicked, of_user in zip(batch["uid"], batch["user_feature"], vectors, strict=True):
-            expected[uid.decode()] = scorer.model.logits(of_user[np.count_nonzero(clicked) - 1], columns)
+        clicks = (batch[name] for name in ("uid", "user_feature", "user_column"))
+        for uid, clicked, shelves, of_user in zip(*clicks, vectors, strict=True):
+            last = np.count_nonzero(clicked) - 1
+            expected[uid.decode()] = np.array(scorer.model.logits(of_user[last], columns))
+            for place in np.flatnonzero(shelves):  # what is learned for a column clicked so many clicks ago
+                expected[uid.decode()][shelves[place] - 1] += scorer.model.repeats.numpy()[last - place]
     assert expected.keys() == {uid for uid, _ in REAL["users"]}
     for uid, clicks in REAL["users"]:
         padded = [np.pad([numbers], [(0, 0), (0, 40 - len(clicks))]) for numbers in ranker.encoder.encode(clicks)]
@@ -272,7 +275,7 @@ def test_two_workers_and_files_cut_into_ranges_give_the_same_bytes(own, monkeypa
     asked = _raw(own / "asked", users=REAL["users"][:80], click_file="one") / "click_seq"
     _raw(own / "asked", users=REAL["users"][80:], click_file="two", gzip=True)
     whole = [lines_of(path) for path in rank_own(own)]
-    monkeypatch.setattr(infer_module, "cut_files", functools.partial(cut_files, range_bytes=5000))
+    monkeypatch.setattr(infer_module, "RANK_BYTES", 5000)
     contents = []
     for workers in (1, 2):
         ranking = own / f"ranking{workers}"
@@ -378,7 +381,7 @@ def test_a_file_is_computed_again_when_top_k_changed(two):
 def test_what_only_concerns_running_computes_nothing_again(two, monkeypatch):
     for name, value in dict(BATCH_USERS=1, GZIP_LEVEL=9, MEMO_SIZE=1).items():
         monkeypatch.setattr(infer_module, name, value)
-    monkeypatch.setattr(infer_module, "cut_files", functools.partial(cut_files, range_bytes=7))
+    monkeypatch.setattr(infer_module, "RANK_BYTES", 7)
     assert computed_again(two) == set()
 
 
@@ -444,9 +447,9 @@ def test_a_model_or_index_that_changes_under_a_run_stops_it_and_leaves_the_forme
     before = stamps(two)
     _raw(two / "asked", users=[("a", ["t1a-1"])], click_file="one")
 
-    def cut_later(paths):
+    def cut_later(paths, *range_bytes):
         change(two, monkeypatch)
-        return cut_files(paths)
+        return cut_files(paths, *range_bytes)
 
     monkeypatch.setattr(infer_module, "cut_files", cut_later)
     infer_module.load_ranker.cache_clear()  # as in a worker that has just been started

@@ -324,10 +324,14 @@ def test_the_loss_of_no_target_is_zero(kind):
 AHEAD = 3  # next clicks whose columns are targets, here
 
 
+def losses_of(model, batch, kind="softmax", **options):
+    """training_loss() in which each click after the next counts half of the one before."""
+    return training_loss(model, batch, kind, ahead_decay=0.5, **options)
+
+
 @pytest.fixture
-def batch(monkeypatch):
+def batch():
     """A training batch as get_dataset.py makes it: 3 windows of up to 6 clicks, all columns as candidates."""
-    monkeypatch.setattr(model_tf2, "AHEAD_DECAY", 0.5)
     rng = np.random.default_rng(11)
     videos, columns = rng.integers(FIRST_VIDEO, LAST_VIDEO, [3, 6]), rng.integers(0, 4, [3, 6])  # columns repeat
     videos[2, 4:] = columns[2, 4:] = 0
@@ -388,7 +392,7 @@ def test_the_loss_of_the_columns_is_that_of_the_logits_that_are_served(model, ba
     """Against all columns and against some, in which a target need not be."""
     log_prob = np.log(len(candidates) / NUM_COLUMNS)
     given = batch if len(candidates) == NUM_COLUMNS else with_candidates(batch, candidates, log_prob)
-    _, of_columns = training_loss(model, given, kind, training=False)
+    _, of_columns = losses_of(model, given, kind, training=False)
     assert float(of_columns) == pytest.approx(column_loss_by_hand(model, batch, candidates, log_prob, kind), rel=1e-4)
     row, place = np.argwhere(batch["label"].numpy())[3]
     cut = [batch[name].numpy()[row : row + 1, : place + 1] for name in ("user_feature", "user_column")]
@@ -397,7 +401,7 @@ def test_the_loss_of_the_columns_is_that_of_the_logits_that_are_served(model, ba
 
 
 def test_the_auxiliary_loss_is_the_next_video_among_the_random_ones_that_are_not_it(model, batch):
-    total, of_columns = training_loss(model, batch, "softmax", aux_weight=1.0, training=False)
+    total, of_columns = losses_of(model, batch, "softmax", aux_weight=1.0, training=False)
     users = model.user_vectors(batch["user_feature"], batch["user_column"]).numpy()
     negatives, none = batch["negative_video"].numpy(), np.zeros(1, np.int32)
     vectors = {v: model.column_vectors(np.array([[v]], np.int32), none).numpy()[0] for v in range(2, LAST_VIDEO + 1)}
@@ -419,7 +423,7 @@ def test_no_target_sees_its_own_click_or_a_later_one(model, batch):
         alone = batch | {"target_column": batch["target_column"] * mask, "target_video": tf.zeros([3, 6], tf.int32)}
 
         def loss(alone=alone, **changed):
-            return float(training_loss(model, alone | changed, training=False)[0])
+            return float(losses_of(model, alone | changed, training=False)[0])
 
         later, seen = np.arange(6) > place, np.arange(6) == place
         other = {"user_feature": 2 + batch["user_feature"] % 20, "user_column": 1 + batch["user_column"] % 6}
@@ -440,7 +444,7 @@ def test_a_sample_stands_for_all_columns_in_expectation_also_where_a_user_repeat
 
     def amount(given):
         """What of a loss is linear in the candidates: the softmax's denominator, or all of the other."""
-        loss = float(training_loss(model, given, kind, training=False)[1])
+        loss = float(losses_of(model, given, kind, training=False)[1])
         return np.exp(loss + shares @ logits[wanted - 1] / shares.sum()) if kind == "softmax" else loss
 
     drawn = itertools.combinations(range(1, 7), 3)
@@ -472,7 +476,7 @@ def test_candidates_are_all_columns_or_draws_without_replacement_that_are_equall
 
 def gradients_of(model, batch, kind, **part):
     with tf.GradientTape() as tape:
-        losses = training_loss(model, batch, kind, **part)
+        losses = losses_of(model, batch, kind, **part)
     gradients = tape.gradient(losses[0], model.trainable_variables)
     return losses, {v.path: g if g is None else np.array(tf.convert_to_tensor(g))
                     for v, g in zip(model.trainable_variables, gradients, strict=True)}  # fmt: skip
@@ -500,6 +504,31 @@ def test_the_parts_of_replicas_add_up_to_the_loss_and_the_gradients_of_one(model
         assert close(np.sum([of_part for of_part, _ in parts], axis=0), losses, 1e-4)
         for path, gradient in gradients.items():
             assert close(np.sum([of_part[path] for _, of_part in parts], axis=0), gradient, 1e-4)
+
+
+def test_where_every_column_is_one_video_there_is_no_auxiliary_loss(model, batch):
+    total, of_columns = losses_of(model, batch | {"item_feature": batch["item_feature"][:, :1]}, training=False)
+    assert float(total) == float(of_columns) > 0
+    total, of_columns = losses_of(model, batch, training=False)
+    assert float(total) > float(of_columns) > 0
+
+
+def test_without_a_share_for_the_clicks_after_the_next_only_the_next_is_a_target(model, batch):
+    next_alone = batch | {"target_column": batch["target_column"] * np.array([1, 0, 0], np.int32)}
+    expected = [float(loss) for loss in losses_of(model, next_alone, training=False)]
+    assert [float(loss) for loss in training_loss(model, batch, training=False)] == pytest.approx(expected)
+    assert float(losses_of(model, batch, training=False)[0]) != pytest.approx(expected[0])
+
+
+def test_dropout_and_the_share_of_later_clicks_go_by_clicks_per_video_unless_they_are_set(monkeypatch):
+    """By 1 / sqrt(clicks per video): of 25 clicks a video .2 and .4, within .1 to .3 and up to .6; and no click is none."""
+    assert model_tf2.by_rarity(2500, 100) == (0.2, 0.4)
+    assert model_tf2.by_rarity(1600 * 10, 10) == (0.1, 0.05)
+    assert model_tf2.by_rarity(40, 10) == model_tf2.by_rarity(0, 10) == (0.3, 0.6)
+    monkeypatch.setattr(model_tf2, "DROPOUT", 0.0)
+    assert model_tf2.by_rarity(2500, 100) == (0.0, 0.4)
+    monkeypatch.setattr(model_tf2, "AHEAD_DECAY", 0.7)
+    assert model_tf2.by_rarity(2500, 100) == (0.0, 0.7)
 
 
 @KINDS

@@ -110,7 +110,7 @@ def second_day(trained, tmp_path_factory):
     """The trained folder on the next day: two clicks more a user, a new video on a shelf, and a new column."""
     folder, rng = tmp_path_factory.mktemp("second"), np.random.default_rng(29)
     first = _clicks_like_real(USERS, seed=21)
-    columns = first["columns"] | {"t0a": [*first["columns"]["t0a"], "fresh"], "late": ["fresh", "t1a-0"]}
+    columns = first["columns"] | {"t0a": [*first["columns"]["t0a"], "fresh"], "late": ["t1a-0", "t2a-0"]}
     users = []
     for uid, clicks in first["users"]:
         cids = rng.choice([*columns, "late"], 2)
@@ -169,6 +169,11 @@ def published(work_dir):
     names = {"model.json", "metrics.json", "test.csv"}
     paths = [path for path in (work_dir / "model").glob("*.*") if path.name in names or path.suffix in (".h5", ".npz")]
     return {path.name: path.read_bytes() for path in paths if path.name != "checkpoint.npz"}
+
+
+def kinds_of(files):
+    """What kinds of files there are, by the ends of their names."""
+    return sorted(name.partition(".")[2] if re.match("[0-9a-f]{16}", name) else name for name in files)
 
 
 def edit_json(path, change):
@@ -396,8 +401,10 @@ def test_the_chosen_mix_is_the_best_on_validation_of_those_there_are(trained, sc
                 mixed = ((1 - weight) * towers + weight * memory) * np.where(scorer.clicked(clicks[1]), repeat, 1)
                 ranks = [brute_rank(scores, place) for scores, place in zip(mixed, users["place"], strict=True)]
                 ndcg[decay, weight, repeat] = np.mean([gain(rank) for rank in ranks])
-    assert ndcg[chosen.decay, chosen.memory_weight, chosen.repeat] == pytest.approx(max(ndcg.values()))
-    assert saved["validation"]["mix"]["NDCG@10"] == pytest.approx(max(ndcg.values()))
+    assert ndcg[chosen.decay, chosen.memory_weight, chosen.repeat] == pytest.approx(
+        max(ndcg.values()), abs=2e-3
+    )  # ranks of columns as good as equal
+    assert saved["validation"]["mix"]["NDCG@10"] == pytest.approx(max(ndcg.values()), abs=2e-3)
 
 
 # ---------------------------------------------------------------- a whole run
@@ -521,16 +528,16 @@ def scripted(monkeypatch, *values):
 
 
 def test_training_with_the_other_loss_and_without_memory_ends_when_validation_gets_no_better(fresh, monkeypatch):
-    scripted(monkeypatch, 0.3, 0.5, 0.4, 0.5, 0.2, 0.9)
-    test, printed = train_and_listen(fresh, use_memory=False, loss="bce", patience=3, **TINY | {"epochs": 9})
-    assert [row["NDCG@10"] for row in history_of(fresh)] == [
-        "0.3",
-        "0.5",
-        "0.4",
-        "0.5",
-        "0.2",
-    ]  # of equal ones the first
-    assert [line[-1] == "*" for line in printed.splitlines() if re.match(" +[0-9] ", line)] == [True] * 2 + [False] * 3
+    scripted(monkeypatch, 0.3, 0.5, 0.4, 0.5, 0.9)
+    test, printed = train_and_listen(fresh, use_memory=False, loss="bce", patience=2, **TINY | {"epochs": 9})
+    ndcg = [row["NDCG@10"] for row in history_of(fresh)]
+    assert ndcg == ["0.3", "0.5", "0.4", "0.5"]  # of equal ones the first is the best
+    assert [line[-1] == "*" for line in printed.splitlines() if re.match(" +[0-9] ", line)] == [
+        True,
+        True,
+        False,
+        False,
+    ]
     assert list(test)[-1] == "towers" and not {"memory", "mix"} & set(test)
     chosen = load_model(fresh).mix
     assert (chosen.memory_weight, chosen.repeat) == (0, 1)
@@ -556,16 +563,14 @@ def test_a_warm_run_starts_from_what_stands_says_so_and_takes_its_own_number_of_
     assert list(warm[1]) == ["random", "popularity", "own columns", "chain", "standing", "towers", "memory", "mix"]
 
 
-def test_epoch_0_is_what_stands_and_the_model_is_never_worse_on_validation(warm, trained):
-    """The first day's towers, as they are served on the second day, whose new video they do not know, do about the same."""
+def test_a_warm_model_is_never_worse_on_validation_than_what_stood(warm):
     rows = [float(row["NDCG@10"]) for row in history_of(warm[0])]
     assert saved_in(warm[0])["validation"]["towers"]["NDCG@10"] == pytest.approx(max(rows))
-    assert max(rows) >= rows[0]
 
 
 def test_where_no_epoch_is_better_the_weights_that_stand_stay(own, trained, monkeypatch):
-    scripted(monkeypatch, 0.9, 0.1, 0.2)
-    test, printed = train_and_listen(own, seed=2, **TINY)
+    scripted(monkeypatch, 0.9, 0.1)
+    test, printed = train_and_listen(own, seed=2, **TINY | {"warm_epochs": 1})
     assert same(towers_of(own), towers_of(trained[0]))
     assert test["standing"] == test["mix"] and "'standing' is within the noise of 'mix'" in printed
     assert [test[row]["NDCG@10"] for row in trained[1]] == [trained[1][row]["NDCG@10"] for row in trained[1]]
@@ -576,30 +581,30 @@ def never(*_):
 
 
 def start_of(work_dir, monkeypatch, **options):
-    """What train() prints before it fits, and the first weights that it would fit."""
-    weights = []
+    """What train() prints before it fits, and the model that it would fit."""
+    models = []
 
     def spy(strategy, scorer, *_):
-        weights.extend(scorer.model.get_weights())
+        models.append(scorer.model)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(train_module, "fit", spy)
     with contextlib.redirect_stdout(io.StringIO()) as printed, pytest.raises(KeyboardInterrupt):
         train(work_dir, **TINY | options)
-    return printed.getvalue(), weights
+    return printed.getvalue(), models[0]
 
 
 def test_a_run_that_cannot_be_warm_starts_from_nothing_and_says_why(own, monkeypatch):
     path = own / "model/model.json"
     text = path.read_text(encoding="utf-8")
-    printed, weights = start_of(own, monkeypatch, emb_dim=4)
+    printed, model = start_of(own, monkeypatch, emb_dim=4)
     assert "training starts from nothing: the model that stands has emb_dim = 8, now it is 4; 3 epochs" in printed
-    assert weights[0].shape == (62, 4)
+    assert model.video_embedding.shape == (62, 4)
     printed, cold = start_of(own, monkeypatch, warm_start=False, seed=2)
     assert "from nothing: WARM_START is False; 3 epochs" in printed
-    assert not same(cold, towers_of(own))
+    assert not same(cold.get_weights(), towers_of(own))
     printed, stands = start_of(own, monkeypatch, seed=2)
-    assert "from the weights of the model of" in printed and same(stands, towers_of(own))
+    assert "from the weights of the model of" in printed and same(stands.get_weights(), towers_of(own))
     edit_json(path, lambda saved: saved | {"index": saved["index"] | {"sha256": "other"}})
     assert "from nothing: the model that stands was made with another index" in start_of(own, monkeypatch, seed=2)[0]
     saved = json.loads(text)
@@ -632,13 +637,29 @@ def test_new_videos_get_the_mean_of_their_shelf_new_columns_zeros_and_all_else_i
         assert was.path in tables or np.array_equal(was, now)
 
 
-def test_the_first_weights_of_a_warm_run_are_the_grown_ones(today, trained, monkeypatch):
-    _, weights = start_of(today, monkeypatch)
-    stood = load_model(trained[0]).model
+def test_epoch_0_of_a_warm_run_is_what_stands_grown(today, trained, warm, monkeypatch):
+    _, model = start_of(today, monkeypatch)
+    weights, stood = model.get_weights(), load_model(trained[0]).model
     assert weights[0].shape[0] == FIRST_VIDEO + 61 and weights[1].shape[0] == 1 + 13
     assert np.array_equal(weights[0][:62], stood.video_embedding) and not weights[1][13].any()
-    shelf = load_index(today).columns["t0a"]
-    assert np.allclose(weights[0][62], weights[0][shelf[:5]].mean(axis=0), atol=1e-7)
+    manifest, index = load_manifest(today, SETTINGS)
+    assert np.allclose(weights[0][62], weights[0][index.columns["t0a"][:5]].mean(axis=0), atol=1e-7)
+    counts = count_windows(manifest, ["train"], MEMORY_DECAYS, index, today, num_workers=1)
+    scorer = Scorer(model, Memory.of_counts(counts, 0, index), index)
+    users = scorer.rankable(held_out(manifest, "val", today))
+    logits = scorer.towers(users["user_feature"], users["user_column"])
+    ranks = [brute_rank(of_user, place) for of_user, place in zip(logits, users["place"], strict=True)]
+    assert float(history_of(warm[0])[0]["NDCG@10"]) == pytest.approx(np.mean([gain(rank) for rank in ranks]))
+
+
+def test_what_goes_by_the_data_unless_it_is_set_is_kept_with_the_model(trained, fresh, monkeypatch):
+    saved = saved_in(trained[0])
+    clicks = sum(len(clicks) for _, clicks in _clicks_like_real(USERS, seed=21)["users"])
+    expected = model_tf2.by_rarity(clicks, 60)
+    assert (saved["arguments"]["dropout"], saved["run"]["constants"]["AHEAD_DECAY"]) == expected
+    monkeypatch.setattr(model_tf2, "DROPOUT", 0.25)
+    assert start_of(fresh, monkeypatch)[1].arguments["dropout"] == 0.25
+    assert start_of(fresh, monkeypatch, dropout=0.125)[1].arguments["dropout"] == 0.125
 
 
 # ---------------------------------------------------------------- killed and run again
@@ -665,7 +686,7 @@ def test_a_first_run_killed_leaves_nothing_that_ranks_and_goes_on_to_the_same_we
     _, printed = train_and_listen(fresh, **TINY)
     assert "going on after epoch 1 of" in printed
     assert same(towers_of(fresh), towers_of(trained[0])) and history_of(fresh) == history_of(trained[0])
-    assert published(fresh).keys() == published(trained[0]).keys()
+    assert kinds_of(published(fresh)) == kinds_of(published(trained[0]))
 
 
 def test_a_warm_run_killed_anywhere_leaves_what_stood_and_goes_on_to_the_same_weights(
@@ -685,40 +706,32 @@ def test_a_warm_run_killed_anywhere_leaves_what_stood_and_goes_on_to_the_same_we
     test, printed = train_and_listen(today, **TINY)
     assert "nothing to train" in printed and test == warm[1]
     assert same(towers_of(today), towers_of(warm[0])) and history_of(today) == history_of(warm[0])
-    assert published(today).keys() == published(warm[0]).keys()
+    assert kinds_of(published(today)) == kinds_of(published(warm[0]))
     for name in ("test.csv", "metrics.json"):
         assert published(today)[name] == published(warm[0])[name]
     assert not (today / "model/checkpoint.npz").exists()
 
 
-def test_the_best_weights_so_far_are_in_the_checkpoint(own, monkeypatch):
-    """Of epochs 0.2, 0.9, 0.1: killed in the next, what is published is what the second one left."""
-    kept, save = [], train_module.save_checkpoint
-
-    def spy(folder, model, *others):
-        kept.append(model.get_weights())
-        save(folder, model, *others)
-
-    scripted(monkeypatch, 0.2, 0.9, 0.1, 0.3)
-    monkeypatch.setattr(train_module, "save_checkpoint", spy)
-    options = TINY | {"epochs": 4}
-    kill_at(monkeypatch, "train_epoch", 4, own, epochs=4, warm_start=False, seed=5)
-    train(own, warm_start=False, seed=5, **options)
-    assert len(kept) == 4 and same(towers_of(own), kept[1])
-
-
-def test_a_checkpoint_of_another_run_is_not_gone_on_with_and_a_damaged_one_is_named(own, trained, monkeypatch):
-    kill_at(monkeypatch, "train_epoch", 2, own, seed=2)
-    _, before = start_of(own, monkeypatch, seed=3)
-    monkeypatch.undo()
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
-        kill_at(monkeypatch, "train_epoch", 1, own, seed=3)
-    assert "going on" not in printed.getvalue()
-    path = own / "model/checkpoint.npz"
+def test_a_checkpoint_gives_back_the_state_and_the_best_weights_to_the_same_run_alone(tmp_path):
+    model = build_model(num_videos=3, num_columns=2, emb_dim=4)
+    optimizer = train_module.LazyAdam(model.trainable_variables, lambda step: 0.1)
+    rng, run, history = np.random.default_rng(28), {"seed": 1}, [{"epoch": 0}, {"epoch": 1}]
+    variables = model.variables + optimizer.variables
+    for variable in variables:
+        variable.assign(rng.normal(0, 1, variable.shape))
+    state, best = [np.array(variable) for variable in variables], [weights + 1 for weights in model.get_weights()]
+    train_module.save_checkpoint(tmp_path, model, optimizer, run, "now", history, best)
+    for variable in variables:
+        variable.assign(variable * 0)
+    assert train_module.restore_checkpoint(tmp_path, model, optimizer, {"seed": 2})[1:] == ([], None)
+    assert not any(np.any(variable) for variable in variables)
+    started, went, kept = train_module.restore_checkpoint(tmp_path, model, optimizer, run)
+    assert (started, went) == ("now", history) and same(kept, best)
+    assert same([np.array(variable) for variable in variables], state)
+    path = tmp_path / "checkpoint.npz"
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(InputError, match=r"checkpoint\.npz: damaged .*remove it and run train\.py again"):
-        train(own, seed=3, **TINY)
-    assert published(own) == published(trained[0])
+        train_module.restore_checkpoint(tmp_path, model, optimizer, run)
 
 
 def test_a_loss_that_is_not_finite_names_step_and_shard_and_keeps_what_stands(own, trained):

@@ -8,6 +8,7 @@ bench_get_tfrecord.py's naive writer, parses them one by one and makes batches w
 which it waits for its next batch.
 """
 
+import itertools
 import sys
 import tempfile
 import time
@@ -53,7 +54,7 @@ def main(users=20_000, rounds=3):
         manifest, index = load_manifest(work_dir)
         targets = manifest["splits"]["train"]["targets"]
         with open(folder / "raw/click_seq/part-00000.json", "rb") as file:
-            naive_targets = naive([next(file) for _ in range(NAIVE_USERS)], folder / "naive", index)
+            naive_targets = naive(list(itertools.islice(file, NAIVE_USERS)), folder / "naive", index)
         videos = column_table(index, np.ones(2 + len(index.videos)))
 
         def batches(epoch):
@@ -80,7 +81,7 @@ def main(users=20_000, rounds=3):
         optimizer = LazyAdam(model.trainable_variables, lambda step: LEARNING_RATE)
         source = batches(2)
         step, iterator, waited = (
-            make_train_step(tf.distribute.get_strategy(), model, optimizer, source.element_spec, LOSS),
+            make_train_step(tf.distribute.get_strategy(), model, optimizer, source.element_spec, 0.5, LOSS),
             iter(source),
             0.0,
         )

@@ -86,7 +86,7 @@ def parts_alone(work_dir, clicks_path):
 
     memory, by = ranker.scorer.memory, ranker.mix
     shelves = column_table(index, memory.video_clicks)[1:]
-    all_columns = {"item_feature": shelves, "item_column": np.arange(1, len(cids) + 1)}
+    all_columns = {"item_feature": shelves, "item_column": np.arange(1, len(cids) + 1, dtype=np.int32)}
 
     def naive():
         with gzip.open(clicks_path.parent / "naive.gz", "wt", compresslevel=9) as file:

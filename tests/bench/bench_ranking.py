@@ -55,11 +55,8 @@ def main(raw, truth_file, *edits):
                 f"{model[split][row]['NDCG@10']:.4f}" if row in model[split] else "-"
                 for split in ("validation", "test")
             ]
-            hits, gain = score(folder, truth, {})
-            print(
-                f"{row:10} {known[0]:>10} {known[1]:>7} {gain:7.4f} {score(folder, truth, seen)[1]:7.4f} {hits:7.4f}",
-                flush=True,
-            )
+            hits, gain, unseen = score(folder, truth, seen)
+            print(f"{row:10} {known[0]:>10} {known[1]:>7} {gain:7.4f} {unseen:7.4f} {hits:7.4f}", flush=True)
 
 
 def set_constant(folder, name, value):
@@ -86,16 +83,22 @@ def lines_of(folder, name):
 
 
 def score(folder, truth, seen):
-    """Return HR@10 and NDCG@10 of the rankings under folder, without the columns seen; no ranking counts as 0."""
-    hits = gain = 0.0
+    """Return HR@10, NDCG@10, and NDCG@10 without the columns seen, of the rankings; a user without one counts as 0."""
+    sums = [0.0, 0.0, 0.0]
     for line in lines_of(folder, "data/work/ranking"):
         target = truth.get(line.get("uid"))
         if target in line.get("columns", ()):
-            before = seen.get(line["uid"], set()) - {target}
-            rank = 1 + [cid for cid in line["columns"] if cid not in before].index(target)
-            hits += rank <= 10
-            gain += 1 / math.log2(rank + 1) if rank <= 10 else 0
-    return hits / len(truth), gain / len(truth)
+            ahead = line["columns"][: line["columns"].index(target)]
+            unseen = [cid for cid in ahead if cid not in seen.get(line["uid"], ())]
+            sums[0] += len(ahead) < 10
+            sums[1] += gain(len(ahead))
+            sums[2] += gain(len(unseen))
+    return [total / len(truth) for total in sums]
+
+
+def gain(ahead):
+    """Return the NDCG@10 of a target with so many columns ahead of it."""
+    return 1 / math.log2(ahead + 2) if ahead < 10 else 0.0
 
 
 if __name__ == "__main__":

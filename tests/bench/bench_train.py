@@ -13,6 +13,12 @@ import sys
 import tempfile
 from pathlib import Path
 
+import keras
+import numpy as np
+import tensorflow as tf
+from measure import cost_of, house, in_turn, seconds, write_clicks
+
+# isort: split
 from get_dataset import (
     AHEAD,
     BATCH_POSITIONS,
@@ -37,11 +43,6 @@ from model_tf2 import (
     count_windows,
 )
 from train import LEARNING_RATE, MEMORY_DECAYS, LazyAdam, make_train_step, ranks_of
-
-import keras
-import numpy as np
-import tensorflow as tf
-from measure import cost_of, house, in_turn, seconds, write_clicks
 
 COLUMNS = 1000
 FEW, MANY = 50_000, 1_000_000
@@ -115,7 +116,7 @@ def new_step(num_videos, batch):
     model = build_model(num_videos=num_videos, num_columns=COLUMNS)
     optimizer = LazyAdam(model.trainable_variables, lambda step: LEARNING_RATE)
     spec = {name: tf.TensorSpec.from_tensor(value) for name, value in batch.items()}
-    step = make_train_step(tf.distribute.get_strategy(), model, optimizer, spec, LOSS)
+    step = make_train_step(tf.distribute.get_strategy(), model, optimizer, spec, 0.5, LOSS)
     return lambda: step(batch).numpy()
 
 
@@ -132,7 +133,7 @@ def epoch_and_evaluation(folder, users):
     batches = add_candidates(batches, videos, len(index.videos), seed=1)
     model = build_model(num_videos=len(index.videos), num_columns=len(index.columns))
     optimizer = LazyAdam(model.trainable_variables, lambda step: LEARNING_RATE)
-    step = make_train_step(tf.distribute.get_strategy(), model, optimizer, batches.element_spec, LOSS)
+    step = make_train_step(tf.distribute.get_strategy(), model, optimizer, batches.element_spec, 0.5, LOSS)
     times = [seconds(lambda batch=batch: step(batch).numpy()) for batch in batches.take(60)]
     counts = count_windows(manifest, ["train"], MEMORY_DECAYS, index, chain / "data/work")
     scorer = Scorer(model, Memory.of_counts(counts, 0, index), index)
