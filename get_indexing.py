@@ -640,16 +640,22 @@ def map_files(function, tasks, desc, num_workers=NUM_WORKERS):
         return
     import multiprocessing
     from concurrent.futures import ProcessPoolExecutor
+    from concurrent.futures.process import BrokenProcessPool
 
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy in the workers, which are as many as the cores
-    signals = {signal.SIGINT, signal.SIGTERM}
     pool = ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn"), start_worker, (function,))
     try:
         # A signal that comes while workers are started waits; they inherit that, and leave Ctrl-C to this process.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-        results = pool.map(run_task, tasks)
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        yield bar(named_deaths(results))
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+        try:
+            results = pool.map(run_task, tasks)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        yield bar(results)
+    except BrokenProcessPool as error:
+        raise InputError(
+            "a worker process died, for lack of memory perhaps; run again, or lower NUM_WORKERS"
+        ) from error
     finally:
         for process in multiprocessing.active_children():
             process.kill()
@@ -680,18 +686,6 @@ def start_worker(function):
 def run_task(task):
     """Return what a worker's function makes of a task."""
     return run_task.function(task)
-
-
-def named_deaths(results):
-    """Yield results; the death of a worker becomes an InputError."""
-    from concurrent.futures.process import BrokenProcessPool
-
-    try:
-        yield from results
-    except BrokenProcessPool as error:
-        raise InputError(
-            "a worker process died, for lack of memory perhaps; run again, or lower NUM_WORKERS"
-        ) from error
 
 
 def map_on_spark(function, tasks):

@@ -45,6 +45,7 @@ LEFTOVER = {
 }
 SMALL = {
     "get_indexing": dict(RANGE_BYTES=16_000, NUM_WORKERS=2),
+    "infer": dict(RANK_BYTES=16_000),
     "get_dataset": dict(MIN_STEPS=6),
     "train": dict(EPOCHS=2, WARM_EPOCHS=2),
 }
