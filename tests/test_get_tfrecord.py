@@ -757,7 +757,7 @@ def test_a_killed_run_goes_on_with_the_shards_that_it_lacks(tmp_path, records, t
     lost = sorted(folder.glob("val-*"))[5]
     lost.unlink()
     (folder / "manifest.json").unlink()
-    (folder / ".train-00001.tfrecord.0123.tmp").write_bytes(b"half")
+    (folder / ".train-00001.tfrecord.0123456789abcdef0123456789abcdef.tmp").write_bytes(b"half")
     assert get_tfrecord(tmp_path / "raw", tmp_path / "work", **SHORT) == first
     assert folder_bytes(folder) == files
     made = {name for name, stamp in stamps(folder).items() if stamp != before[name]}
