@@ -306,9 +306,9 @@ def training_loss(
 ):
     """Return (the loss to minimise, its part for the columns) of a training batch of get_dataset.py: two scalars.
 
-    A click after the next one is a target too, by a share of ahead_decay against the one before. Both losses are means over
-    the targets of the batch. Of several replicas each gives the part of every num_replicas-th
-    window, counted from `replica`, against the candidates of the whole batch: the parts add up to the loss of one.
+    A click after the next one is a target too, by a share of ahead_decay against the one before. Both losses are means
+    over the targets of the batch. Of several replicas each gives the part of every num_replicas-th window, counted from
+    `replica`, against the candidates of the whole batch: the parts add up to the loss of one.
     """
     names = ("user_feature", "user_column", "target_video", "target_column", "target_item")
     videos, clicked, next_video, next_columns, next_items = (batch[name][replica::num_replicas] for name in names)

@@ -526,9 +526,7 @@ def test_an_index_that_changes_while_records_are_written_ends_the_run(tmp_path, 
         return first_pass(*arguments)
 
     monkeypatch.setattr(script, "survey", change_the_index)
-    with pytest.raises(
-        InputError, match=r"indexing was changed while get_tfrecord\.py was at work; run it again"
-    ):
+    with pytest.raises(InputError, match=r"indexing was changed while get_tfrecord\.py was at work; run it again"):
         records()
     assert not (tmp_path / "work/tfrecord/manifest.json").exists()
 
