@@ -26,17 +26,9 @@ and for training the column side, drawn fresh for each batch:
 from pathlib import Path
 
 from get_indexing import (
-    DATA_DIR,
-    FIRST_VIDEO,
-    WORK_DIR,
-    InputError,
-    a_whole_number,
-    check_same,
-    load_index,
-    read_json,
-    read_names,
-    run_script,
-)
+    DATA_DIR, FIRST_VIDEO, WORK_DIR,
+    InputError, a_whole_number, check_same, load_index, read_json, read_names, run_script,
+)  # fmt: skip
 from get_tfrecord import FORMAT, ClickEncoder, record_constants, split_windows
 
 import numpy as np

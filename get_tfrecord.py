@@ -22,29 +22,11 @@ import sys
 from pathlib import Path
 
 from get_indexing import (
-    DATA_DIR,
-    NUM_WORKERS,
-    UNKNOWN,
-    WORK_DIR,
-    InputError,
-    Tallies,
-    Tally,
-    a_whole_number,
-    cut_files,
-    file_fingerprint,
-    find_files,
-    fingerprint,
-    load_index,
-    map_files,
-    parse_clicks,
-    read_json,
-    read_records,
-    remove_leftovers,
-    replacing,
-    run_script,
-    split_click,
+    DATA_DIR, NUM_WORKERS, UNKNOWN, WORK_DIR,
+    InputError, Tallies, Tally, a_whole_number, cut_files, file_fingerprint, find_files, fingerprint, load_index,
+    map_files, parse_clicks, read_json, read_records, remove_leftovers, replacing, run_script, split_click,
     write_json,
-)
+)  # fmt: skip
 
 USER_MAX_LEN = 50  # clicks in a window, and the most that the user tower reads
 WINDOW_OVERLAP = 16  # clicks that a window repeats from the one before it: the history of its first target

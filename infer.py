@@ -21,32 +21,11 @@ import sys
 from pathlib import Path
 
 from get_indexing import (
-    DATA_DIR,
-    NUM_WORKERS,
-    UNKNOWN,
-    WORK_DIR,
-    InputError,
-    Tallies,
-    Tally,
-    a_path,
-    a_whole_number,
-    cut_files,
-    file_fingerprint,
-    find_files,
-    fingerprint,
-    input_name,
-    load_index,
-    map_files,
-    parse_clicks,
-    read_json,
-    read_lines,
-    read_names,
-    read_records,
-    remove_leftovers,
-    replacing,
-    run_script,
-    split_click,
-)
+    DATA_DIR, NUM_WORKERS, UNKNOWN, WORK_DIR,
+    InputError, Tallies, Tally, a_path, a_whole_number, cut_files, file_fingerprint, find_files, fingerprint,
+    input_name, load_index, map_files, parse_clicks, read_json, read_lines, read_names, read_records,
+    remove_leftovers, replacing, run_script, split_click,
+)  # fmt: skip
 from get_tfrecord import ClickEncoder
 
 import numpy as np

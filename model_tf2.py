@@ -14,18 +14,9 @@ from typing import NamedTuple
 
 from get_dataset import ITEM_MAX_LEN, NUM_NEGATIVES, column_table, read_windows, shards_of
 from get_indexing import (
-    FIRST_VIDEO,
-    PAD,
-    UNKNOWN,
-    WORK_DIR,
-    InputError,
-    a_number,
-    a_whole_number,
-    map_files,
-    one_of,
-    or_none,
-    run_script,
-)
+    FIRST_VIDEO, PAD, UNKNOWN, WORK_DIR,
+    InputError, a_number, a_whole_number, map_files, one_of, or_none, run_script,
+)  # fmt: skip
 from get_tfrecord import USER_MAX_LEN
 
 import keras

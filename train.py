@@ -31,53 +31,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 from get_dataset import (
-    DATASET_CONSTANTS,
-    ITEM_MAX_LEN,
-    add_candidates,
-    column_table,
-    held_out,
-    load_manifest,
-    make_dataset,
-    read_windows,
-    shards_of,
-)
+    DATASET_CONSTANTS, ITEM_MAX_LEN,
+    add_candidates, column_table, held_out, load_manifest, make_dataset, read_windows, shards_of,
+)  # fmt: skip
 from get_indexing import (
-    DATA_DIR,
-    ENDINGS,
-    FIRST_VIDEO,
-    WORK_DIR,
-    InputError,
-    a_number,
-    a_tuple_of,
-    a_whole_number,
-    check_same,
-    cluster_place,
-    file_fingerprint,
-    fingerprint,
-    load_index,
-    one_of,
-    progress,
-    read_json,
-    remove_leftovers,
-    replacing,
-    run_script,
-    write_json,
-)
+    DATA_DIR, ENDINGS, FIRST_VIDEO, WORK_DIR,
+    InputError, a_number, a_tuple_of, a_whole_number, check_same, cluster_place, file_fingerprint, fingerprint,
+    load_index, one_of, progress, read_json, remove_leftovers, replacing, run_script, write_json,
+)  # fmt: skip
 from model_tf2 import (
-    LOSS,
-    LOSSES,
-    MODEL_CONSTANTS,
-    Counts,
-    CountTable,
-    Memory,
-    Mix,
-    Scorer,
-    build_model,
-    by_rarity,
-    count_windows,
-    mix,
-    training_loss,
-)
+    LOSS, LOSSES, MODEL_CONSTANTS,
+    Counts, CountTable, Memory, Mix, Scorer, build_model, by_rarity, count_windows, mix, training_loss,
+)  # fmt: skip
 
 import keras
 import numpy as np

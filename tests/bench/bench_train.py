@@ -18,7 +18,6 @@ import numpy as np
 import tensorflow as tf
 from measure import cost_of, house, in_turn, seconds, write_clicks
 
-# isort: split
 from get_dataset import (
     AHEAD,
     BATCH_POSITIONS,
