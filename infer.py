@@ -8,7 +8,8 @@ Writes  RANKING_DIR/<input name>.json.gz   a line per user, in the order of the 
     python infer.py
 
 Scores are log probabilities that the user's next column click is in the column. A user without any known click gets
-the columns by popularity, "source": "popular". Finished files are not computed again unless something changed.
+the columns by popularity, "source": "popular". Finished files are not computed again unless something changed. A Ranker
+ranks the columns for one user, now, and says why.
 """
 
 import contextlib
@@ -16,9 +17,11 @@ import functools
 import gzip
 import itertools
 import json
+import math
 import shutil
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 from get_indexing import (
     DATA_DIR, NUM_WORKERS, UNKNOWN, WORK_DIR,
@@ -34,10 +37,11 @@ CLICKS_DIR = f"{DATA_DIR}/click_seq"  # the users to rank for; name another fold
 RANKING_DIR = f"{WORK_DIR}/ranking"  # one for each folder of users
 TOP_K = 0  # columns for each user; 0: all
 RANK_BYTES = 512 << 10  # of click files: the work of one task
-BATCH_USERS = 128
+BATCH_USERS = 128  # ranked at once; fewer where columns are many
 GZIP_LEVEL = 1  # level 9 takes 70 times as long for 12 % less
 MEMO_SIZE = 1 << 18  # scores whose text is remembered
 DECIMALS = 4  # of the scores; equal ones go by the order of the columns
+EXAMPLE = 5  # last clicks and first columns of the user who is printed
 
 
 def rules():
@@ -51,6 +55,7 @@ def rules():
         "GZIP_LEVEL": a_whole_number(0, 9),
         "MEMO_SIZE": a_whole_number(1),
         "DECIMALS": a_whole_number(0, 9),
+        "EXAMPLE": a_whole_number(1),
     }
 
 
@@ -74,27 +79,41 @@ def infer(clicks_dir=CLICKS_DIR, work_dir=WORK_DIR, ranking_dir=RANKING_DIR, top
         check_folder(manifest.get(output.name), output, clicks_dir)
     stands = standing_rankings(outputs, manifest, made_with, num_workers)
     tasks = cut_files([path for path in outputs if path not in stands], RANK_BYTES)
-    rank = functools.partial(rank_ranges, folder=folder, work_dir=work_dir, made_with=made_with)
+    first = tasks[0][0] if tasks else None
+    rank = functools.partial(rank_ranges, folder=folder, work_dir=work_dir, made_with=made_with, explain=first)
 
-    users, chain = 0, itertools.chain.from_iterable
+    users, examples = 0, []
     with map_files(rank, tasks, "rank", num_workers) as results:
-        parts = chain(zip(*of_task, strict=True) for of_task in zip(tasks, results, strict=True))
+        parts = parts_in_order(tasks, results, examples)
         for path, of_file in itertools.groupby(parts, key=lambda part: part[0].path):
             made_from = made_with | {"clicks": str(clicks_dir)}
             tally, manifest[outputs[path].name] = join_parts(outputs[path], of_file, made_from)
             users += tally.lines - tally.skipped.total()
     remove_parts(folder)  # of a task that was tried twice
-    for name, of_file in sorted(manifest.items()):
-        is_gone = folder / name not in outputs.values() and same_folder(of_file["clicks"], clicks_dir)
-        if is_gone and (folder / name).exists():
+    name_the_gone(folder, manifest, outputs, clicks_dir)
+    print(
+        f"{users:,} users ranked in {len(outputs) - len(stands):,} files, {len(outputs):,} files stand in {ranking_dir}"
+    )
+    for example in examples:
+        print_example(example, index)
+    return list(outputs.values())
+
+
+def parts_in_order(tasks, results, examples):
+    """Yield (FileRange, Tally) of the tasks' results; what they explain goes to the list of examples."""
+    for ranges, (tallies, explained) in zip(tasks, results, strict=True):
+        examples += explained
+        yield from zip(ranges, tallies, strict=True)
+
+
+def name_the_gone(folder, manifest, outputs, clicks_dir):
+    """Print a line for each ranking that stands though its click file, of this folder, is gone."""
+    for name in sorted(manifest.keys() - {output.name for output in outputs.values()}):
+        if same_folder(manifest[name]["clicks"], clicks_dir) and (folder / name).exists():
             print(
                 f"{folder / name}: no click file of this name any more; remove it if it should not be published",
                 file=sys.stderr,
             )
-    print(
-        f"{users:,} users ranked in {len(outputs) - len(stands):,} files, {len(outputs):,} files stand in {ranking_dir}"
-    )
-    return list(outputs.values())
 
 
 def join_parts(output, parts, made_from):
@@ -186,9 +205,12 @@ def remove_parts(folder):
     remove_leftovers(folder, ".*.json.gz.*.part")
 
 
-def rank_ranges(ranges, folder, work_dir, made_with):
-    """Rank the users of FileRanges, each into its part file, and return the [Tally, ...] of their lines."""
-    ranker, tallies = load_ranker(work_dir, made_with["model"], made_with["index"]), []
+def rank_ranges(ranges, folder, work_dir, made_with, explain=None):
+    """Rank the users of FileRanges, each into its part file; return ([Tally, ...], [Example of its first user]).
+
+    The example is of the FileRange that is to be explained, if it is one of them.
+    """
+    ranker, tallies, examples = load_ranker(work_dir, made_with["model"], made_with["index"]), [], []
     for file_range in ranges:
         tallies.append(Tally(file_range.path))
         users = read_records(tallies[-1], parse_clicks, file_range)
@@ -197,9 +219,12 @@ def rank_ranges(ranges, folder, work_dir, made_with):
             open(temporary, "wb") as file,
             gzip.GzipFile("", "wb", GZIP_LEVEL, file, mtime=0) as packed,
         ):
-            while block := list(itertools.islice(users, BATCH_USERS)):
+            while block := list(itertools.islice(users, ranker.users_at_once())):
                 packed.write("".join(ranker.lines(block, made_with["constants"]["TOP_K"])).encode())
-    return tallies
+                if file_range == explain and not examples:
+                    uid, clicks = block[0]
+                    examples = [Example(uid, clicks[-EXAMPLE:], ranker.why(clicks, EXAMPLE))]
+    return tallies, examples
 
 
 @functools.lru_cache(maxsize=1)
@@ -218,7 +243,7 @@ class Ranker:
     """
 
     def __init__(self, work_dir=WORK_DIR):
-        from model_tf2 import Scorer
+        from model_tf2 import SCORES_AT_ONCE, Scorer
         from train import load_model
 
         self.index = load_index(work_dir)
@@ -228,37 +253,93 @@ class Ranker:
             raise InputError(
                 "no column holds a video, so there is nothing to rank; run get_indexing.py on today's columns"
             )
-        self.scorer = Scorer(model, memory, self.index, saved["item_max_len"])
+        self.scorer, self.scores_at_once = Scorer(model, memory, self.index, saved["item_max_len"]), SCORES_AT_ONCE
         cids = list(self.index.columns)
-        self.texts = [as_json(cids[number - 1]) for number in self.scorer.numbers], ScoreTexts()
+        self.cids = [cids[number - 1] for number in self.scorer.numbers]  # of the current columns
+        self.texts = list(map(as_json, self.cids)), ScoreTexts()
         clicks = self.scorer.of_current(memory.column_clicks[None, 1:])[0] + 0.5
         self.popularity = np.log(clicks / clicks.sum())
 
+    def rank(self, clicks, top_k=TOP_K):
+        """Return [(cid, probability), ...] for a user's clicks, oldest first: the best column first, top_k of them or all.
+
+        The logarithm of a probability has the digits of the ranking files.
+        """
+        (places,), (costs,) = best_first(self.scores([self.encoder.encode(clicks)]), top_k)
+        return [(self.cids[place], math.exp(-cost / 10**DECIMALS)) for place, cost in zip(places, costs, strict=True)]
+
+    def why(self, clicks, top_k=EXAMPLE):
+        """Return the Reason of each of the first columns for a user's clicks, oldest first.
+
+        Each of the clicks that the model reads is left out once, and the columns are ranked again: what a click does is
+        how much the log probability of a column falls without it. So it holds for all parts of the model together.
+        """
+        videos, columns = self.encoder.encode(clicks)
+        read = range(max(0, len(clicks) - self.user_max_len), len(clicks))
+        without = [(videos[:i] + videos[i + 1 :], columns[:i] + columns[i + 1 :]) for i in read]
+        scores = self.scores([(videos, columns), *without])
+        effects = np.pad(scores[0] - scores[1:], [(read.start, 0), (0, 0)])
+        towers, memory = (part[0] for part in self.scorer.parts(*self.padded([(videos, columns)]), self.mix))
+        weight = self.mix.memory_weight
+        of_towers = (1 - weight) * towers / ((1 - weight) * towers + weight * memory)
+        (places,), _ = best_first(scores[:1], top_k)
+        return [
+            Reason(self.cids[p], math.exp(scores[0, p]), float(of_towers[p]), effects[:, p].tolist()) for p in places
+        ]
+
     def scores(self, histories):
         """Return log probabilities float64 [n, current columns] of encoded histories, n pairs (videos, columns)."""
-        longest = max(1, *(min(len(videos), self.user_max_len) for videos, _ in histories))
-        padded = np.zeros([2, len(histories), longest], np.int32)
-        for user, history in enumerate(histories):
-            for row, numbers in zip(padded[:, user], history, strict=True):
-                row[: len(numbers[-self.user_max_len :])] = numbers[-self.user_max_len :]
-        return np.log(self.scorer.probabilities(*padded, self.mix))
-
-    def lines(self, users, top_k=0):
-        """Yield the output line of each of users, a list of (uid, clicks)."""
-        histories = [self.encoder.encode(clicks) for _, clicks in users]
-        known = [max(videos, default=0) > UNKNOWN or any(columns) for videos, columns in histories]
-        scores = self.scores(histories)
-        scores[~np.array(known)] = self.popularity
+        scores = np.log(self.scorer.probabilities(*self.padded(histories), self.mix))
+        scores[[not is_known(*history) for history in histories]] = self.popularity
         if not np.isfinite(scores).all():
             raise InputError("the model gives scores that are not finite; run train.py again")
-        for (uid, _), is_known, *best in zip(users, known, *best_first(scores, top_k), strict=True):
+        return scores
+
+    def padded(self, histories):
+        """Return int32 [2, n, len]: videos and columns of the last clicks of encoded histories, 0 padded at the end."""
+        last = [[numbers[-self.user_max_len :] for numbers in history] for history in histories]
+        padded = np.zeros([2, len(last), max(1, *(len(videos) for videos, _ in last))], np.int32)
+        for user, history in enumerate(last):
+            for row, numbers in zip(padded[:, user], history, strict=True):
+                row[: len(numbers)] = numbers
+        return padded
+
+    def users_at_once(self):
+        """Return how many users to rank at once."""
+        return max(1, min(BATCH_USERS, self.scores_at_once // len(self.cids)))
+
+    def lines(self, users, top_k=TOP_K):
+        """Yield the output line of each of users, a list of (uid, clicks)."""
+        histories = [self.encoder.encode(clicks) for _, clicks in users]
+        best = best_first(self.scores(histories), top_k)
+        for (uid, _), history, *of_user in zip(users, histories, *best, strict=True):
             columns, scores = (
-                ", ".join(map(texts.__getitem__, of)) for texts, of in zip(self.texts, best, strict=True)
+                ", ".join(map(texts.__getitem__, of)) for texts, of in zip(self.texts, of_user, strict=True)
             )
-            yield (
-                f'{{"uid": {as_json(uid)}, "columns": [{columns}], "scores": [{scores}], '
-                f'"source": "{"model" if is_known else "popular"}"}}\n'
-            )
+            source = "model" if is_known(*history) else "popular"
+            yield (f'{{"uid": {as_json(uid)}, "columns": [{columns}], "scores": [{scores}], "source": "{source}"}}\n')
+
+
+class Reason(NamedTuple):
+    """Why a column stands where it does for a user."""
+
+    cid: str
+    probability: float
+    of_towers: float  # share of the probability that comes from the towers; the rest is the memory's
+    effects: list  # of each of the user's clicks: above 0 it speaks for the column, 0 without it nothing changes
+
+
+class Example(NamedTuple):
+    """A user to print."""
+
+    uid: str
+    clicks: list  # the last few
+    reasons: list  # Reasons of the first columns
+
+
+def is_known(videos, columns):
+    """Return whether an encoded history holds a known click."""
+    return max(videos, default=0) > UNKNOWN or any(columns)
 
 
 def best_first(scores, top_k=0):
@@ -285,29 +366,28 @@ class ScoreTexts(dict):
         return text
 
 
-def print_example(output, clicks_path, data_dir=DATA_DIR):
-    """Print in words what the first ranked user of a file clicked last, and the columns that come first for them."""
-    index, titles, names = load_index(), {}, {}
+def print_example(example, index, data_dir=DATA_DIR):
+    """Print in words what a user clicked last, the columns that come first for them, and the clicks that speak for each."""
+    titles, names = {}, {}
     with contextlib.suppress(InputError, OSError):  # they may be missing or damaged
         titles, names = read_names(data_dir)
-    with gzip.open(output, "rt", encoding="utf-8") as ranked:
-        first = ranked.readline()
-    if not first:
-        return
-    line = json.loads(first)
-    _, clicks = next(read_records(Tally(clicks_path), parse_clicks))
-    print(f"user {line['uid']} clicked last:")
-    for click in clicks[-5:]:
+    clicks = []
+    for click in example.clicks:
         vid, cid = split_click(click, index.videos, index.columns)
-        print(f"  {titles.get(vid, vid)}" + (f"  in {names.get(cid, cid)}" if cid else ""))
-    print(f"and is shown first ({line['source']}):")
-    for cid, score in list(zip(line["columns"], line["scores"], strict=True))[:5]:
-        print(f"  {np.exp(score):6.1%}  {names.get(cid, cid)}")
+        clicks.append(titles.get(vid, vid) + (f"  in {names.get(cid, cid)}" if cid else ""))
+    print(f"user {example.uid} clicked last:", *clicks, sep="\n  ")
+    print("and is shown first, by these of the clicks:")
+    for reason in example.reasons:
+        share = f"(towers {reason.of_towers:.0%}, memory {1 - reason.of_towers:.0%})"
+        print(f"  {reason.probability:6.1%}  {names.get(reason.cid, reason.cid)}  {share}")
+        effects = sorted(zip(reason.effects[-len(clicks) :], clicks, strict=True), reverse=True)
+        for effect, click in effects:
+            if effect > 0.05:
+                print(f"          {effect:+.2f}  {click}")
 
 
 def main():
-    outputs = infer()
-    print_example(outputs[0], find_files(CLICKS_DIR)[0])
+    infer()
 
 
 if __name__ == "__main__":

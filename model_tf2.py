@@ -22,7 +22,7 @@ from get_tfrecord import USER_MAX_LEN
 import keras
 import numpy as np
 import tensorflow as tf
-from keras import layers, ops
+from keras import layers
 
 EMB_DIM = 64  # of the embeddings and of both towers' vectors
 NUM_HEADS = 2
@@ -50,6 +50,7 @@ MAX_PAIRS = 4_000_000  # pairs that are counted exactly; of more, each video kee
 COUNT_SLACK = 4
 MATRIX_ROWS, MATRIX_SIZE = 4096, 1 << 22  # rows and numbers of a table of counts that is also kept as a matrix
 COLUMNS_AT_ONCE = 8192  # columns whose vectors are computed at once
+SCORES_AT_ONCE = 1 << 18  # scores of users for columns in a block: bounds the memory, and fits a processor's
 LOSS = "softmax"  # over the candidates; or "bce": binary cross-entropy of each candidate
 LOSSES = ("softmax", "bce")
 MODEL_CONSTANTS = dict(
@@ -63,7 +64,8 @@ MODEL_CONSTANTS = dict(
 def rules():
     """Return what each constant can be, as in get_indexing.py."""
     counts = ("NUM_HEADS", "FFN_RATIO", "MAX_LAG", "MEMORY_WIDTH", "COLUMN_WIDTH", "MEMORY_CLICKS", "COUNT_BYTES",
-              "COUNT_BLOCK", "MAX_PAIRS", "COUNT_SLACK", "MATRIX_ROWS", "MATRIX_SIZE", "COLUMNS_AT_ONCE")  # fmt: skip
+              "COUNT_BLOCK", "MAX_PAIRS", "COUNT_SLACK", "MATRIX_ROWS", "MATRIX_SIZE", "COLUMNS_AT_ONCE",
+              "SCORES_AT_ONCE")  # fmt: skip
     return {
         **dict.fromkeys(counts, a_whole_number(1)),
         "EMB_DIM": (
@@ -114,18 +116,18 @@ class Block(layers.Layer):
 
     def attend(self, states, mask):
         """Multi-head self-attention in which no query sees padding nor, in a sequence, what comes later."""
-        length, head_dim = ops.shape(states)[1], self.dim // self.num_heads
-        heads = ops.reshape(self.query_key_value(states), (-1, length, 3, self.num_heads, head_dim))
-        query, key, value = ops.unstack(ops.transpose(heads, (2, 0, 3, 1, 4)), axis=0)
-        logits = ops.matmul(query, ops.swapaxes(key, 2, 3)) / head_dim**0.5  # [batch, head, query, key]
+        length, head_dim = tf.shape(states)[1], self.dim // self.num_heads
+        heads = tf.reshape(self.query_key_value(states), [-1, length, 3, self.num_heads, head_dim])
+        query, key, value = tf.unstack(tf.transpose(heads, [2, 0, 3, 1, 4]))
+        logits = tf.matmul(query, key, transpose_b=True) / head_dim**0.5  # [batch, head, query, key]
         visible = mask[:, None, None, :]
         if self.max_age is not None:
-            age = ops.arange(length)[:, None] - ops.arange(length)
-            logits += ops.take(self.age_bias, ops.clip(age, 0, self.max_age), axis=1)
-            visible = ops.logical_and(visible, age >= 0)
+            age = tf.range(length)[:, None] - tf.range(length)
+            logits += tf.gather(self.age_bias.value, tf.clip_by_value(age, 0, self.max_age), axis=1)
+            visible &= age >= 0
         weights = tf.nn.softmax(tf.where(visible, logits, -1e9))
-        mixed = ops.transpose(ops.matmul(weights, value), (0, 2, 1, 3))
-        return self.output_projection(ops.reshape(mixed, (-1, length, self.dim)))
+        mixed = tf.transpose(tf.matmul(weights, value), [0, 2, 1, 3])
+        return self.output_projection(tf.reshape(mixed, [-1, length, self.dim]))
 
 
 class Tower(layers.Layer):
@@ -142,7 +144,7 @@ class Tower(layers.Layer):
         states = drop_out(self.norm(states), self.dropout, first)
         for block, of_block in zip(self.blocks, seeds, strict=True):
             states = block(states, mask, of_block)
-        return states * ops.cast(mask, states.dtype)[..., None]
+        return states * tf.cast(mask, states.dtype)[..., None]
 
 
 def drop_out(inputs, rate, seed):
@@ -212,12 +214,12 @@ class BST_DSSM(keras.Model):
         """
         mask = videos != PAD
         states = self.column_tower(self.embed_videos(videos), mask, seed)
-        mean = ops.sum(states, axis=1) / ops.maximum(ops.sum(ops.cast(mask, states.dtype), axis=1, keepdims=True), 1)
+        mean = tf.reduce_sum(states, axis=1) / tf.maximum(tf.math.count_nonzero(mask, 1, True, states.dtype), 1)
         return tf.math.l2_normalize(mean + self.embed_columns(columns), axis=-1)
 
     def logits(self, users, columns):
-        """User vectors [..., dim] and column vectors [columns, dim] -> scaled cosines [..., columns]."""
-        return ops.matmul(self.scale * users, ops.transpose(columns))
+        """User vectors [n, dim] and column vectors [columns, dim] -> scaled cosines [n, columns]."""
+        return tf.matmul(self.scale * users, columns, transpose_b=True)
 
     def next_logits(self, users, videos, clicked, columns, numbers):
         """Return the logits [batch, columns] of columns of rising numbers for the click after each history's last one.
@@ -247,13 +249,13 @@ class BST_DSSM(keras.Model):
 
     def embed_videos(self, videos):
         """Video numbers -> embeddings; one beyond the vocabulary counts as unknown."""
-        return look_up(self.video_embedding, ops.where(videos < FIRST_VIDEO + self.num_videos, videos, UNKNOWN))
+        return look_up(self.video_embedding, tf.where(videos < FIRST_VIDEO + self.num_videos, videos, UNKNOWN))
 
     def embed_columns(self, columns):
         """Column numbers -> embeddings; zeros for no column and for one newer than the model."""
-        known = ops.logical_and(columns > 0, columns <= self.num_columns)
-        embedded = look_up(self.column_embedding, ops.where(known, columns, 0))
-        return embedded * ops.cast(known, embedded.dtype)[..., None]
+        known = (columns > 0) & (columns <= self.num_columns)
+        embedded = look_up(self.column_embedding, tf.where(known, columns, 0))
+        return embedded * tf.cast(known, embedded.dtype)[..., None]
 
 
 def look_up(table, numbers):
@@ -276,6 +278,7 @@ def by_rarity(clicks, num_videos):
 
 def build_model(**arguments):
     """Return a BST_DSSM with all its weights, which Keras makes only when a model first sees a batch."""
+    keras.config.set_floatx("float32")  # whatever the user's keras.json says
     model = BST_DSSM(**arguments)
     number = tf.ones([1, 1], tf.int32)
     model({"user_feature": number, "user_column": number, "item_feature": number, "item_column": number[0]})
@@ -292,54 +295,63 @@ def dense(units, **options):
     return layers.Dense(units, kernel_initializer=small_normal(), use_bias=False, **options)
 
 
-def training_loss(
-    model, batch, kind=LOSS, ahead_decay=0.0, aux_weight=AUX_WEIGHT, training=True, replica=0, num_replicas=1
-):
+def training_loss(model, batch, kind=LOSS, ahead_decay=0.0, aux_weight=AUX_WEIGHT, training=True, replica=0,
+                  num_replicas=1):  # fmt: skip
     """Return (the loss to minimise, its part for the columns) of a training batch of get_dataset.py: two scalars.
 
-    A click after the next one is a target too, by a share of ahead_decay against the one before. Both losses are means
-    over the targets of the batch. Of several replicas each gives the part of every num_replicas-th window, counted from
-    `replica`, against the candidates of the whole batch: the parts add up to the loss of one.
+    Both parts are means over the targets of the batch. Of several replicas each gives the part of every
+    num_replicas-th window, counted from `replica`: the parts add up to the loss of one. Where every column is a single
+    video, the auxiliary loss would say the same again and is left out.
     """
     names = ("user_feature", "user_column", "target_video", "target_column", "target_item")
-    videos, clicked, next_video, next_columns, next_items = (batch[name][replica::num_replicas] for name in names)
+    windows = batch | {name: batch[name][replica::num_replicas] for name in names}
     seed = batch["seed"] + tf.cast([0, replica], tf.int64) if training else None
     of_users, of_columns, of_videos = split_seed(seed, 3)
-    users = model.user_vectors(videos, clicked, of_users)
+    users = model.user_vectors(windows["user_feature"], windows["user_column"], of_users)
 
-    targets = tf.where(next_columns[..., 0] > 0)  # [n, 2]: window, place
-    numbers, drawn = tf.gather_nd(next_columns, targets), tf.size(batch["item_log_prob"])
-    items = model.column_vectors(batch["item_feature"], batch["item_column"], of_columns)
-    own, candidates = tf.gather(items, tf.gather_nd(next_items, targets)), batch["item_column"][-drawn:]
-    before, of_target = tf.gather(clicked, targets[:, 0]), tf.gather_nd(users, targets)
-    ages = tf.cast(targets[:, 1:], tf.int32) - tf.range(tf.shape(clicked)[1])  # [n, len]
+    of_batch = count(batch["target_column"][..., 0] > 0)
+    columns = tf.math.divide_no_nan(column_loss(model, users, windows, kind, ahead_decay, of_columns), of_batch)
+    if batch["item_feature"].shape[1] == 1 or not aux_weight:
+        return columns, columns
+    of_batch = count(batch["target_video"] >= FIRST_VIDEO)
+    videos = tf.math.divide_no_nan(video_loss(model, users, windows, kind, of_videos), of_batch)
+    return columns + aux_weight * videos, columns
+
+
+def column_loss(model, users, windows, kind, ahead_decay, seed):
+    """Return the summed loss, a scalar, of the columns clicked next among the candidates, given users [batch, len, dim].
+
+    A click after the next one is a target too, by a share of ahead_decay against the one before.
+    """
+    targets = tf.where(windows["target_column"][..., 0] > 0)  # [n, 2]: window, place
+    numbers, items = (tf.gather_nd(windows[name], targets) for name in ("target_column", "target_item"))  # [n, ahead]
+    before, of_target = tf.gather(windows["user_column"], targets[:, 0]), tf.gather_nd(users, targets)
+    ages = tf.cast(targets[:, 1:], tf.int32) - tf.range(tf.shape(before)[1])  # [n, len]
+    vectors = model.column_vectors(windows["item_feature"], windows["item_column"], seed)
+    drawn = tf.size(windows["item_log_prob"])
+    candidates = windows["item_column"][-drawn:]
+
     again = (before[:, None] == numbers[..., None]) & (ages >= 0)[:, None]  # [n, ahead, len]
-    own = model.scale * tf.einsum("nd,nad->na", of_target, own) + tf.reduce_sum(
-        tf.where(again, model.repeat_of(ages)[:, None], 0.0), axis=2
-    )
-    others = model.add_repeats(model.logits(of_target, items[-drawn:]), candidates, before, ages)
+    own = model.scale * tf.einsum("nd,nad->na", of_target, tf.gather(vectors, items))
+    own += tf.reduce_sum(tf.where(again, model.repeat_of(ages)[:, None], 0.0), axis=2)
+    others = model.add_repeats(model.logits(of_target, vectors[-drawn:]), candidates, before, ages)
     others = tf.where(numbers[:, :1] == candidates, -1e9, others)
     shares = tf.where(numbers > 0, ahead_decay ** tf.range(numbers.shape[1], dtype=tf.float32), 0.0)
-    column_loss = candidate_loss(own, shares, others, batch["item_log_prob"], kind)
+    return candidate_loss(own, shares, others, windows["item_log_prob"], kind)
 
-    column_loss = tf.math.divide_no_nan(column_loss, count(batch["target_column"][..., 0] > 0))
-    if batch["item_feature"].shape[1] == 1:  # every column is one video: the auxiliary loss would say the same again
-        return column_loss, column_loss
 
-    # Auxiliary: the video clicked next, taken as a column of that one video, among random videos.
-    has_next, random_video = next_video >= FIRST_VIDEO, batch["negative_video"]
-    next_video = tf.boolean_mask(next_video, has_next)
+def video_loss(model, users, windows, kind, seed):
+    """Return the summed auxiliary loss: the video clicked next, as a column of that one video, among random videos."""
+    has_next, negatives = windows["target_video"] >= FIRST_VIDEO, windows["negative_video"]
+    next_video, of_target = tf.boolean_mask(windows["target_video"], has_next), tf.boolean_mask(users, has_next)
     distinct, place = tf.unique(next_video)
-    single = tf.concat([distinct, random_video], 0)[:, None]
-    single = model.column_vectors(single, tf.zeros_like(single[:, 0]), of_videos)
-    of_target, others = tf.boolean_mask(users, has_next), single[tf.size(distinct) :]
-    own = model.scale * tf.reduce_sum(of_target * tf.gather(single, place), axis=1, keepdims=True)
-    others = tf.where(next_video[:, None] == random_video, -1e9, model.logits(of_target, others))
+    single = tf.concat([distinct, negatives], 0)[:, None]
+    vectors = model.column_vectors(single, tf.zeros_like(single[:, 0]), seed)
+    own = model.scale * tf.reduce_sum(of_target * tf.gather(vectors, place), axis=1, keepdims=True)
+    others = model.logits(of_target, vectors[tf.size(distinct) :])
+    others = tf.where(next_video[:, None] == negatives, -1e9, others)
     log_prob = tf.fill([NUM_NEGATIVES], np.float32(np.log(NUM_NEGATIVES / model.num_videos)))
-    video_loss = candidate_loss(own, tf.ones_like(own), others, log_prob, kind)
-
-    video_loss = tf.math.divide_no_nan(video_loss, count(batch["target_video"] >= FIRST_VIDEO))
-    return column_loss + aux_weight * video_loss, column_loss
+    return candidate_loss(own, tf.ones_like(own), others, log_prob, kind)
 
 
 def count(mask):
@@ -547,18 +559,22 @@ class Mix(NamedTuple):
         return dict(list(self._asdict().items())[:3])
 
 
-def mix(logits, remembered, is_remembered, clicked, by):
-    """Return probabilities [n, columns]: (1 - w) softmax(logits / temperature) + w remembered, by a Mix.
+def share_out(logits, remembered, is_remembered, temperature=TEMPERATURE):
+    """Return the probabilities of the towers and those of the memory, two of [n, columns].
 
-    The memory shares out what the towers give the columns that it knows, is_remembered [columns]: a column newer than
-    the memory keeps what they give it, whatever the weight. Then those clicked before [n, columns] are multiplied by
-    the factor for repeats.
+    The memory shares out what the towers give the columns that it knows, is_remembered [columns]. A column newer than
+    the memory keeps what they give it, so no weight of the mix pushes it down.
     """
-    towers = np.exp((logits - logits.max(axis=1, keepdims=True)) / by.temperature)
+    towers = np.exp(np.subtract(logits, logits.max(axis=1, keepdims=True), dtype=float) / temperature)
     towers /= towers.sum(axis=1, keepdims=True)
-    shared = np.maximum(remembered, 1e-9) * is_remembered
-    shared *= (towers @ is_remembered / np.maximum(shared.sum(axis=1), 1e-12))[:, None]  # 0: it knows none of them
-    mixed = towers + by.memory_weight * (shared - towers * is_remembered)
+    memory = np.maximum(remembered, 1e-9) * is_remembered
+    memory *= (towers @ is_remembered / np.maximum(memory.sum(axis=1), 1e-12))[:, None]  # 0: it knows none of them
+    return towers, memory + towers * (1 - is_remembered)
+
+
+def mix(towers, memory, clicked, by):
+    """Return probabilities [n, columns]: (1 - w) towers + w memory, then, by a Mix, the factor for columns clicked before."""
+    mixed = towers + by.memory_weight * (memory - towers)
     mixed *= np.where(clicked, by.repeat, 1.0)
     return mixed / mixed.sum(axis=1, keepdims=True)
 
@@ -657,7 +673,9 @@ class Scorer:
         self.column_videos = column_table(index, memory.video_clicks, item_max_len)[self.numbers]
         self.refresh()
 
-        @tf.function(reduce_retracing=True)
+        numbers, dim = tf.TensorSpec([None, None], tf.int32), model.column_embedding.shape[1]
+
+        @tf.function(input_signature=[numbers, numbers, tf.TensorSpec([len(self.numbers), dim])])
         def logits(videos, columns, vectors):
             users = model.user_vectors(videos, columns)
             return model.next_logits(users, videos, columns, vectors, self.numbers)
@@ -688,8 +706,12 @@ class Scorer:
 
     def probabilities(self, videos, columns, by):
         """Return probabilities [n, current columns] by a Mix: those of the rankings."""
-        parts = self.towers(videos, columns), self.remembered(videos, columns, by)
-        return mix(*parts, self.is_remembered, self.clicked(columns), by)
+        return mix(*self.parts(videos, columns, by), self.clicked(columns), by)
+
+    def parts(self, videos, columns, by):
+        """Return what is mixed: the probabilities of the towers and of the memory, [n, current columns] each."""
+        logits, remembered = self.towers(videos, columns), self.remembered(videos, columns, by)
+        return share_out(logits, remembered, self.is_remembered, by.temperature)
 
     def rankable(self, users):
         """Return the held-out users whose target is a current column, with its "place" among the current columns and

@@ -40,8 +40,9 @@ from get_indexing import (
     load_index, one_of, progress, read_json, remove_leftovers, replacing, run_script, write_json,
 )  # fmt: skip
 from model_tf2 import (
-    LOSS, LOSSES, MODEL_CONSTANTS,
-    Counts, CountTable, Memory, Mix, Scorer, build_model, by_rarity, count_windows, mix, training_loss,
+    LOSS, LOSSES, MODEL_CONSTANTS, SCORES_AT_ONCE,
+    Counts, CountTable, Memory, Mix, Scorer, build_model, by_rarity, count_windows, mix, share_out,
+    training_loss,
 )  # fmt: skip
 
 import keras
@@ -61,14 +62,13 @@ MEMORY_DECAYS = (0.7, 0.9)  # per click between two that are counted as near; ch
 MEMORY_WEIGHTS = tuple(tenth / 10 for tenth in range(10))  # of the memory in the mix; chosen on validation
 REPEATS = (1.0, 0.5, 0.001)  # factors for columns that the user clicked before; chosen on validation
 CLUSTER_TIMEOUT = 600  # seconds that a worker waits for the others
-SCORES_AT_ONCE = 4_000_000  # numbers in a block of evaluated scores: bounds the memory needed
 RESAMPLES = 1000  # of the test users, for the intervals
 MODEL_FORMAT = 2  # of model.json
 
 
 def rules():
     """Return what each constant can be, as in get_indexing.py."""
-    counts = ("EPOCHS", "PATIENCE", "WARM_EPOCHS", "CLUSTER_TIMEOUT", "SCORES_AT_ONCE", "RESAMPLES")
+    counts = ("EPOCHS", "PATIENCE", "WARM_EPOCHS", "CLUSTER_TIMEOUT", "RESAMPLES")
     return {
         **dict.fromkeys(counts, a_whole_number(1)),
         "LEARNING_RATE": a_number("(0, inf)"),
@@ -406,9 +406,10 @@ def choose_mix(users, scorer, memories):
         logits, clicked = scorer.towers(*clicks), scorer.clicked(clicks[1])
         for decay, scorer.memory in memories.items():
             remembered = scorer.remembered(*clicks, Mix(decay, 0.0, 1.0))
+            parts = share_out(logits, remembered, scorer.is_remembered)
             for weight, repeat in itertools.product(MEMORY_WEIGHTS, REPEATS):
                 choice = Mix(decay, weight, repeat)
-                yield choice, mix(logits, remembered, scorer.is_remembered, clicked, choice)
+                yield choice, mix(*parts, clicked, choice)
 
     ranks = ranks_of(users, scorer, mixes)
     return max(ranks, key=lambda choice: means(metrics_of(ranks[choice], len(scorer.numbers)))["NDCG@10"])

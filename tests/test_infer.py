@@ -4,9 +4,11 @@ import csv
 import gzip
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import get_dataset
 import infer as infer_module
@@ -14,7 +16,7 @@ import train as train_module
 from get_dataset import column_table, dataset_from_clicks, load_manifest
 from get_indexing import InputError, cut_files, get_indexing, load_index
 from get_tfrecord import get_tfrecord
-from infer import Ranker, infer, print_example
+from infer import Example, Ranker, Reason, infer, print_example
 from model_tf2 import Memory, Scorer, count_windows
 from train import MEMORY_DECAYS, train
 
@@ -213,7 +215,7 @@ def test_serving_gives_the_towers_logits_of_the_training_side(trained):
         clicks = (batch[name] for name in ("uid", "user_feature", "user_column"))
         for uid, clicked, shelves, of_user in zip(*clicks, vectors, strict=True):
             last = np.count_nonzero(clicked) - 1
-            expected[uid.decode()] = np.array(scorer.model.logits(of_user[last], columns))
+            expected[uid.decode()] = np.array(scorer.model.logits(of_user[last:][:1], columns))[0]
             for place in np.flatnonzero(shelves):  # what is learned for a column clicked so many clicks ago
                 expected[uid.decode()][shelves[place] - 1] += scorer.model.repeats.numpy()[last - place]
     assert expected.keys() == {uid for uid, _ in REAL["users"]}
@@ -508,26 +510,92 @@ def test_where_no_training_was_finished_it_names_the_script_to_run_first(own, ki
         rank_own(own, own / "raw/click_seq")
 
 
+# ---------------------------------------------------------------- one user, now, and why
+
+
+@pytest.fixture(scope="module")
+def ranker(trained):
+    return Ranker(trained / "work")
+
+
+def test_one_user_is_ranked_as_in_the_file(ranked, ranker):
+    users = REAL["users"][:20]
+    for (_, clicks), line in zip(users, ranked(users), strict=True):
+        of_user = ranker.rank(clicks)
+        assert dict(of_user).keys() == set(line["columns"]) and of_user[:2] == ranker.rank(clicks, top_k=2)
+        scores = {cid: math.log(probability) for cid, probability in of_user}
+        assert list(scores.values()) == sorted(scores.values(), reverse=True)
+        assert_equal_rankings([{**line, "columns": list(scores), "scores": list(scores.values())}], [line])
+
+
+def test_several_threads_may_ask_one_ranker(ranker):
+    clicks = [clicks for _, clicks in REAL["users"]]
+    with ThreadPoolExecutor(8) as threads:
+        assert list(threads.map(ranker.rank, clicks)) == [ranker.rank(of_user) for of_user in clicks]
+
+
+@pytest.mark.parametrize("clicks", [["t0a-1_t0a", "nobody knows", "t0b-2", "t1a-1_t1a"], ["nobody knows"], []])
+def test_what_a_click_does_is_what_ranking_without_it_changes(ranker, clicks):
+    reasons, ranked = ranker.why(clicks, top_k=3), dict(ranker.rank(clicks))
+    assert [reason.cid for reason in reasons] == list(ranked)[:3]
+    for reason in reasons:
+        assert math.isclose(reason.probability, ranked[reason.cid], rel_tol=1e-4) and 0 <= reason.of_towers <= 1
+        for place, effect in enumerate(reason.effects):
+            without = dict(ranker.rank(clicks[:place] + clicks[place + 1 :]))
+            assert abs(effect - math.log(ranked[reason.cid] / without[reason.cid])) < 3e-4
+        assert len(reason.effects) == len(clicks)
+
+
+def test_a_click_that_changes_nothing_has_no_effect(ranker):
+    clicks = ["t3a-1_t3a", *["t0a-1_t0a", "t0b-2"] * 40]
+    assert len(clicks) > ranker.user_max_len + 1
+    unread = len(clicks) - ranker.user_max_len
+    for reason in ranker.why(clicks):
+        assert reason.effects[:unread] == [0.0] * unread and any(reason.effects[unread:])
+    assert all(reason.effects == [0.0, 0.0] for reason in ranker.why(["nobody knows", "nor that"]))
+
+
+def test_the_clicks_of_a_theme_speak_for_its_column(ranker):
+    """Users go on in the theme of their last clicks, so the theme's column stands first because of them."""
+    (reason,) = ranker.why(["t1a-1_t1a", "t2a-1_t2a", "t0a-1_t0a", "t0a-2_t0a"], top_k=1)
+    assert reason.cid.startswith("t0")
+    assert max(reason.effects) == max(reason.effects[2:]) > 0
+
+
 # ---------------------------------------------------------------- the printed example
 
 
-def test_the_example_names_what_was_clicked_and_what_is_shown_as_far_as_titles_are_known(own, monkeypatch, capsys):
-    (own / "data").mkdir()
-    (own / "work").rename(own / "data/work")
-    monkeypatch.chdir(own)
-    asked = _raw(own / "asked", users=[("u", ["t0a-1_t0a", "t0b-2"])]) / "click_seq"
-    (output,) = infer(asked, own / "data/work", own / "ranking", num_workers=1)
-    first = lines_of(output)[0]["columns"][0]
-    named = _raw(own / "named", columns={first: ["t0a-1"]}, names={first: "The best"}, titles={"t0b-2": "A title"})
-    damaged = _raw(own / "damaged", columns={first: ["t0a-1"]})
+def test_the_example_names_what_was_clicked_what_is_shown_and_why_as_far_as_titles_are_known(own, capsys):
+    index = load_index(own / "work")
+    reasons = [Reason("t0a", 0.5, 0.25, [0.31, 0.9, 0.01]), Reason("t0b", 0.1, 1.0, [-0.5, 0.0, 0.2])]
+    example = Example("u", ["t0b-2", "t0a-1_t0a", "x"], reasons)
+    named = _raw(own / "named", columns={"t0a": ["t0a-1"]}, names={"t0a": "The best"}, titles={"t0b-2": "A title"})
+    damaged = _raw(own / "damaged", columns={"t0a": ["t0a-1"]})
     (damaged / "cid2vids2.json.gz").write_bytes(b"no gzip")
-    capsys.readouterr()
     for data_dir, title, name in (
         (named, "A title", "The best"),
-        (own / "none", "t0b-2", first),
-        (damaged, "t0b-2", first),
+        (own / "none", "t0b-2", "t0a"),
+        (damaged, "t0b-2", "t0a"),
     ):
-        print_example(output, str(asked / "clicks.json"), data_dir)
-        lines = capsys.readouterr().out.splitlines()
-        assert lines[0] == "user u clicked last:" and lines[2] == f"  {title}"
-        assert lines[3] == "and is shown first (model):" and lines[4].endswith(f"%  {name}") and len(lines) == 9
+        print_example(example, index, data_dir)
+        assert capsys.readouterr().out.splitlines() == [
+            "user u clicked last:",
+            f"  {title}",
+            f"  t0a-1  in {name}",
+            "  x",
+            "and is shown first, by these of the clicks:",
+            f"   50.0%  {name}  (towers 25%, memory 75%)",
+            f"          +0.90  t0a-1  in {name}",
+            f"          +0.31  {title}",
+            "   10.0%  t0b  (towers 100%, memory 0%)",
+            "          +0.20  x",
+        ]
+
+
+def test_a_run_ends_with_the_first_user_of_what_it_ranked_and_one_that_ranked_nothing_without(own, capsys):
+    asked = _raw(own / "asked", users=[("u", ["t0a-1_t0a", "t0b-2"]), ("v", ["t0b-2"])]) / "click_seq"
+    rank_own(own, asked)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1:3] == ["user u clicked last:", "  t0a-1  in t0a"]
+    rank_own(own, asked)
+    assert len(capsys.readouterr().out.splitlines()) == 1

@@ -27,6 +27,7 @@ from model_tf2 import (
     count_windows,
     latest_first,
     mix,
+    share_out,
     training_loss,
 )
 
@@ -877,6 +878,10 @@ def test_a_saved_memory_scores_the_same_and_needs_no_pickle(memories, histories_
 WEIGHTS = pytest.mark.parametrize("weight", [0.0, 0.3, 0.8, 1.0])
 
 
+def mixed_of(logits, remembered, is_remembered, clicked, by):
+    return mix(*share_out(logits, remembered, is_remembered, by.temperature), clicked, by)
+
+
 @pytest.fixture
 def parents():
     """Logits [50, 20] of the towers, scores of the memory, some below zero, and what was clicked before."""
@@ -897,24 +902,26 @@ def test_a_mix_is_the_weighted_mean_of_both_probabilities_times_the_factor_for_r
     expected += weight * floor / floor.sum(axis=1, keepdims=True)
     expected *= np.where(clicked, repeat, 1)
     expected /= expected.sum(axis=1, keepdims=True)
-    mixed = mix(logits, remembered, np.ones(20), clicked, Mix(0.6, weight, repeat, temperature))
+    mixed = mixed_of(logits, remembered, np.ones(20), clicked, Mix(0.6, weight, repeat, temperature))
     assert close(mixed, expected, 1e-6)
     assert close(mixed.sum(axis=1), 1, 1e-9)
 
 
 def test_a_mix_without_memory_ranks_as_the_towers_also_where_they_are_far_apart(parents):
     logits, remembered, clicked = parents
-    towers = mix(logits, remembered, np.ones(20), clicked, Mix(0.6, 0.0, 1.0))
+    towers = mixed_of(logits, remembered, np.ones(20), clicked, Mix(0.6, 0.0, 1.0))
     assert np.array_equal(np.argsort(-towers, kind="stable"), np.argsort(-logits, kind="stable"))
     apart, none = np.array([[0.0, -200.0, -400.0, -800.0]], np.float32), np.zeros([1, 4], bool)
-    assert np.argsort(-mix(apart, np.ones([1, 4]), np.ones(4), none, Mix(0.6, 0.0, 1.0))).tolist() == [[0, 1, 2, 3]]
+    assert np.argsort(-mixed_of(apart, np.ones([1, 4]), np.ones(4), none, Mix(0.6, 0.0, 1.0))).tolist() == [
+        [0, 1, 2, 3]
+    ]
 
 
 @WEIGHTS
 def test_of_three_equal_columns_one_newer_than_the_memory_all_are_equally_likely(weight):
     """The memory of a click near two old columns, and nothing of the third; beside them a column it prefers."""
     newer, none = np.array([1.0, 1.0, 0.0]), np.zeros([1, 3], bool)
-    equal = mix(np.zeros([1, 3]), np.array([[0.7, 0.7, 0.0]]), newer, none, Mix(0.6, weight, 1.0))
+    equal = mixed_of(np.zeros([1, 3]), np.array([[0.7, 0.7, 0.0]]), newer, none, Mix(0.6, weight, 1.0))
     assert close(equal, 1 / 3, 1e-12)
 
 
@@ -923,7 +930,7 @@ def test_a_column_newer_than_the_memory_keeps_what_the_towers_give_it(parents, w
     logits, remembered, clicked = parents
     is_remembered = (np.arange(20) < 15).astype(float)
     remembered[:, 15:] = 0
-    mixed = mix(logits, remembered, is_remembered, clicked, Mix(0.6, weight, 1.0, temperature=1.5))
+    mixed = mixed_of(logits, remembered, is_remembered, clicked, Mix(0.6, weight, 1.0, temperature=1.5))
     towers = softmax(logits.astype(float) / 1.5)
     assert close(mixed[:, 15:], towers[:, 15:], 1e-6)
     assert close(mixed.sum(axis=1), 1, 1e-9)
@@ -937,7 +944,7 @@ def test_the_lowest_factor_puts_the_columns_clicked_before_last():
     """Where no two columns are more than a factor of 500 apart."""
     rng = np.random.default_rng(16)
     logits, remembered, clicked = rng.uniform(0, 6, [30, 8]), rng.uniform(1, 3, [30, 8]), rng.random([30, 8]) < 0.4
-    best_first = np.argsort(-mix(logits, remembered, np.ones(8), clicked, Mix(0.6, 0.5, 0.001, 1.0)), axis=1)
+    best_first = np.argsort(-mixed_of(logits, remembered, np.ones(8), clicked, Mix(0.6, 0.5, 0.001, 1.0)), axis=1)
     in_order = np.take_along_axis(clicked, best_first, axis=1)
     assert (np.sort(in_order, axis=1) == in_order).all() and clicked.any()
 
@@ -947,14 +954,14 @@ def test_a_mix_stays_finite_where_the_memory_is_zero_or_below_or_knows_no_column
     logits, remembered, clicked = parents
     remembered[0], remembered[1] = 0, -3
     for is_remembered in (np.ones(20), np.zeros(20)):
-        mixed = mix(logits, remembered, is_remembered, clicked, Mix(0.6, weight, 1.0))
+        mixed = mixed_of(logits, remembered, is_remembered, clicked, Mix(0.6, weight, 1.0))
         assert np.isfinite(mixed).all() and close(mixed.sum(axis=1), 1, 1e-9)
     assert close(mixed, softmax(logits.astype(float) / Mix(0.6, weight, 1.0).temperature), 1e-6)
 
 
 def test_a_mix_leaves_what_it_is_given_as_it_was(parents):
     given = [array.copy() for array in parents]
-    mix(*given[:2], np.ones(20), given[2], Mix(0.6, 0.5, 0.1))
+    mixed_of(*given[:2], np.ones(20), given[2], Mix(0.6, 0.5, 0.1))
     assert all(np.array_equal(a, b) for a, b in zip(given, parents, strict=True))
 
 
@@ -1012,7 +1019,7 @@ def test_the_current_columns_are_scored_and_no_retired_one(scorer, grown, memori
     clicked = np.isin(np.tile(CURRENT, [4, 1]), []) | np.array([[c in row for c in CURRENT] for row in seen_today[1]])
     assert np.array_equal(scorer.clicked(seen_today[1]), clicked)
     by = BY._replace(memory_weight=0.4, repeat=0.5)
-    expected = mix(logits, remembered, np.array([1.0, 1, 1, 1, 0, 0]), clicked, by)
+    expected = mixed_of(logits, remembered, np.array([1.0, 1, 1, 1, 0, 0]), clicked, by)
     probabilities = scorer.probabilities(*seen_today, by)
     assert close(probabilities, expected, 1e-5)
     assert close(probabilities.sum(axis=1), 1, 1e-9)
