@@ -202,24 +202,26 @@ def add_candidates(dataset, column_videos, num_videos, seed):
     number = min(NUM_NEGATIVES, num_columns)
     log_prob = np.log(number / num_columns, dtype=np.float32)
 
-    def add(batch, draws):
+    def add(batch, seed):
+        of_dropout, of_columns, of_videos = tf.unstack(tf.random.split(seed, 3))
         if num_columns <= MAX_CANDIDATES:
             items, place, log_probs = tf.range(1, num_columns + 1), batch["target_column"] - 1, tf.zeros([num_columns])
         else:
             own, place = tf.unique(tf.reshape(batch["target_column"], [-1]))
-            drawn = tf.random.experimental.index_shuffle(tf.range(number), draws[1], num_columns - 1)
+            drawn = tf.random.experimental.index_shuffle(tf.range(number), of_columns, num_columns - 1)
             items, log_probs = tf.concat([own, 1 + tf.sort(drawn)], 0), tf.fill([number], log_prob)
         return batch | {
             "item_column": items,
             "item_feature": tf.gather(column_videos, items),
             "item_log_prob": log_probs,
             "target_item": tf.reshape(tf.maximum(place, 0), tf.shape(batch["target_column"])),
-            "negative_video": tf.cast(FIRST_VIDEO + draws[1:, 1] % num_videos, tf.int32),
-            "seed": tf.cast(draws[0], tf.int64),
+            "negative_video": FIRST_VIDEO
+            + tf.random.stateless_uniform([NUM_NEGATIVES], of_videos, maxval=num_videos, dtype=tf.int32),
+            "seed": of_dropout,
         }
 
-    draws = tf.data.Dataset.random(seed).batch(2, drop_remainder=True).batch(1 + NUM_NEGATIVES)
-    return tf.data.Dataset.zip(dataset, draws).map(add, tf.data.AUTOTUNE).prefetch(4)
+    seeds = tf.data.Dataset.random(seed).batch(2, drop_remainder=True)
+    return tf.data.Dataset.zip(dataset, seeds).map(add, tf.data.AUTOTUNE).prefetch(4)
 
 
 def column_table(index, video_clicks, max_len=ITEM_MAX_LEN):

@@ -263,10 +263,11 @@ class Ranker:
     def rank(self, clicks, top_k=TOP_K):
         """Return [(cid, probability), ...] for a user's clicks, oldest first: the best column first, top_k of them or all.
 
-        The logarithm of a probability has the digits of the ranking files.
+        The logarithm of a probability is the score that the ranking files hold.
         """
         (places,), (costs,) = best_first(self.scores([self.encoder.encode(clicks)]), top_k)
-        return [(self.cids[place], math.exp(-cost / 10**DECIMALS)) for place, cost in zip(places, costs, strict=True)]
+        probabilities = np.exp(np.array(costs) / -(10.0**DECIMALS)).tolist()
+        return list(zip(map(self.cids.__getitem__, places), probabilities, strict=True))
 
     def why(self, clicks, top_k=EXAMPLE):
         """Return the Reason of each of the first columns for a user's clicks, oldest first.
