@@ -445,7 +445,8 @@ def count_windows(manifest, splits, decays, index, work_dir=WORK_DIR, num_worker
 
 def add_up(counts, num_decays, size):
     """Return the sum of many Counts, taken as they come; those of like size are added first, so each a few times only."""
-    sums = [Counts(*(Pairs(np.zeros(0, np.int64), np.zeros([0, width])) for width in (1, num_decays, 1)))]
+    widths = (1, float), (num_decays, np.float32), (1, float)
+    sums = [Counts(*(Pairs(np.zeros(0, np.int64), np.zeros([0, width], dtype)) for width, dtype in widths))]
     for more in counts:
         sums.append(more)
         while len(sums) > 1 and len(sums[-2].near.keys) < 2 * len(sums[-1].near.keys):
