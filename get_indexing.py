@@ -138,14 +138,12 @@ def clicked_videos(data_dir, videos, columns, min_clicks, num_workers=None):
 def count_videos(ranges, videos, columns):
     """Return ([Tally, ...], clicks of each video, what stood for a column after a known video) of FileRanges."""
     tallies, counts, tails = [], collections.Counter(), set()
-    for file_range in ranges:
-        tallies.append(Tally(file_range.path))
-        for _, clicks in read_records(tallies[-1], parse_clicks, file_range):
-            for click in clicks:
-                vid, cid = split_click(click, videos, columns)
-                counts[vid] += 1
-                if cid is None and vid != click:
-                    tails.add(click[len(vid) + 1 :])
+    for _, clicks in read_clicks(ranges, tallies):
+        for click in clicks:
+            vid, cid = split_click(click, videos, columns)
+            counts[vid] += 1
+            if cid is None and vid != click:
+                tails.add(click[len(vid) + 1 :])
     return tallies, counts, tails
 
 
@@ -426,6 +424,13 @@ def cut_file(path, range_bytes):
         return
     for start in range(0, max(size, 1), range_bytes):
         yield FileRange(path, start, start + range_bytes), min(size - start, range_bytes)
+
+
+def read_clicks(ranges, tallies):
+    """Yield (uid, [click, ...]) of the good lines of FileRanges, in order; tallies, a list, gets the Tally of each."""
+    for file_range in ranges:
+        tallies.append(Tally(file_range.path))
+        yield from read_records(tallies[-1], parse_clicks, file_range)
 
 
 def read_records(tally, parse, file_range=None):
