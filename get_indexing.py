@@ -52,14 +52,11 @@ os.environ["KERAS_BACKEND"] = "tensorflow"  # whatever the user's other projects
 
 def rules():
     """Return what each constant can be, {name: (in words, test)}; run_script() holds the constants of a script to it."""
+    counts = ("MIN_CLICKS", "MAX_LINE_BYTES", "MAX_ID_CHARS", "RANGE_BYTES")
     return {
-        "DATA_DIR": a_path(),
-        "WORK_DIR": a_path(),
-        "MIN_CLICKS": a_whole_number(1),
+        **dict.fromkeys(("DATA_DIR", "WORK_DIR"), a_path()),
+        **dict.fromkeys(counts, a_whole_number(1)),
         "MAX_BAD_FRACTION": a_number("[0, 1]"),
-        "MAX_LINE_BYTES": a_whole_number(1),
-        "MAX_ID_CHARS": a_whole_number(1),
-        "RANGE_BYTES": a_whole_number(1),
         "NUM_WORKERS": or_none(a_whole_number(1)),
     }
 
@@ -589,10 +586,8 @@ def a_number(interval):
     """Return the rule of a number in an interval, "[0, 1)" say, without 1."""
     low, high = map(float, interval[1:-1].split(","))
     ends = [end for end, bracket in ((low, interval[0]), (high, interval[-1])) if bracket in "[]"]
-    return (
-        f"a number in {interval}",
-        lambda value: type(value) in (int, float) and (low < value < high or value in ends),
-    )
+    words = f"a number in {interval}"
+    return words, lambda value: type(value) in (int, float) and (low < value < high or value in ends)
 
 
 def or_none(rule):
@@ -603,11 +598,9 @@ def or_none(rule):
 
 def a_tuple_of(rule):
     """Return the rule of a tuple of values that each keep a rule."""
-    words, holds = rule
-    return (
-        f"a tuple of one or more, each {words}",
-        lambda value: type(value) is tuple and value and all(map(holds, value)),
-    )
+    of_each, holds = rule
+    words = f"a tuple of one or more, each {of_each}"
+    return words, lambda value: type(value) is tuple and value and all(map(holds, value))
 
 
 def one_of(*values):
@@ -661,9 +654,8 @@ def map_on_workers(function, tasks, num_workers):
     try:
         pool = ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn"), start_worker, (function,))
     except (OSError, ImportError, NotImplementedError) as error:  # where no semaphore can be made
-        raise InputError(
-            f"no worker processes without /dev/shm ({error}); set NUM_WORKERS = 1 in get_indexing.py"
-        ) from error
+        cure = "set NUM_WORKERS = 1 in get_indexing.py"
+        raise InputError(f"no worker process can be had, for lack of /dev/shm perhaps ({error}); {cure}") from error
     try:
         # A signal that comes while workers are started waits; they inherit that, and leave Ctrl-C to this process.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
@@ -713,7 +705,7 @@ def map_on_spark(function, tasks):
     from pyspark import SparkContext
 
     shared = importlib.import_module("get_indexing")  # this module as the executors know it, not as __main__
-    work = function if isinstance(function, functools.partial) else functools.partial(function)
+    work = functools.partial(function)  # flat, where the function is one already
     script = Path(sys.argv[0]).stem if work.func.__module__ == "__main__" else work.func.__module__
     attempt = functools.partial(shared.attempt, script, work.func.__name__, work.args, work.keywords)
     context = SparkContext.getOrCreate()
@@ -783,7 +775,7 @@ def run_script(main, work_dir=WORK_DIR):
 
 
 def open_closed_streams():
-    """Give what a shell closed (<&- >&- 2>&-) to /dev/null, in workers too: else a file gets its number and what is printed."""
+    """Open what a shell closed (<&- >&- 2>&-), for workers too: else a file gets its number, and what is printed."""
     for descriptor in range(3):
         try:
             os.fstat(descriptor)

@@ -40,11 +40,8 @@ FORMAT = 2  # of records and manifest
 def rules():
     """Return what each constant can be, as in get_indexing.py."""
     return {
-        "USER_MAX_LEN": a_whole_number(2),
-        "WINDOW_OVERLAP": a_whole_number(1),
-        "MIN_HISTORY": a_whole_number(1),
-        "HELD_OUT_USERS": a_whole_number(1),
-        "SKETCH_SIZE": a_whole_number(2),
+        **dict.fromkeys(("USER_MAX_LEN", "SKETCH_SIZE"), a_whole_number(2)),
+        **dict.fromkeys(("WINDOW_OVERLAP", "MIN_HISTORY", "HELD_OUT_USERS"), a_whole_number(1)),
     }
 
 
@@ -106,7 +103,7 @@ def survey(tasks, num_workers=None):
             longest = max(longest, most_clicks)
     tallies.check()
     if longest == 1:
-        raise InputError("every history is of one click; click_seq needs one line for each user, with all their clicks")
+        raise InputError("every history is of one click; write one line for each user: all their clicks, oldest first")
     if users.repeated():
         print(
             f"about {users.users():,.0f} users are on {users.lines:,} lines, {users.repeated():.1%} of them on several: "
@@ -207,7 +204,7 @@ def write_windows(ranges, shards, encoder, made_with):
     settings, share = made_with["constants"], made_with["held_out_share"]
     splits = {split: empty_counts(split, settings["USER_MAX_LEN"]) for split in SPLITS}
     report, lengths = collections.Counter(clicks=0, unknown_videos=0, column_clicks=0), collections.Counter()
-    serialize = window_serializer()
+    unknown_before, serialize = encoder.unknown_columns, window_serializer()
     with open_shards(shards) as writers:
         for uid, clicks in read_clicks(ranges, []):
             videos, columns = encoder.encode(clicks)
@@ -221,7 +218,7 @@ def write_windows(ranges, shards, encoder, made_with):
                     splits[split]["targets"] += window["label"].count(1.0)
                     splits[split]["windows"][len(window["label"])] += 1
                     writers[split].write(serialize(window))
-    report["unknown_columns"] = encoder.take_unknown_columns()
+    report["unknown_columns"] = encoder.unknown_columns - unknown_before
     return {"report": report, "lengths": sorted(lengths.items()), "splits": splits}
 
 
@@ -273,11 +270,6 @@ class ClickEncoder:
                 self.unknown_columns += cid is None and vid != clicks[place]
         return videos, columns
 
-    def take_unknown_columns(self):
-        """Return how many clicks were in unknown columns since this was last asked."""
-        taken, self.unknown_columns = self.unknown_columns, 0
-        return taken
-
 
 def split_windows(uid, videos, columns, current, share, settings):
     """Return {split: [window, ...]} of one user; of a held-out user, also what "val" or "test" holds of them.
@@ -304,7 +296,8 @@ def cut_windows(uid, videos, columns, settings):
     before it, and not in an earlier window.
     """
     max_len, overlap = settings["USER_MAX_LEN"], settings["WINDOW_OVERLAP"]
-    for start in range(0, max(len(videos) - overlap, min(len(videos), 1)), max_len - overlap):
+    new_up_to = max(len(videos) - overlap, min(len(videos), 1))  # a window that starts later repeats all of its clicks
+    for start in range(0, new_up_to, max_len - overlap):
         repeated, end = overlap if start else 0, start + max_len
         first = max(repeated, settings["MIN_HISTORY"])
         label = [0.0] * (first - 1) + [float(column > 0) for column in columns[start + first : end]]
@@ -422,7 +415,7 @@ def check_enough(manifest):
     report, share = manifest["report"], manifest["held_out_share"]
     if not report["column_clicks"]:
         raise InputError(
-            "no click was made in a known column; clicks look like <vid>_<cid>, as cid2vids*.json has the cids"
+            "no click was made in a known column; clicks look like <vid>_<cid>, the cid as in cid2vids*.json"
         )
     lacking = [split for split, counts in manifest["splits"].items() if not counts["targets"]]
     if "train" in lacking:
@@ -462,12 +455,13 @@ def hint_at_ids(report, tasks, index):
     """Print an unknown id and a known one where most clicks are of unknown videos: ids of another type, perhaps."""
     if report["unknown_videos"] <= report["clicks"] / 2:
         return
-    clicks = (click for _, clicks in read_clicks(itertools.chain.from_iterable(tasks), []) for click in clicks)
-    vids = (split_click(click, index.videos, index.columns)[0] for click in clicks)
+    users = read_clicks(itertools.chain.from_iterable(tasks), [])
+    vids = (split_click(click, index.videos, index.columns)[0] for _, clicks in users for click in clicks)
     unknown, known = next(vid for vid in vids if vid not in index.videos), next(iter(index.videos))
+    share = report["unknown_videos"] / report["clicks"]
     print(
-        f"{report['unknown_videos'] / report['clicks']:.0%} of the clicks are of videos on no shelf and in no catalogue, "
-        f"{unknown!r} for one, where ids look like {known!r}; write the ids alike in all raw data, then run get_indexing.py",
+        f"{share:.0%} of the clicks are of videos on no shelf and in no catalogue, {unknown[:80]!r} for one, where ids look "
+        f"like {known[:80]!r}; write the ids alike in all raw data and run get_indexing.py and get_tfrecord.py again",
         file=sys.stderr,
     )
 
