@@ -9,7 +9,8 @@ Writes  WORK_DIR/indexing/vid2idx.json  {"v1": 2, ...}        0 is padding, 1 an
     python get_indexing.py
 
 Numbers are for life: a later run keeps every number given, appends what is new and empties the columns that went.
-The second half of this file is the toolbox of all six scripts: the index, reading, writing, custody, constants, running.
+The second half of this file is the toolbox of all six scripts, in sections: the index, counts of lines, reading, writing,
+custody, rules of constants, workers, running.
 """
 
 import collections
@@ -280,7 +281,7 @@ def load_index(work_dir=WORK_DIR, new=False):
     return index
 
 
-# ---------------------------------------------------------------- toolbox: reading
+# ---------------------------------------------------------------- toolbox: counts of lines
 
 
 class InputError(ValueError):
@@ -351,6 +352,9 @@ class Tallies(dict):
     def digests(self):
         """Return {file name: digest}: the content of the files, however they were cut and whatever folder holds them."""
         return {Path(path).name: tally.hexdigest() for path, tally in self.items()}
+
+
+# ---------------------------------------------------------------- toolbox: reading
 
 
 def read_all(paths, parse):
@@ -573,7 +577,7 @@ def check_same(path, made_with, now, script):
             raise InputError(f"{path}: made with {name} = {made_with.get(name)}, now it is {value}; run {script} again")
 
 
-# ---------------------------------------------------------------- toolbox: constants
+# ---------------------------------------------------------------- toolbox: rules of constants
 
 
 def a_whole_number(low, high=math.inf):
@@ -623,7 +627,7 @@ def check_constants():
                 raise InputError(f"{constant} = {value!r} in {Path(module.__file__).name}: it must be {words}")
 
 
-# ---------------------------------------------------------------- toolbox: running
+# ---------------------------------------------------------------- toolbox: workers
 
 
 @contextlib.contextmanager
@@ -665,9 +669,8 @@ def map_on_workers(function, tasks, num_workers):
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         yield results
     except BrokenProcessPool as error:
-        raise InputError(
-            "a worker process died, for lack of memory perhaps; run again, or lower NUM_WORKERS"
-        ) from error
+        died = "a worker process died, for lack of memory perhaps"
+        raise InputError(f"{died}; run again, or lower NUM_WORKERS") from error
     finally:
         for process in multiprocessing.active_children():
             process.kill()
@@ -734,6 +737,9 @@ def count_cores():
         return max(1, min(cores, int(quota) // int(period)))
     except (OSError, ValueError):  # no control group, or one without a limit
         return cores
+
+
+# ---------------------------------------------------------------- toolbox: running
 
 
 def cluster_place():

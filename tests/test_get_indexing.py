@@ -885,10 +885,3 @@ def test_it_does_not_import_tensorflow(tmp_path, raw):
     )
     assert done.returncode == 0
     assert not {"tensorflow", "keras", "numpy"} & set(done.stderr.split())
-
-
-def test_importing_it_writes_and_prints_nothing(tmp_path):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", "import get_indexing"]
-    done = subprocess.run(command, check=False, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr, os.listdir(tmp_path)) == (0, "", "", [])
