@@ -417,15 +417,14 @@ def check_enough(manifest):
         raise InputError(
             "no click was made in a known column; clicks look like <vid>_<cid>, the cid as in cid2vids*.json"
         )
+    users = f"{report['users']:,} users"
     lacking = [split for split, counts in manifest["splits"].items() if not counts["targets"]]
     if "train" in lacking:
-        raise InputError(f"the column clicks of {report['users']:,} users are all held out; more users are needed")
+        raise InputError(f"the column clicks of {users} are all held out; more users or longer histories are needed")
     if lacking:
-        enough = math.ceil(math.log(0.01) / math.log1p(-share))
-        raise InputError(
-            f"none of {report['users']:,} users leaves a target for {lacking[0]}; about {enough:,} users are needed who "
-            "clicked in a column after other clicks"
-        )
+        enough = f"about {math.ceil(math.log(0.01) / math.log1p(-share)):,} users"
+        needed = f"{enough} are needed who clicked in a column after other clicks"
+        raise InputError(f"none of {users} leaves a target for {lacking[0]}; {needed}")
 
 
 def remove_others(folder, manifest):
@@ -446,9 +445,8 @@ def print_report(manifest):
           f"{report['unknown_columns']:,} in unknown columns; "
           f"history p50 {history['p50']}, p90 {history['p90']}, max {history['max']}")  # fmt: skip
     for split, counts in manifest["splits"].items():
-        print(
-            f"{split}: {counts['users']:,} users -> {counts['targets']:,} targets in {sum(counts['windows']):,} windows"
-        )
+        windows = sum(counts["windows"])
+        print(f"{split}: {counts['users']:,} users -> {counts['targets']:,} targets in {windows:,} windows")
 
 
 def hint_at_ids(report, tasks, index):
