@@ -128,9 +128,8 @@ def clicked_videos(data_dir, videos, columns, min_clicks, num_workers=None):
             clicks.update(some_clicks)
             tails |= some_tails
     tallies.check()
-    clicks = own_clicks(clicks, tails, videos)
-    enough = [vid for vid, number in clicks.items() if number >= min_clicks and 0 < len(vid) <= MAX_ID_CHARS]
-    return sorted(enough, key=lambda vid: (-clicks[vid], vid))
+    own = own_clicks({text: number for text, number in clicks.items() if 0 < len(text) <= MAX_ID_CHARS}, tails, videos)
+    return sorted((vid for vid, number in own.items() if number >= min_clicks), key=lambda vid: (-own[vid], vid))
 
 
 def count_videos(ranges, videos, columns):
@@ -619,9 +618,9 @@ def a_path():
 
 def check_constants():
     """Refuse a constant, of the script that was started or of those that it imports, which is outside what it can be."""
-    for name in ("__main__", *CHAIN):
-        module = sys.modules.get(name)
-        for constant, (words, holds) in module.rules().items() if hasattr(module, "rules") else ():
+    modules = [sys.modules[name] for name in ("__main__", *CHAIN) if hasattr(sys.modules.get(name), "rules")]
+    for module in modules:
+        for constant, (words, holds) in module.rules().items():
             value = getattr(module, constant)
             if not holds(value):
                 raise InputError(f"{constant} = {value!r} in {Path(module.__file__).name}: it must be {words}")
@@ -731,7 +730,9 @@ def attempt(script, name, args, keywords, task):
 
 def count_cores():
     """Return how many cores this process may use: those of its affinity, within its control group's share of time."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):  # macOS has none
+        cores = len(os.sched_getaffinity(0))
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         return max(1, min(cores, int(quota) // int(period)))

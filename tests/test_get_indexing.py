@@ -12,6 +12,7 @@ import os
 import random
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import get_indexing as script
@@ -551,6 +552,16 @@ def test_split_click_equals_a_search_through_all_splits():
 
 def test_a_click_of_a_million_underscores_is_still_one_click():
     assert split_click("_" * 1_000_000 + "c1", {"v1"}, {"c1"}) == ("_" * 999_999, "c1")
+
+
+def test_a_click_of_a_million_underscores_is_no_video_and_takes_little_memory(tmp_path, raw):
+    raw(tmp_path / "raw", columns=PAIR, users=[("u1", ["_" * 1_000_000 + "x", "y", "v1"])])
+    tracemalloc.start()
+    index = get_indexing(tmp_path / "raw", tmp_path, min_clicks=1, num_workers=1)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert list(index.videos) == ["v1", "v2", "v3", "y"]
+    assert peak < 30 << 20  # each of its 2,000 splits would take a million bytes
 
 
 # ---------------------------------------------------------------- byte ranges
