@@ -656,7 +656,7 @@ def map_on_workers(function, tasks, num_workers):
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy in the workers, which are as many as the cores
     try:
         pool = ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn"), start_worker, (function,))
-    except (OSError, ImportError, NotImplementedError) as error:  # where no semaphore can be made
+    except (OSError, RuntimeError) as error:  # where no semaphore can be made
         cure = "set NUM_WORKERS = 1 in get_indexing.py"
         raise InputError(f"no worker process can be had, for lack of /dev/shm perhaps ({error}); {cure}") from error
     try:
