@@ -7,7 +7,7 @@ import gzip
 import io
 import itertools
 import json
-import multiprocessing
+import multiprocessing.synchronize
 import os
 import random
 import subprocess
@@ -690,12 +690,10 @@ def test_an_error_in_a_worker_is_raised_here():
 
 @pytest.mark.parametrize("fault", [FileNotFoundError(2, "No such file"), PermissionError(13, "Permission denied")])
 def test_where_no_semaphore_can_be_made_one_line_says_so_and_one_worker_needs_none(monkeypatch, fault):
-    import _multiprocessing
-
     def semaphore(*_):
         raise fault
 
-    monkeypatch.setattr(_multiprocessing, "SemLock", semaphore)
+    monkeypatch.setattr(multiprocessing.synchronize._multiprocessing, "SemLock", semaphore)
     with (
         pytest.raises(InputError, match=f"/dev/shm.*{fault.strerror}.*set NUM_WORKERS = 1 in get_indexing.py$"),
         map_files(abs, [-1, -2], "count", 2),
