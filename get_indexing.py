@@ -9,7 +9,8 @@ Writes  WORK_DIR/indexing/vid2idx.json  {"v1": 2, ...}        0 is padding, 1 an
     python get_indexing.py
 
 Numbers are for life: a later run keeps every number given, appends what is new and empties the columns that went.
-The second half of this file is the toolbox of all six scripts: the index, reading, writing, custody, running.
+The second half of this file is the toolbox of all six scripts, in sections: the index, counts of lines, reading, writing,
+custody, rules of constants, workers, running.
 """
 
 import collections
@@ -46,56 +47,55 @@ ENDINGS = (".json", ".jsonl", ".json.gz", ".jsonl.gz")  # of the files that are 
 CHAIN = ("get_indexing", "get_tfrecord", "get_dataset", "model_tf2", "train", "infer")
 UNPACKS_TO = 8  # bytes that one of a gzip file holds, or so
 
-os.environ.setdefault(
-    "TF_CPP_MIN_LOG_LEVEL", "3"
-)  # before TensorFlow is imported: without its lines, as far as it lets
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # read when TensorFlow is imported: fewer lines of its own
 os.environ["KERAS_BACKEND"] = "tensorflow"  # whatever the user's other projects need
 
 
 def rules():
     """Return what each constant can be, {name: (in words, test)}; run_script() holds the constants of a script to it."""
+    counts = ("MIN_CLICKS", "MAX_LINE_BYTES", "MAX_ID_CHARS", "RANGE_BYTES")
     return {
-        "DATA_DIR": a_path(),
-        "WORK_DIR": a_path(),
-        "MIN_CLICKS": a_whole_number(1),
+        **dict.fromkeys(("DATA_DIR", "WORK_DIR"), a_path()),
+        **dict.fromkeys(counts, a_whole_number(1)),
         "MAX_BAD_FRACTION": a_number("[0, 1]"),
-        "MAX_LINE_BYTES": a_whole_number(1),
-        "MAX_ID_CHARS": a_whole_number(1),
-        "RANGE_BYTES": a_whole_number(1),
         "NUM_WORKERS": or_none(a_whole_number(1)),
     }
 
 
 def get_indexing(data_dir=DATA_DIR, work_dir=WORK_DIR, min_clicks=MIN_CLICKS, num_workers=NUM_WORKERS):
     """Write the index of data_dir's videos and columns, continuing the one that stands, and return it."""
-    data_dir, old = Path(data_dir), load_index(work_dir, new=True)
-    columns, titles = read_columns(data_dir), find_files(data_dir, "vid2title*", required=False)
-    catalogue = dict(read_all(titles, parse_title))
-    shelved = dict.fromkeys(vid for vids in columns.values() for vid in vids)
-    if not titles:
+    data_dir, folder = Path(data_dir), Path(work_dir, "indexing")
+    old, columns = load_index(work_dir, new=True), read_columns(data_dir)
+    shelved = dict.fromkeys(itertools.chain.from_iterable(columns.values()))
+    if titles := find_files(data_dir, "vid2title*", required=False):
+        catalogue = dict.fromkeys(vid for vid, _ in read_all(titles, parse_title))
+    else:
         known = {**old.videos, **shelved}, {**old.columns, **columns}
         catalogue = dict.fromkeys(clicked_videos(data_dir, *known, min_clicks, num_workers))
+    index = grow_index(old, columns, itertools.chain(shelved, catalogue))
+    if not index.videos:
+        raise InputError(f"{data_dir.absolute()}: no video in any column or catalogue, and none clicked often enough")
 
-    videos = dict(old.videos)
-    for vid in itertools.chain(shelved, catalogue):
-        videos.setdefault(vid, FIRST_VIDEO + len(videos))
-    numbered = {cid: [videos[vid] for vid in columns.get(cid, ())] for cid in {**old.columns, **columns}}
-    if not videos:
-        raise InputError(
-            f"{data_dir.absolute()}: no video in any column, and none in a catalogue or clicked often enough"
-        )
-    remove_leftovers(Path(work_dir, "indexing"))
+    remove_leftovers(folder)
     # Videos first: killed in between, the old columns still stand for the same videos.
-    write_json(Path(work_dir, "indexing/vid2idx.json"), videos)
-    write_json(Path(work_dir, "indexing/cid2vidx.json"), numbered)
-    empty = sum(not vids for vids in numbered.values())
+    write_json(folder / "vid2idx.json", index.videos)
+    write_json(folder / "cid2vidx.json", index.columns)
+    empty = sum(not vids for vids in index.columns.values())
     outside = sum(vid not in catalogue for vid in shelved)
     print(
-        f"{len(videos):,} videos ({len(videos) - len(old.videos):,} new), "
-        f"{len(numbered):,} columns ({len(numbered) - len(old.columns):,} new, {empty:,} empty); "
+        f"{len(index.videos):,} videos ({len(index.videos) - len(old.videos):,} new), "
+        f"{len(index.columns):,} columns ({len(index.columns) - len(old.columns):,} new, {empty:,} empty); "
         f"{outside:,} videos of the columns are unknown to the catalogue"
     )
-    return Index(videos, numbered)
+    return index
+
+
+def grow_index(old, columns, vids):
+    """Return the old Index with the vids and the columns {cid: [vid, ...]} that it lacks; a column that went is empty."""
+    videos = dict(old.videos)
+    for vid in vids:
+        videos.setdefault(vid, FIRST_VIDEO + len(videos))
+    return Index(videos, {cid: [videos[vid] for vid in columns.get(cid, ())] for cid in {**old.columns, **columns}})
 
 
 def read_columns(data_dir):
@@ -104,65 +104,67 @@ def read_columns(data_dir):
     for cid, vids, _ in read_all(find_files(data_dir, "cid2vids*", required=False), parse_column):
         columns.setdefault(cid, {}).update(dict.fromkeys(vids))
     if not columns:
-        raise InputError(
-            f"{Path(data_dir).absolute()}: no columns; it needs cid2vids*.json[.gz] files, as README.md says"
-        )
+        raise InputError(f"{Path(data_dir).absolute()}: no columns; put cid2vids*.json files there, as README.md says")
     return {cid: list(vids) for cid, vids in columns.items()}
 
 
 def read_names(data_dir):
     """Return ({vid: title}, {cid: name}) as far as the raw data names them."""
-    titles, columns = (find_files(data_dir, pattern, required=False) for pattern in ("vid2title*", "cid2vids*"))
-    titles, columns = read_all(titles, parse_title), read_all(columns, parse_column)
+    titles = read_all(find_files(data_dir, "vid2title*", required=False), parse_title)
+    columns = read_all(find_files(data_dir, "cid2vids*", required=False), parse_column)
     return {vid: title for vid, title in titles if title}, {cid: name for cid, _, name in columns if name}
+
+
+# ---------------------------------------------------------------- the vocabulary where there is no catalogue
 
 
 def clicked_videos(data_dir, videos, columns, min_clicks, num_workers=None):
     """Return the videos with at least min_clicks clicks, most clicked first; videos and columns are those known."""
-    tasks, tallies = cut_files(find_files(Path(data_dir, "click_seq"))), Tallies()
-    clicks, tails = collections.Counter(), set()
+    tallies, clicks, tails = Tallies(), collections.Counter(), set()
     count = functools.partial(count_videos, videos=videos, columns=columns)
-    with map_files(count, tasks, "count clicks", num_workers) as results:
-        for of_task in results:
-            tallies.extend(of_task[0])
-            clicks.update(of_task[1])
-            tails |= of_task[2]
+    with map_files(count, cut_files(find_files(Path(data_dir, "click_seq"))), "count clicks", num_workers) as results:
+        for of_ranges, some_clicks, some_tails in results:
+            tallies.extend(of_ranges)
+            clicks.update(some_clicks)
+            tails |= some_tails
     tallies.check()
-    clicks = own_clicks(clicks, tails, videos)
-    enough = (vid for vid, number in clicks.items() if number >= min_clicks and 0 < len(vid) <= MAX_ID_CHARS)
-    return sorted(enough, key=lambda vid: (-clicks[vid], vid))
+    own = own_clicks({text: number for text, number in clicks.items() if 0 < len(text) <= MAX_ID_CHARS}, tails, videos)
+    return sorted((vid for vid, number in own.items() if number >= min_clicks), key=lambda vid: (-own[vid], vid))
 
 
 def count_videos(ranges, videos, columns):
     """Return ([Tally, ...], clicks of each video, what stood for a column after a known video) of FileRanges."""
     tallies, counts, tails = [], collections.Counter(), set()
-    for file_range in ranges:
-        tallies.append(Tally(file_range.path))
-        for _, clicks in read_records(tallies[-1], parse_clicks, file_range):
-            for click in clicks:
-                vid, cid = split_click(click, videos, columns)
-                counts[vid] += 1
-                if cid is None and vid != click:
-                    tails.add(click[len(vid) + 1 :])
+    for _, clicks in read_clicks(ranges, tallies):
+        for click in clicks:
+            vid, cid = split_click(click, videos, columns)
+            counts[vid] += 1
+            if cid is None and vid != click:
+                tails.add(click[len(vid) + 1 :])
     return tallies, counts, tails
 
 
 def own_clicks(clicks, tails, videos):
-    """Return the clicks of each video, given those of each text that no known column ends.
+    """Return {video: clicks}, given the clicks of each text that no known column ends.
 
-    "<vid>_<anything>" of a video that was also clicked by itself is a click on that video. Where <anything> comes after
-    several videos it is taken for a column that is away, and the text for no video: once in the index, it would be one for life.
+    "<vid>_<tail>" of a video that was also clicked by itself is a click on that video. A tail that comes after several
+    videos is taken for a column that is away, and the text for no video: once in the index, it would be one for life.
     """
     unknown = [text for text in clicks if text not in videos]
-    ends = collections.Counter(text[at + 1 :] for text in unknown for at in underscores(text))
+    texts_with = collections.Counter(tail for text in unknown for _, tail in splits(text))
+    away = tails | {tail for tail, texts in texts_with.items() if texts > 1}
     own = collections.Counter()
     for text, number in clicks.items():
-        heads = (text[:at] for at in underscores(text) if text[:at] in clicks or text[:at] in videos)
+        heads = (head for head, _ in splits(text) if head in clicks or head in videos)
         own[text if text in videos else next(heads, text)] += number
-    for text in [text for text in own if text not in videos]:
-        if any(ends[end] > 1 or end in tails for end in (text[at + 1 :] for at in underscores(text))):
-            del own[text]
-    return own
+    return {
+        text: number
+        for text, number in own.items()
+        if text in videos or away.isdisjoint(tail for _, tail in splits(text))
+    }
+
+
+# ---------------------------------------------------------------- clicks
 
 
 def split_click(click, videos, columns):
@@ -178,8 +180,7 @@ def split_click(click, videos, columns):
     if vid in videos and cid in columns:  # the usual case, and the first that the loop would find
         return vid, cid
     unknown_video = unknown_column = None
-    for at in underscores(click):
-        vid, cid = click[:at], click[at + 1 :]
+    for vid, cid in splits(click):
         if cid in columns:
             if vid in videos:
                 return vid, cid
@@ -189,11 +190,11 @@ def split_click(click, videos, columns):
     return unknown_video or unknown_column or (click, None)
 
 
-def underscores(text):
-    """Yield the places of a text's underscores that an id can end before or begin after."""
+def splits(text):
+    """Yield (head, tail) around each underscore of a text that an id can end before or begin after."""
     at = text.find("_")
     while at >= 0:
-        yield at
+        yield text[:at], text[at + 1 :]
         at = text.find("_", at + 1 if at < MAX_ID_CHARS else max(at + 1, len(text) - MAX_ID_CHARS - 1))
 
 
@@ -260,9 +261,9 @@ class Index(NamedTuple):
     def check(self, made_with, path, script):
         """Refuse the file at path, made with the index of that fingerprint, unless this index continues it."""
         if not self.continues(made_with):
+            now = self.fingerprint()
             raise InputError(
-                f"{path} was made with another index ({made_with}) than indexing/vid2idx.json ({self.fingerprint()}); "
-                f"run {script} again"
+                f"{path} was made with another index ({made_with}) than indexing/vid2idx.json ({now}); run {script} again"
             )
 
 
@@ -270,19 +271,16 @@ def load_index(work_dir=WORK_DIR, new=False):
     """Return the Index under work_dir; a file that is missing is an error, or empty where the index may be new."""
     paths = [Path(work_dir, "indexing", name).absolute() for name in ("vid2idx.json", "cid2vidx.json")]
     index = Index(*({} if new and not path.exists() else read_json(path, "get_indexing.py") for path in paths))
-    if list(index.videos.values()) != list(range(FIRST_VIDEO, FIRST_VIDEO + len(index.videos))):
+    numbers = range(FIRST_VIDEO, FIRST_VIDEO + len(index.videos))
+    if list(index.videos.values()) != list(numbers):
         raise InputError(f"{paths[0]}: its numbers do not count up from {FIRST_VIDEO}; restore the file")
-    for cid, numbers in index.columns.items():
-        if type(numbers) is not list or not all(
-            type(n) is int and 0 <= n - FIRST_VIDEO < len(index.videos) for n in numbers
-        ):
-            raise InputError(
-                f"{paths[1]}: column {cid!r} is not a list of numbers of {paths[0].name}; restore the file"
-            )
+    for cid, videos in index.columns.items():
+        if type(videos) is not list or not all(type(video) is int and video in numbers for video in videos):
+            raise InputError(f"{paths[1]}: column {cid!r} is no list of numbers of {paths[0].name}; restore the file")
     return index
 
 
-# ---------------------------------------------------------------- toolbox: reading
+# ---------------------------------------------------------------- toolbox: counts of lines
 
 
 class InputError(ValueError):
@@ -355,6 +353,9 @@ class Tallies(dict):
         return {Path(path).name: tally.hexdigest() for path, tally in self.items()}
 
 
+# ---------------------------------------------------------------- toolbox: reading
+
+
 def read_all(paths, parse):
     """Yield parse(record) of each good line of the files; the bad ones are reported."""
     for path in paths:
@@ -406,17 +407,30 @@ def cut_files(paths, range_bytes=None):
     """
     range_bytes, tasks, room = range_bytes or RANGE_BYTES, [], 0
     for path in paths:
-        size = os.path.getsize(path)
-        cuts = [None] if path.endswith(".gz") else range(range_bytes, max(size, 1) + range_bytes, range_bytes)
-        start = 0
-        for end in cuts:
-            length = size * UNPACKS_TO if end is None else min(end, size) - start
-            if not tasks or length > room:
+        for file_range, size in cut_file(path, range_bytes):
+            if not tasks or size > room:
                 tasks.append([])
                 room = range_bytes
-            tasks[-1].append(FileRange(path, start, end))
-            start, room = end, room - length
+            tasks[-1].append(file_range)
+            room -= size
     return tasks
+
+
+def cut_file(path, range_bytes):
+    """Yield (FileRange, how many bytes it unpacks to) of a file, in order."""
+    size = os.path.getsize(path)
+    if path.endswith(".gz"):
+        yield FileRange(path), size * UNPACKS_TO
+        return
+    for start in range(0, max(size, 1), range_bytes):
+        yield FileRange(path, start, start + range_bytes), min(size - start, range_bytes)
+
+
+def read_clicks(ranges, tallies):
+    """Yield (uid, [click, ...]) of the good lines of FileRanges, in order; tallies, a list, gets the Tally of each."""
+    for file_range in ranges:
+        tallies.append(Tally(file_range.path))
+        yield from read_records(tallies[-1], parse_clicks, file_range)
 
 
 def read_records(tally, parse, file_range=None):
@@ -448,6 +462,7 @@ def read_records(tally, parse, file_range=None):
 def read_lines(file_range):
     """Yield (line, place in the file) of a FileRange, as bytes; of a line over MAX_LINE_BYTES only its beginning."""
     path, start, end = file_range
+    end = math.inf if end is None else end
     if path.endswith(".gz") and not os.path.getsize(path):
         raise InputError(f"{path}: an empty gzip file; copy it again")
     try:
@@ -455,10 +470,7 @@ def read_lines(file_range):
             if start:  # the line under way at `start` belongs to the range before
                 file.seek(start - 1)
                 start += skip_line(file, end) - 1
-            while end is None or start < end:
-                line = file.readline(MAX_LINE_BYTES + 1)
-                if not line:
-                    return
+            while start < end and (line := file.readline(MAX_LINE_BYTES + 1)):
                 yield line, start
                 start += len(line)
                 if len(line) > MAX_LINE_BYTES and not line.endswith(b"\n"):
@@ -467,9 +479,9 @@ def read_lines(file_range):
         raise InputError(f"{path}: not a whole gzip file ({error}); copy it again") from error
 
 
-def skip_line(file, end=None):
+def skip_line(file, end):
     """Read to the end of the line, or beyond byte `end` if that comes first, and return how many bytes that was."""
-    skipped, left = 0, float("inf") if end is None else end - file.tell()
+    skipped, left = 0, end - file.tell()
     while skipped <= left and (part := file.readline(1 << 20)):
         skipped += len(part)
         if part.endswith(b"\n"):
@@ -564,7 +576,7 @@ def check_same(path, made_with, now, script):
             raise InputError(f"{path}: made with {name} = {made_with.get(name)}, now it is {value}; run {script} again")
 
 
-# ---------------------------------------------------------------- toolbox: constants
+# ---------------------------------------------------------------- toolbox: rules of constants
 
 
 def a_whole_number(low, high=math.inf):
@@ -576,13 +588,9 @@ def a_whole_number(low, high=math.inf):
 def a_number(interval):
     """Return the rule of a number in an interval, "[0, 1)" say, without 1."""
     low, high = map(float, interval[1:-1].split(","))
-
-    def holds(value):
-        return type(value) in (int, float) and (
-            low < value < high or (interval[0] == "[" and value == low) or (interval[-1] == "]" and value == high)
-        )
-
-    return f"a number in {interval}", holds
+    ends = [end for end, bracket in ((low, interval[0]), (high, interval[-1])) if bracket in "[]"]
+    words = f"a number in {interval}"
+    return words, lambda value: type(value) in (int, float) and (low < value < high or value in ends)
 
 
 def or_none(rule):
@@ -593,11 +601,9 @@ def or_none(rule):
 
 def a_tuple_of(rule):
     """Return the rule of a tuple of values that each keep a rule."""
-    words, holds = rule
-    return (
-        f"a tuple of one or more, each {words}",
-        lambda value: type(value) is tuple and value and all(map(holds, value)),
-    )
+    of_each, holds = rule
+    words = f"a tuple of one or more, each {of_each}"
+    return words, lambda value: type(value) is tuple and value and all(map(holds, value))
 
 
 def one_of(*values):
@@ -612,15 +618,15 @@ def a_path():
 
 def check_constants():
     """Refuse a constant, of the script that was started or of those that it imports, which is outside what it can be."""
-    for name in ("__main__", *CHAIN):
-        module = sys.modules.get(name)
-        for constant, (words, holds) in module.rules().items() if hasattr(module, "rules") else ():
+    modules = [sys.modules[name] for name in ("__main__", *CHAIN) if hasattr(sys.modules.get(name), "rules")]
+    for module in modules:
+        for constant, (words, holds) in module.rules().items():
             value = getattr(module, constant)
             if not holds(value):
                 raise InputError(f"{constant} = {value!r} in {Path(module.__file__).name}: it must be {words}")
 
 
-# ---------------------------------------------------------------- toolbox: running
+# ---------------------------------------------------------------- toolbox: workers
 
 
 @contextlib.contextmanager
@@ -630,20 +636,29 @@ def map_files(function, tasks, desc, num_workers=NUM_WORKERS):
     Started by spark-submit, the Spark cluster computes them. The function, a functools.partial say, is sent to each worker
     once; a task may be tried twice, even at the same time. Where the block ends, however, no worker is left.
     """
-    bar = functools.partial(progress, total=len(tasks), desc=desc, unit="part")
     num_workers = min(num_workers or count_cores(), len(tasks))
     if "PYSPARK_GATEWAY_PORT" in os.environ:
         yield map_on_spark(function, tasks)
-        return
-    if num_workers <= 1:
-        yield bar(map(function, tasks))
-        return
+    elif num_workers <= 1:
+        yield progress(map(function, tasks), len(tasks), desc, "part")
+    else:
+        with map_on_workers(function, tasks, num_workers) as results:
+            yield progress(results, len(tasks), desc, "part")
+
+
+@contextlib.contextmanager
+def map_on_workers(function, tasks, num_workers):
+    """Give function(task) of each task, as map_files() does, computed by so many processes."""
     import multiprocessing
     from concurrent.futures import ProcessPoolExecutor
     from concurrent.futures.process import BrokenProcessPool
 
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy in the workers, which are as many as the cores
-    pool = ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn"), start_worker, (function,))
+    try:
+        pool = ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn"), start_worker, (function,))
+    except (OSError, RuntimeError) as error:  # where no semaphore can be made
+        cure = "set NUM_WORKERS = 1 in get_indexing.py"
+        raise InputError(f"no worker process can be had, for lack of /dev/shm perhaps ({error}); {cure}") from error
     try:
         # A signal that comes while workers are started waits; they inherit that, and leave Ctrl-C to this process.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
@@ -651,11 +666,10 @@ def map_files(function, tasks, desc, num_workers=NUM_WORKERS):
             results = pool.map(run_task, tasks)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        yield bar(results)
+        yield results
     except BrokenProcessPool as error:
-        raise InputError(
-            "a worker process died, for lack of memory perhaps; run again, or lower NUM_WORKERS"
-        ) from error
+        died = "a worker process died, for lack of memory perhaps"
+        raise InputError(f"{died}; run again, or lower NUM_WORKERS") from error
     finally:
         for process in multiprocessing.active_children():
             process.kill()
@@ -693,7 +707,7 @@ def map_on_spark(function, tasks):
     from pyspark import SparkContext
 
     shared = importlib.import_module("get_indexing")  # this module as the executors know it, not as __main__
-    work = function if isinstance(function, functools.partial) else functools.partial(function)
+    work = functools.partial(function)  # flat, where the function is one already
     script = Path(sys.argv[0]).stem if work.func.__module__ == "__main__" else work.func.__module__
     attempt = functools.partial(shared.attempt, script, work.func.__name__, work.args, work.keywords)
     context = SparkContext.getOrCreate()
@@ -716,12 +730,17 @@ def attempt(script, name, args, keywords, task):
 
 def count_cores():
     """Return how many cores this process may use: those of its affinity, within its control group's share of time."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):  # macOS has none
+        cores = len(os.sched_getaffinity(0))
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         return max(1, min(cores, int(quota) // int(period)))
     except (OSError, ValueError):  # no control group, or one without a limit
         return cores
+
+
+# ---------------------------------------------------------------- toolbox: running
 
 
 def cluster_place():
@@ -740,6 +759,7 @@ def cluster_place():
 def run_script(main, work_dir=WORK_DIR):
     """Run a script's main(): what is the input's fault, and a signal, end with one line and exit status 1."""
     name = Path(sys.argv[0]).name
+    open_closed_streams()
     if sys.argv[1:] == ["--help"]:
         print(sys.modules["__main__"].__doc__)
         return
@@ -759,6 +779,15 @@ def run_script(main, work_dir=WORK_DIR):
             main()
     except (InputError, OSError, KeyboardInterrupt) as error:
         sys.exit(f"{name}: {error}")
+
+
+def open_closed_streams():
+    """Open what a shell closed (<&- >&- 2>&-), for workers too: else a file gets its number, and what is printed."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # it gets the lowest number that is free
 
 
 @contextlib.contextmanager

@@ -17,15 +17,15 @@ import contextlib
 import functools
 import hashlib
 import heapq
+import itertools
 import math
 import sys
 from pathlib import Path
 
 from get_indexing import (
     DATA_DIR, NUM_WORKERS, UNKNOWN, WORK_DIR,
-    InputError, Tallies, Tally, a_whole_number, cut_files, file_fingerprint, find_files, fingerprint, load_index,
-    map_files, parse_clicks, read_json, read_records, remove_leftovers, replacing, run_script, split_click,
-    write_json,
+    InputError, Tallies, a_whole_number, cut_files, file_fingerprint, find_files, fingerprint, load_index, map_files,
+    read_clicks, read_json, remove_leftovers, replacing, run_script, split_click, write_json,
 )  # fmt: skip
 
 USER_MAX_LEN = 50  # clicks in a window, and the most that the user tower reads
@@ -40,11 +40,8 @@ FORMAT = 2  # of records and manifest
 def rules():
     """Return what each constant can be, as in get_indexing.py."""
     return {
-        "USER_MAX_LEN": a_whole_number(2),
-        "WINDOW_OVERLAP": a_whole_number(1),
-        "MIN_HISTORY": a_whole_number(1),
-        "HELD_OUT_USERS": a_whole_number(1),
-        "SKETCH_SIZE": a_whole_number(2),
+        **dict.fromkeys(("USER_MAX_LEN", "SKETCH_SIZE"), a_whole_number(2)),
+        **dict.fromkeys(("WINDOW_OVERLAP", "MIN_HISTORY", "HELD_OUT_USERS"), a_whole_number(1)),
     }
 
 
@@ -53,15 +50,14 @@ def get_tfrecord(data_dir=DATA_DIR, work_dir=WORK_DIR, num_workers=NUM_WORKERS, 
 
     constants are those of record_constants().
     """
-    settings = record_constants(**constants)
-    work_dir = Path(work_dir).absolute()
+    settings, work_dir = record_constants(**constants), Path(work_dir).absolute()
     index, folder = load_index(work_dir), work_dir / "tfrecord"
     tasks = cut_files(find_files(Path(data_dir, "click_seq")))
     tallies, users = survey(tasks, num_workers)
     made_with = {
         "format": FORMAT,
         "index": index.fingerprint(),
-        "current_columns": fingerprint([cid for cid, videos in index.columns.items() if videos]),
+        "current_columns": current_columns(index),
         "constants": settings,
         "held_out_share": min(settings["HELD_OUT_USERS"] / max(users.users(), 1), 0.5),
         "input": tallies.digests(),
@@ -78,6 +74,7 @@ def get_tfrecord(data_dir=DATA_DIR, work_dir=WORK_DIR, num_workers=NUM_WORKERS, 
         write_json(folder / "manifest.json", manifest)
     remove_others(folder, manifest)
     print_report(manifest)
+    hint_at_ids(manifest["report"], tasks, index)
     return manifest
 
 
@@ -100,15 +97,13 @@ def survey(tasks, num_workers=None):
     """Return (Tallies, UserSketch) of the click files; too many bad lines, or histories of one click, are refused."""
     tallies, users, longest = Tallies(), UserSketch(), 0
     with map_files(survey_ranges, tasks, "read clicks", num_workers) as results:
-        for of_task in results:
-            tallies.extend(of_task[0])
-            users.update(of_task[1])
-            longest = max(longest, of_task[2])
+        for of_ranges, some_users, most_clicks in results:
+            tallies.extend(of_ranges)
+            users.update(some_users)
+            longest = max(longest, most_clicks)
     tallies.check()
     if longest == 1:
-        raise InputError(
-            "every history is of one click; click_seq needs one line for each user, with all their clicks, oldest first"
-        )
+        raise InputError("every history is of one click; write one line for each user: all their clicks, oldest first")
     if users.repeated():
         print(
             f"about {users.users():,.0f} users are on {users.lines:,} lines, {users.repeated():.1%} of them on several: "
@@ -121,11 +116,9 @@ def survey(tasks, num_workers=None):
 def survey_ranges(ranges):
     """Return ([Tally, ...], UserSketch, clicks of the longest history) of FileRanges."""
     tallies, users, longest = [], UserSketch(), 0
-    for file_range in ranges:
-        tallies.append(Tally(file_range.path))
-        for uid, clicks in read_records(tallies[-1], parse_clicks, file_range):
-            users.add(draw_of(uid))
-            longest = max(longest, len(clicks))
+    for uid, clicks in read_clicks(ranges, tallies):
+        users.add(draw_of(uid))
+        longest = max(longest, len(clicks))
     return tallies, users, longest
 
 
@@ -136,24 +129,23 @@ class UserSketch:
     """
 
     def __init__(self):
-        self.lines, self.of_user, self.highest = 0, collections.Counter(), None  # None: all users are in of_user
+        self.lines, self.of_user, self.highest = 0, collections.Counter(), 1.0  # draws above the highest are forgotten
 
     def add(self, draw, lines=1):
         """Count lines of the user of that draw."""
         self.lines += lines
-        if self.highest is None or draw <= self.highest:
+        if draw <= self.highest:
             self.of_user[draw] += lines
-            if len(self.of_user) >= 2 * SKETCH_SIZE:
-                self.cut()
+        if len(self.of_user) >= 2 * SKETCH_SIZE:
+            self.cut()
 
     def update(self, other):
         """Add the lines that another sketch counted."""
+        self.highest = min(self.highest, other.highest)
         for draw, lines in other.of_user.items():
             self.add(draw, lines)
         self.lines += other.lines - other.of_user.total()
-        if other.highest is not None:
-            self.highest = min(other.highest, self.highest or 1.0)
-            self.cut()
+        self.cut()
 
     def cut(self):
         """Forget all but the lowest draws."""
@@ -164,8 +156,7 @@ class UserSketch:
     def users(self):
         """Return about how many users there are; exactly, up to SKETCH_SIZE. Of more users it is never fewer."""
         self.cut()
-        lowest = len(self.of_user)
-        return lowest if self.highest is None else max(lowest, (lowest - 1) / self.highest)
+        return max(len(self.of_user), (len(self.of_user) - 1) / self.highest)
 
     def repeated(self):
         """Return about which share of the users is on several lines."""
@@ -187,7 +178,7 @@ def write_shards(numbered, folder, work_dir, made_with):
     """
     number, ranges = numbered
     of_all = {name: value for name, value in made_with.items() if name != "input"}
-    of_files = [(name, made_with["input"][name], *cut) for path, *cut in ranges for name in [Path(path).name]]
+    of_files = [(Path(path).name, made_with["input"][Path(path).name], *cut) for path, *cut in ranges]
     name = f"{number:05}-{fingerprint(of_all, of_files)[:16]}"
     part_file, shards = folder / f"part-{name}.json", {split: folder / f"{split}-{name}.tfrecord" for split in SPLITS}
     if part_file.exists():
@@ -210,44 +201,54 @@ def write_shards(numbered, folder, work_dir, made_with):
 
 def write_windows(ranges, shards, encoder, made_with):
     """Write the windows of FileRanges into shards {split: path}; return the counts for their part file."""
-    from tensorflow.io import TFRecordWriter
-
     settings, share = made_with["constants"], made_with["held_out_share"]
-    longest = {split: settings["USER_MAX_LEN"] * (1 if split == "train" else 2) for split in SPLITS}
-    splits = {split: {"users": 0, "targets": 0, "windows": [0] * (longest[split] + 1)} for split in SPLITS}
-    report = collections.Counter(clicks=0, unknown_videos=0, column_clicks=0)
-    lengths, serialize = collections.Counter(), window_serializer()
-    with contextlib.ExitStack() as stack:
-        writers = {}
-        for split, path in shards.items():
-            temporary = stack.enter_context(replacing(path))
-            writers[split] = stack.enter_context(TFRecordWriter(str(temporary)))
-        for file_range in ranges:
-            for uid, clicks in read_records(Tally(file_range.path), parse_clicks, file_range):
-                videos, columns = encoder.encode(clicks)
-                for split, windows in split_windows(uid, videos, columns, encoder.current, share, settings).items():
-                    counts = splits[split]
-                    counts["users"] += bool(windows)
-                    for window in windows:
-                        writers[split].write(serialize(window))
-                        counts["windows"][len(window["label"])] += 1
-                        counts["targets"] += window["label"].count(1.0)
-                lengths[len(clicks)] += 1
-                report.update(clicks=len(clicks), unknown_videos=videos.count(UNKNOWN),
-                              column_clicks=len(columns) - columns.count(0))  # fmt: skip
-    report["unknown_columns"] = encoder.take_unknown_columns()
+    splits = {split: empty_counts(split, settings["USER_MAX_LEN"]) for split in SPLITS}
+    report, lengths = collections.Counter(clicks=0, unknown_videos=0, column_clicks=0), collections.Counter()
+    unknown_before, serialize = encoder.unknown_columns, window_serializer()
+    with open_shards(shards) as writers:
+        for uid, clicks in read_clicks(ranges, []):
+            videos, columns = encoder.encode(clicks)
+            lengths[len(clicks)] += 1
+            report["clicks"] += len(clicks)
+            report["unknown_videos"] += videos.count(UNKNOWN)
+            report["column_clicks"] += len(columns) - columns.count(0)
+            for split, windows in split_windows(uid, videos, columns, encoder.current, share, settings).items():
+                splits[split]["users"] += bool(windows)
+                for window in windows:
+                    splits[split]["targets"] += window["label"].count(1.0)
+                    splits[split]["windows"][len(window["label"])] += 1
+                    writers[split].write(serialize(window))
+    report["unknown_columns"] = encoder.unknown_columns - unknown_before
     return {"report": report, "lengths": sorted(lengths.items()), "splits": splits}
 
 
+@contextlib.contextmanager
+def open_shards(shards):
+    """Give {split: TFRecordWriter} for shards {split: path}, which all stand where the block ends well."""
+    from tensorflow.io import TFRecordWriter
+
+    with contextlib.ExitStack() as stack:
+        temporary = {split: stack.enter_context(replacing(path)) for split, path in shards.items()}
+        yield {split: stack.enter_context(TFRecordWriter(str(path))) for split, path in temporary.items()}
+
+
+def empty_counts(split, max_len):
+    """Return a split's counts of users, of targets, and of windows by their length, a list; held-out ones are longer."""
+    return {"users": 0, "targets": 0, "windows": [0] * ((max_len if split == "train" else 2 * max_len) + 1)}
+
+
 @functools.lru_cache(maxsize=1)
-def load_encoder(work_dir, sha256, current_columns):
+def load_encoder(work_dir, sha256, of_current):
     """Return the ClickEncoder of work_dir's index, once for a process; another index than the run began with ends it."""
     index = load_index(work_dir)
-    encoder = ClickEncoder(index)
-    current = fingerprint([cid for cid, videos in index.columns.items() if videos])
-    if (index.fingerprint()["sha256"], current) != (sha256, current_columns):
+    if (index.fingerprint()["sha256"], current_columns(index)) != (sha256, of_current):
         raise InputError(f"{work_dir}/indexing was changed while get_tfrecord.py was at work; run it again")
-    return encoder
+    return ClickEncoder(index)
+
+
+def current_columns(index):
+    """Return the fingerprint of the columns that hold videos, which are those that can be held out."""
+    return fingerprint([cid for cid, videos in index.columns.items() if videos])
 
 
 class ClickEncoder:
@@ -268,11 +269,6 @@ class ClickEncoder:
                 videos[place], columns[place] = self.videos.get(vid, UNKNOWN), self.columns.get(cid, 0)
                 self.unknown_columns += cid is None and vid != clicks[place]
         return videos, columns
-
-    def take_unknown_columns(self):
-        """Return how many clicks were in unknown columns since this was last asked."""
-        taken, self.unknown_columns = self.unknown_columns, 0
-        return taken
 
 
 def split_windows(uid, videos, columns, current, share, settings):
@@ -300,7 +296,8 @@ def cut_windows(uid, videos, columns, settings):
     before it, and not in an earlier window.
     """
     max_len, overlap = settings["USER_MAX_LEN"], settings["WINDOW_OVERLAP"]
-    for start in range(0, max(len(videos) - overlap, min(len(videos), 1)), max_len - overlap):
+    new_up_to = max(len(videos) - overlap, min(len(videos), 1))  # a window that starts later repeats all of its clicks
+    for start in range(0, new_up_to, max_len - overlap):
         repeated, end = overlap if start else 0, start + max_len
         first = max(repeated, settings["MIN_HISTORY"])
         label = [0.0] * (first - 1) + [float(column > 0) for column in columns[start + first : end]]
@@ -324,14 +321,7 @@ def held_out_windows(uid, videos, columns, place, settings):
 def make_window(uid, start, repeated, videos, columns, label):
     """Return a window; a label that is too short or too long gets as many zeros as it lacks, or is cut."""
     label = (label + [0.0] * len(videos))[: len(videos)]
-    return {
-        "uid": uid,
-        "start": start,
-        "repeated": repeated,
-        "user_feature": videos,
-        "user_column": columns,
-        "label": label,
-    }
+    return dict(uid=uid, start=start, repeated=repeated, user_feature=videos, user_column=columns, label=label)
 
 
 def window_serializer():
@@ -391,13 +381,16 @@ def add_up(parts):
         report.update(part["report"])
         lengths.update(dict(part["lengths"]))
         for split, counts in part["splits"].items():
-            so_far = splits.setdefault(split, {"users": 0, "targets": 0, "windows": [0] * len(counts["windows"])})
-            so_far["users"] += counts["users"]
-            so_far["targets"] += counts["targets"]
-            so_far["windows"] = [a + b for a, b in zip(so_far["windows"], counts["windows"], strict=True)]
+            splits[split] = add_counts(splits[split], counts) if split in splits else counts
     report["targets"] = sum(split["targets"] for split in splits.values())
     history = {"p50": quantile(lengths, 0.5), "p90": quantile(lengths, 0.9), "max": max(lengths, default=0)}
     return {"shards": shards, "splits": splits, "report": {**report, "history": history}}
+
+
+def add_counts(one, other):
+    """Return the sum of two counts of a split."""
+    windows = [sum(pair) for pair in zip(one["windows"], other["windows"], strict=True)]
+    return {"users": one["users"] + other["users"], "targets": one["targets"] + other["targets"], "windows": windows}
 
 
 def quantile(counts, share):
@@ -419,23 +412,19 @@ def tally_report(tallies, users):
 
 def check_enough(manifest):
     """Refuse records that cannot train: no click in any column, or no target for training, validation or the test."""
-    if not manifest["report"]["column_clicks"]:
+    report, share = manifest["report"], manifest["held_out_share"]
+    if not report["column_clicks"]:
         raise InputError(
-            "no click was made in a known column; clicks look like <vid>_<cid>, with the cids of cid2vids*.json"
+            "no click was made in a known column; clicks look like <vid>_<cid>, the cid as in cid2vids*.json"
         )
-    users, share = manifest["report"]["users"], manifest["held_out_share"]
-    for split, counts in manifest["splits"].items():
-        if not counts["targets"] and split == "train":
-            raise InputError(
-                f"the column clicks of {users:,} users are all held out, so there is none to train on; more users or longer "
-                "histories are needed"
-            )
-        if not counts["targets"]:
-            enough = math.ceil(math.log(0.01) / math.log1p(-share))
-            raise InputError(
-                f"none of {users:,} users leaves a target for {split}; about {enough:,} users are needed who clicked in a "
-                "column after other clicks"
-            )
+    users = f"{report['users']:,} users"
+    lacking = [split for split, counts in manifest["splits"].items() if not counts["targets"]]
+    if "train" in lacking:
+        raise InputError(f"the column clicks of {users} are all held out; more users or longer histories are needed")
+    if lacking:
+        enough = f"about {math.ceil(math.log(0.01) / math.log1p(-share)):,} users"
+        needed = f"{enough} are needed who clicked in a column after other clicks"
+        raise InputError(f"none of {users} leaves a target for {lacking[0]}; {needed}")
 
 
 def remove_others(folder, manifest):
@@ -456,9 +445,23 @@ def print_report(manifest):
           f"{report['unknown_columns']:,} in unknown columns; "
           f"history p50 {history['p50']}, p90 {history['p90']}, max {history['max']}")  # fmt: skip
     for split, counts in manifest["splits"].items():
-        print(
-            f"{split}: {counts['users']:,} users -> {counts['targets']:,} targets in {sum(counts['windows']):,} windows"
-        )
+        windows = sum(counts["windows"])
+        print(f"{split}: {counts['users']:,} users -> {counts['targets']:,} targets in {windows:,} windows")
+
+
+def hint_at_ids(report, tasks, index):
+    """Print an unknown id and a known one where most clicks are of unknown videos: ids of another type, perhaps."""
+    if report["unknown_videos"] <= report["clicks"] / 2:
+        return
+    users = read_clicks(itertools.chain.from_iterable(tasks), [])
+    vids = (split_click(click, index.videos, index.columns)[0] for _, clicks in users for click in clicks)
+    unknown, known = next(vid for vid in vids if vid not in index.videos), next(iter(index.videos))
+    share = report["unknown_videos"] / report["clicks"]
+    print(
+        f"{share:.0%} of the clicks are of videos on no shelf and in no catalogue, {unknown[:80]!r} for one, where ids look "
+        f"like {known[:80]!r}; write the ids alike in all raw data and run get_indexing.py and get_tfrecord.py again",
+        file=sys.stderr,
+    )
 
 
 def main():

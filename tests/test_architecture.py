@@ -123,3 +123,11 @@ def test_the_top_level_holds_the_six_scripts_and_little_else():
     top = {line.split("/")[0] for line in listed.splitlines()}
     visible = {name for name in top if not name.startswith(".")}
     assert visible == {*(f"{script}.py" for script in CHAIN), "requirements.txt", "README.md", "tests", "data"}
+
+
+def test_ci_runs_the_quick_start_of_the_readme_on_two_versions_of_python():
+    line = re.search("^python3 -m venv .*", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE).group()
+    workflow = (ROOT / ".github/workflows/ci.yml").read_text("utf-8")
+    ran = [command.strip() for command in workflow.partition("- run: |\n")[2].splitlines()]
+    assert ran == line.replace("python3", "python").split(" && ")
+    assert 'python-version: ["3.10", "3.13"]' in workflow

@@ -7,11 +7,12 @@ import gzip
 import io
 import itertools
 import json
-import multiprocessing
+import multiprocessing.synchronize
 import os
 import random
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import get_indexing as script
@@ -553,6 +554,16 @@ def test_a_click_of_a_million_underscores_is_still_one_click():
     assert split_click("_" * 1_000_000 + "c1", {"v1"}, {"c1"}) == ("_" * 999_999, "c1")
 
 
+def test_a_click_of_a_million_underscores_is_no_video_and_takes_little_memory(tmp_path, raw):
+    raw(tmp_path / "raw", columns=PAIR, users=[("u1", ["_" * 1_000_000 + "x", "y", "v1"])])
+    tracemalloc.start()
+    index = get_indexing(tmp_path / "raw", tmp_path, min_clicks=1, num_workers=1)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert list(index.videos) == ["v1", "v2", "v3", "y"]
+    assert peak < 30 << 20  # each of its 2,000 splits would take a million bytes
+
+
 # ---------------------------------------------------------------- byte ranges
 
 
@@ -677,6 +688,30 @@ def test_an_error_in_a_worker_is_raised_here():
         list(results)
 
 
+@pytest.mark.parametrize("fault", [FileNotFoundError(2, "No such file"), PermissionError(13, "Permission denied")])
+def test_where_no_semaphore_can_be_made_one_line_says_so_and_one_worker_needs_none(monkeypatch, fault):
+    def semaphore(*_):
+        raise fault
+
+    monkeypatch.setattr(multiprocessing.synchronize._multiprocessing, "SemLock", semaphore)
+    with (
+        pytest.raises(InputError, match=f"/dev/shm.*{fault.strerror}.*set NUM_WORKERS = 1 in get_indexing.py$"),
+        map_files(abs, [-1, -2], "count", 2),
+    ):
+        pass
+    with map_files(abs, [-1, -2], "count", 1) as results:
+        assert list(results) == [1, 2]
+
+
+def test_a_number_of_cores_that_is_unknown_is_one(monkeypatch):
+    monkeypatch.delattr(os, "sched_getaffinity")  # as on macOS
+    monkeypatch.setattr(Path, "read_text", lambda _: "max 100000")
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    assert script.count_cores() == 6
+    monkeypatch.setattr(os, "cpu_count", lambda: None)
+    assert script.count_cores() == 1
+
+
 def test_one_core_allowed_is_one_worker():
     allowed = os.sched_getaffinity(0)
     try:
@@ -790,6 +825,56 @@ def test_closed_streams_do_not_stop_a_script(tmp_path, raw, redirect):
     assert written(tmp_path / "data/work") == {"vid2idx": {"v1": 2}, "cid2vidx": {"c1": [2]}}
 
 
+STRAY_PRINTS = """
+import os
+from get_indexing import map_files, run_script
+
+def write(name):
+    with open(name, "w") as file:
+        for descriptor in (1, 2):
+            os.write(descriptor, b"stray")  # as a library does that is not Python
+        file.write("whole" + os.read(0, 9).decode())
+
+def main():
+    write("alone")
+    with map_files(write, ["one", "two"], "write", 2) as results:
+        print(list(results))
+
+if __name__ == "__main__":
+    run_script(main)
+"""
+
+
+@pytest.mark.parametrize("redirect", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_what_is_printed_to_a_closed_stream_never_gets_into_a_file_of_the_script_or_a_worker(tmp_path, redirect):
+    (tmp_path / "say.py").write_text(STRAY_PRINTS)
+    redirect = redirect if "<" in redirect else f"{redirect} </dev/null"
+    done = run_as_script(tmp_path, program=tmp_path / "say.py", redirect=redirect)
+    assert (done.returncode, done.stderr) == (0, "" if "2>" in redirect else "stray" * 3)
+    assert [(tmp_path / name).read_text() for name in ("alone", "one", "two")] == ["whole"] * 3
+
+
+def test_a_click_file_whose_name_is_not_utf_8_is_read_by_workers_and_named_with_escapes(tmp_path, raw, write_lines):
+    """So is a file that is not read, and one whose lines are bad; stdout and stderr know ASCII alone."""
+    data = raw(tmp_path / "data/sample", columns=PAIR)
+    for name in (b"clicks-\xff.json", b"\xfe.json"):
+        lines = [*({"uid": f"u{i}", "click_seq": ["x"]} for i in range(120)), "{"]
+        write_lines(data / "click_seq" / os.fsdecode(name), lines)
+    (data / os.fsdecode(b"cid2vids-\xfd.csv")).touch()
+    source = (ROOT / "get_indexing.py").read_text("utf-8")
+    program = tmp_path / "get_indexing.py"
+    source = source.replace("RANGE_BYTES = 4 << 20", "RANGE_BYTES = 1000").replace(
+        "NUM_WORKERS = None", "NUM_WORKERS = 2"
+    )
+    program.write_text(source, encoding="utf-8")
+    done = run_as_script(tmp_path, program=program, PYTHONIOENCODING="ascii:strict", PYTHONPATH="")
+    assert done.returncode == 0 and done.stdout.startswith("4 videos (4 new)")
+    read, *bad = done.stderr.splitlines()
+    assert "1 not read (cid2vids-\\udcfd.csv)" in read and len(bad) == 2
+    assert "clicks-\\udcff.json: 1 of 121 lines are bad" in bad[0] and "\\udcfe.json: 1 of 121" in bad[1]
+    assert written(tmp_path / "data/work")["vid2idx"] == {"v1": 2, "v2": 3, "v3": 4, "x": 5}
+
+
 def test_a_stream_that_is_not_utf_8_gets_escapes(tmp_path):
     (tmp_path / "say.py").write_text(
         "import sys\nfrom get_indexing import run_script\n"
@@ -809,10 +894,3 @@ def test_it_does_not_import_tensorflow(tmp_path, raw):
     )
     assert done.returncode == 0
     assert not {"tensorflow", "keras", "numpy"} & set(done.stderr.split())
-
-
-def test_importing_it_writes_and_prints_nothing(tmp_path):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", "import get_indexing"]
-    done = subprocess.run(command, check=False, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr, os.listdir(tmp_path)) == (0, "", "", [])
