@@ -392,10 +392,11 @@ class Pairs(NamedTuple):
 
     def strongest(self, size, width):
         """Return which entries are among the `width` largest of their row, bool [n]; size is the number of columns + 1."""
-        rows, strength = self.keys // size, np.where(self.keys % size > 0, self.values.sum(axis=1), 0)
-        order = np.argsort(rows - strength / (1 + strength.max(initial=0)), kind="stable")  # rows stay where they are
+        rows, columns = np.divmod(self.keys, size)
+        strength = np.where(columns > 0, self.values.sum(axis=1), 0)
+        order = np.lexsort((-strength, rows))
         kept = np.zeros(len(rows), bool)
-        kept[order] = np.arange(len(rows)) - np.searchsorted(rows, rows) < width
+        kept[order] = np.arange(len(rows)) - np.searchsorted(rows, rows) < width  # the place within the row
         return kept
 
     def cut(self, size, width):
@@ -528,15 +529,19 @@ class CountTable:
     def weighted_rows(self, rows, weights):
         """Return sum_j weights[i, j] * row(rows[i, j]), float64 [n, columns], of rows and weights [n, h]."""
         if self.matrix is not None:
-            size = len(self.totals)
-            places = rows + size * np.arange(len(rows))[:, None]
-            return np.bincount(places.ravel(), weights.ravel(), size * len(rows)).reshape(-1, size) @ self.matrix
-        starts = self.offsets[rows.ravel()]
-        lengths = self.offsets[rows.ravel() + 1] - starts
-        entries = np.repeat(starts - np.cumsum(lengths) + lengths, lengths) + np.arange(lengths.sum())
-        outputs = np.repeat(np.arange(rows.size) // rows.shape[1], lengths) * self.num_columns + self.columns[entries]
-        added = self.counts[entries] * np.repeat(weights.ravel(), lengths)
-        return np.bincount(outputs, added, len(rows) * self.num_columns).reshape(len(rows), -1).astype(float)
+            return sum_by_place(rows, weights, len(self.totals)) @ self.matrix
+        starts, lengths = self.offsets[rows].ravel(), (self.offsets[rows + 1] - self.offsets[rows]).ravel()
+        click = np.repeat(np.arange(rows.size), lengths)  # whose row each entry that is added is of
+        entry = np.arange(len(click)) + (starts - np.cumsum(lengths) + lengths)[click]
+        values = self.counts[entry] * weights.ravel()[click]
+        places = click // rows.shape[1] * self.num_columns + self.columns[entry]
+        return np.bincount(places, values, len(rows) * self.num_columns).reshape(len(rows), -1).astype(float)
+
+
+def sum_by_place(places, values, size):
+    """Return float64 [n, size]: in each row the sums of values [n, any] by their places [n, any]."""
+    places = places + size * np.arange(len(places))[:, None]
+    return np.bincount(places.ravel(), values.ravel(), size * len(places)).reshape(-1, size)
 
 
 # ---------------------------------------------------------------- the memory, and how it is mixed with the towers

@@ -5,6 +5,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -62,13 +63,28 @@ def names(cell):
 
 
 @pytest.fixture(scope="module")
-def snippets(tmp_path_factory):
+def sample_work(tmp_path_factory):
+    """WORK_DIR of the chain on the sample, trained for one epoch."""
+    code = "from get_indexing import *; from get_tfrecord import *; from train import *\n"
+    code += "get_indexing(); get_tfrecord(num_workers=1); train(epochs=1)"
+    folder = tmp_path_factory.mktemp("sample")
+    (folder / "data").mkdir()
+    (folder / "data/sample").symlink_to(ROOT / "data/sample")
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)},
+                          capture_output=True, text=True, check=False)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder / "data/work"
+
+
+@pytest.fixture(scope="module")
+def snippets(tmp_path_factory, sample_work):
     """({line: its folder}, {line: traceback}): every Python snippet run, in a folder with what the text says is there."""
     folders = {}
     for line, text in blocks("python"):
         folder = folders[line] = tmp_path_factory.mktemp(f"line_{line}")
         (folder / f"{line}.py").write_text(text, encoding="utf-8")
         (folder / "clicks.csv").write_text(blocks("csv")[0][1], encoding="utf-8")
+        shutil.copytree(sample_work, folder / "data/work")
         write_ranks(folder / "data/work/model.kept/test.csv", {"u1": 2, "u2": 1, "u3": 30, "gone": 1})
         write_ranks(folder / "data/work/model/test.csv", {"u1": 1, "u2": 1, "u3": 3, "new": 1})
     result = subprocess.run(
@@ -86,7 +102,7 @@ def snippets(tmp_path_factory):
 
 def write_ranks(path, ranks):
     """Write a test.csv as train.py does, with the rows of the table that the snippets read."""
-    path.parent.mkdir(parents=True)
+    path.parent.mkdir(exist_ok=True)
     with open(path, "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows(
             [
@@ -298,8 +314,8 @@ def test_the_readme_is_short_links_to_its_chinese_part_first_and_says_everything
     lines = README.splitlines()
     assert len(lines) <= 650 and "(#中文简介)" in lines[2]
     assert re.findall(r"^## (.*)$", README, re.MULTILINE) == [
-        "What it does", "Quick start", "Your own data", "Every day", "Reading the results", "The chain", "Constants",
-        "Figures", "More machines", "Questions and pitfalls", "中文简介",
+        "What it does", "Quick start", "Your own data", "Every day", "Reading the results",
+        "One user now, why, what is alike", "The chain", "Constants", "Figures", "More machines", "Questions and pitfalls", "中文简介",
     ]  # fmt: skip
 
 
