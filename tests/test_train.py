@@ -39,6 +39,11 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
+from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
+from tensorboard.plugins.base_plugin import TBContext
+from tensorboard.plugins.projector.projector_plugin import ProjectorPlugin
+from werkzeug.test import Client
 from conftest import _clicks_like_real, _raw
 
 ROOT = Path(__file__).parents[1]
@@ -552,6 +557,113 @@ def test_training_with_the_other_loss_and_without_memory_ends_when_validation_ge
 def test_an_unknown_loss_is_refused(fresh):
     with pytest.raises(InputError, match="LOSS = 'hinge': it must be one of softmax, bce"):
         train(fresh, loss="hinge", **TINY)
+
+
+def test_one_column_alone_is_first_in_every_ranking_and_a_note_says_so(tmp_path):
+    users = [(f"user{n}", [f"v{(n + at) % 5}_only" for at in range(5)]) for n in range(30)]
+    get_indexing(_raw(tmp_path / "raw", columns={"only": ["v0", "v1", "v2"]}, users=users), tmp_path / "work")
+    get_tfrecord(tmp_path / "raw", tmp_path / "work", held_out_users=HELD_OUT, num_workers=1)
+    test, printed = train_and_listen(tmp_path / "work", **TINY | {"epochs": 1})
+    assert all(set(of.values()) == {1} for of in test.values()) and "mix" in test
+    notes = [line for line in printed.splitlines() if line.startswith("Note: ")]
+    assert notes == ["Note: one column is current, so all rankings are the same and every rank is 1."]
+
+
+# ---------------------------------------------------------------- what is alike
+
+
+def read_vectors(work_dir, kind):
+    """(vectors, [[id, title], ...]) of the files for TensorBoard's projector, after their heading."""
+    names = (work_dir / f"model/projector/{kind}_names.tsv").read_text(encoding="utf-8").split("\n")
+    assert names.pop(0) == "id\ttitle" and names.pop() == ""
+    vectors = np.loadtxt(work_dir / f"model/projector/{kind}_vectors.tsv", np.float32, delimiter="\t", ndmin=2)
+    return vectors, [line.split("\t") for line in names]
+
+
+def test_the_vectors_of_the_columns_score_as_the_towers_do(trained):
+    """In the order of the index. A user without column clicks has nothing but the scaled cosine."""
+    vectors, names = read_vectors(trained[0], "columns")
+    index, (model, memory, _, _) = load_index(trained[0]), load_model(trained[0])
+    assert [cid for cid, _ in names] == list(index.columns) and vectors.shape == (12, 8)
+    assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-6)
+    videos = np.random.default_rng(31).integers(FIRST_VIDEO, 62, [20, 9]).astype(np.int32)
+    users = model.user_vectors(videos, np.zeros_like(videos))[:, -1].numpy()
+    scores = Scorer(model, memory, index).towers(videos, np.zeros_like(videos))
+    assert np.allclose(float(model.scale) * users @ vectors.T, scores, atol=1e-4)
+
+
+def test_the_most_clicked_videos_are_columns_of_themselves_alone(own, users, monkeypatch):
+    """Without blocks in the column tower: the embedding, scaled by its norm, of length one."""
+    monkeypatch.setattr(train_module, "PROJECTOR_VIDEOS", 7)
+    (own / "model/projector_config.pbtxt").unlink()
+    index, model = load_index(own), load_model(own).model
+    train_module.write_projector(own, index, own / "nowhere")
+    vectors, names = read_vectors(own, "videos")
+    clicks = Counter(video for of_user in users.values() for video, _ in of_user)
+    most = sorted(sorted(index.videos.values(), key=lambda number: (-clicks[number], number))[:7])
+    assert [index.videos[vid] for vid, _ in names] == most and all(vid == title for vid, title in names)
+    expected = model.video_embedding.numpy()[most] * model.column_tower.norm.scale.numpy()
+    assert np.allclose(vectors, expected / np.linalg.norm(expected, axis=1, keepdims=True), atol=1e-6)
+
+
+def test_the_names_are_the_titles_of_the_raw_data_each_on_one_line(own, tmp_path, capsys):
+    config = own / "model/projector_config.pbtxt"
+    raw = _raw(tmp_path / "raw", columns={"t0a": ["x"]}, names={"t0a": "two\nlines"}, titles={"t0a-0": "a\ttab\r"})
+    config.unlink()
+    train_module.write_projector(own, load_index(own), raw)
+    assert dict(read_vectors(own, "columns")[1])["t0a"] == "two lines"
+    titles = dict(read_vectors(own, "videos")[1])
+    assert (titles["t0a-0"], titles["t0a-1"]) == ("a tab ", "t0a-1")
+    (raw / "vid2title.json").write_text("no JSON\n")
+    config.unlink()
+    train_module.write_projector(own, load_index(own), raw)
+    assert dict(read_vectors(own, "videos")[1])["t0a-0"] == "t0a-0"
+    shutil.rmtree(own / "model/projector")
+    (own / "model/projector").write_text("not a folder")
+    config.unlink()
+    capsys.readouterr()
+    train_module.write_projector(own, load_index(own), raw)
+    assert re.search("model/projector: not written .*projector", capsys.readouterr().err)
+
+
+def test_a_run_killed_before_the_vectors_are_written_leaves_them_to_the_next(own, trained, monkeypatch):
+    kill_at(monkeypatch, "write_projector", 1, own, seed=2)
+    of_first = read_vectors(trained[0], "columns")[0]
+    assert np.array_equal(read_vectors(own, "columns")[0], of_first)
+    _, printed = train_and_listen(own, seed=2, **TINY)
+    model, memory, _, _ = load_model(own)
+    assert "nothing to train" in printed
+    assert np.array_equal(read_vectors(own, "columns")[0], Scorer(model, memory, load_index(own)).vectors)
+    assert not np.array_equal(read_vectors(own, "columns")[0], of_first)
+
+
+def test_tensorboard_shows_the_curves_the_table_and_the_vectors_of_the_models_folder(trained):
+    """As `tensorboard --logdir data/work/model` reads it."""
+    work_dir, _, printed = trained
+    events = EventMultiplexer().AddRunsFromDirectory(str(work_dir / "model")).Reload()
+    (run,) = events.Runs()
+    assert re.fullmatch(r"logs/\d{8}-\d{6}", run)
+    for name in ("loss", "NDCG@10"):
+        curve = [(event.step, float(tf.make_ndarray(event.tensor_proto))) for event in events.Tensors(run, name)]
+        assert curve == [(int(row["epoch"]), pytest.approx(float(row[name]))) for row in history_of(work_dir)]
+    (table,) = (tf.make_ndarray(event.tensor_proto).item().decode() for event in events.Tensors(run, "test users"))
+    assert [line.removeprefix("    ") for line in table.splitlines()] == printed[
+        printed.index("\ntest users") :
+    ].splitlines()
+
+    context = TBContext(
+        logdir=str(work_dir / "model"), data_provider=MultiplexerDataProvider(events, work_dir / "model")
+    )
+    routes = ProjectorPlugin(context).get_plugin_apps()
+    read = lambda route, **query: Client(routes[route]).get("/", query_string=query).data
+    assert json.loads(read("/runs")) == ["."]
+    shapes = {of["tensorName"]: of["tensorShape"] for of in json.loads(read("/info", run="."))["embeddings"]}
+    assert shapes == {"columns": [12, 8], "videos": [60, 8]}
+    for kind in shapes:
+        vectors, names = read_vectors(work_dir, kind)
+        assert np.array_equal(np.frombuffer(read("/tensor", run=".", name=kind), np.float32), vectors.ravel())
+        lines = read("/metadata", run=".", name=kind).decode().splitlines()
+        assert [line.split("\t") for line in lines] == [["id", "title"], *names]
 
 
 # ---------------------------------------------------------------- starting from what stands
