@@ -1,6 +1,6 @@
 """Train the towers, count the memory, choose how to mix them, measure it all beside simple baselines, and publish it.
 
-Reads   WORK_DIR/tfrecord/, WORK_DIR/indexing/, the model that stands in WORK_DIR/model/
+Reads   WORK_DIR/tfrecord/, WORK_DIR/indexing/, the model that stands in WORK_DIR/model/, the titles in DATA_DIR
 Writes  WORK_DIR/model/checkpoint.npz      where a run that was killed goes on; gone when it has ended
         WORK_DIR/model/history.csv         one line an epoch
         WORK_DIR/model/logs/               for TensorBoard, where it is installed: a folder a run
@@ -10,6 +10,9 @@ Writes  WORK_DIR/model/checkpoint.npz      where a run that was killed goes on; 
         WORK_DIR/model/model.json          which of them belong together, and all that is needed to serve them
         WORK_DIR/model/metrics.json        the table that is printed at the end, on the test users
         WORK_DIR/model/test.csv            one line a test user: the target, and its rank in every row of the table
+    and after that
+        WORK_DIR/model/projector/          vectors and names of the columns and of the most clicked videos
+        WORK_DIR/model/projector_config.pbtxt  with which TensorBoard's projector shows them
 
     python train.py
 
@@ -123,7 +126,8 @@ def describe_run(constants, model, manifest, index):
         "arguments": model.arguments,
         "records": {name: manifest[name] for name in ("format", "constants", "held_out_share", "input")},
         "index": {**index.fingerprint(), "columns_hold": fingerprint(index.columns)},
-        "versions": {"python": platform.python_version()} | {of.__name__: of.__version__ for of in (tf, keras, np)},
+        "versions": {"python": platform.python_version()}
+        | {module.__name__: module.__version__ for module in (tf, keras, np)},
     }
     return json.loads(json.dumps(run))
 
@@ -543,16 +547,14 @@ def table_lines(table, chosen):
     """Return in words the metrics of every ranking, those of the slices, and where a baseline is as good as the model."""
     test, slices = table["test"], table["slices"]
     lines = ["", f"{'test users':12}{'HR@10':>9}{'NDCG@10':>9}{'95 %':>18}{'MRR':>9}{'GAUC':>9}"]
-    for row, of in test.items():
-        low_to_high = f"{of['low']:.4f} to {of['high']:.4f}"
-        lines.append(
-            f"{row:12}{of['HR@10']:9.4f}{of['NDCG@10']:9.4f}{low_to_high:>18}{of['MRR']:9.4f}{of['GAUC']:9.4f}"
-        )
+    for row, means_of_row in test.items():
+        numbers = "{HR@10:9.4f}{NDCG@10:9.4f}{low:10.4f} to {high:.4f}{MRR:9.4f}{GAUC:9.4f}"
+        lines.append(f"{row:12}" + numbers.format(**means_of_row))
     lines += ["", f"{'NDCG@10 of':12}" + "".join(f"{name:>18}" for name in slices)]
-    lines.append(f"{'users':12}" + "".join(f"{of['users']:18,}" for of in slices.values()))
+    lines.append(f"{'users':12}" + "".join(f"{gains['users']:18,}" for gains in slices.values()))
     for row in test:
-        gains = ("-" if of[row] is None else f"{of[row]:.4f}" for of in slices.values())
-        lines.append(f"{row:12}" + "".join(f"{gain:>18}" for gain in gains))
+        gains_of_row = ["-" if gains[row] is None else f"{gains[row]:.4f}" for gains in slices.values()]
+        lines.append(f"{row:12}" + "".join(f"{gain:>18}" for gain in gains_of_row))
     by = ", ".join(f"{name} {value}" for name, value in chosen.chosen().items())
     return [*lines, f"The model ranks by {list(test)[-1]!r}: {by}", *(f"Note: {note}." for note in table["notes"])]
 
@@ -677,7 +679,7 @@ def why_not_warm(saved, run, index):
             return f"the model that stands has {name} = {was}, now it is {value}"
     if not index.continues(saved["index"]):
         return "the model that stands was made with another index"
-    was, now = (of["records"]["held_out_share"] for of in (saved["run"], run))
+    was, now = (made_of["records"]["held_out_share"] for made_of in (saved["run"], run))
     if now > was:
         return f"{now:.2%} of the users are held out, {was:.2%} when the model that stands was trained"
     return None
@@ -764,12 +766,12 @@ def write_test(path, ranks, users, cids):
 
 def save_by_hash(folder, suffix, write):
     """Write a file by write(path), name it by its SHA-256 and return {"file": name, "sha256": hash}."""
-    new = folder / f".new{suffix}"
-    write(new)
-    sha256 = file_fingerprint(new)
+    draft = folder / f".new{suffix}"
+    write(draft)
+    sha256 = file_fingerprint(draft)
     name = f"{sha256[:16]}{suffix}"
     with replacing(folder / name) as temporary:
-        new.rename(temporary)
+        draft.rename(temporary)
     return {"file": name, "sha256": sha256}
 
 
@@ -789,12 +791,12 @@ def restore_checkpoint(folder, model, optimizer, run):
     """Set the variables as the same run's last epoch left them; return (name of its logs, history, best weights)."""
     path = folder / "checkpoint.npz"
     if path.exists():
-        with damage_named(path), np.load(path) as saved:
-            state = json.loads(str(saved["state"]))
+        with damage_named(path), np.load(path) as arrays:
+            state = json.loads(str(arrays["state"]))
             if state["run"] == run:
                 for i, variable in enumerate(model.variables + optimizer.variables):
-                    variable.assign(saved[f"{i:04}"])
-                best = [saved[f"best{i:04}"] for i in range(len(model.variables))]
+                    variable.assign(arrays[f"{i:04}"])
+                best = [arrays[f"best{i:04}"] for i in range(len(model.variables))]
                 print(f"going on after epoch {state['history'][-1]['epoch']} of {path}")
                 return state["log_name"], state["history"], best
     return time.strftime("%Y%m%d-%H%M%S"), [], None
