@@ -753,15 +753,17 @@ def end_publishing(folder, saved):
 
 def write_test(path, ranks, users, cids):
     """Write test.csv: one line a test user, with the target and its rank in every row of the table."""
-    table = {
-        "uid": [uid.decode() for uid in users["uid"]],
-        "history": users["history"].tolist(),
-        "target": [cids[number - 1] for number in users["target_column"]],
-        "clicked_before": users["clicked_before"].astype(int).tolist(),
-        **{row: of_row.tolist() for row, of_row in ranks.items()},
-    }
+    columns = [
+        [uid.decode() for uid in users["uid"]],
+        users["history"].tolist(),
+        [cids[number - 1] for number in users["target_column"]],
+        users["clicked_before"].astype(int).tolist(),
+        *(of_row.tolist() for of_row in ranks.values()),
+    ]
     with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([table, *zip(*table.values(), strict=True)])
+        writer = csv.writer(file)
+        writer.writerow(["uid", "history", "target", "clicked_before", *ranks])
+        writer.writerows(zip(*columns, strict=True))
 
 
 def save_by_hash(folder, suffix, write):
