@@ -1,6 +1,6 @@
 """Train the towers, count the memory, choose how to mix them, measure it all beside simple baselines, and publish it.
 
-Reads   WORK_DIR/tfrecord/, WORK_DIR/indexing/, the model that stands in WORK_DIR/model/
+Reads   WORK_DIR/tfrecord/, WORK_DIR/indexing/, the model that stands in WORK_DIR/model/, the titles in DATA_DIR
 Writes  WORK_DIR/model/checkpoint.npz      where a run that was killed goes on; gone when it has ended
         WORK_DIR/model/history.csv         one line an epoch
         WORK_DIR/model/logs/               for TensorBoard, where it is installed: a folder a run
@@ -10,6 +10,9 @@ Writes  WORK_DIR/model/checkpoint.npz      where a run that was killed goes on; 
         WORK_DIR/model/model.json          which of them belong together, and all that is needed to serve them
         WORK_DIR/model/metrics.json        the table that is printed at the end, on the test users
         WORK_DIR/model/test.csv            one line a test user: the target, and its rank in every row of the table
+    and after that
+        WORK_DIR/model/projector/          vectors and names of the columns and of the most clicked videos
+        WORK_DIR/model/projector_config.pbtxt  with which TensorBoard's projector shows them
 
     python train.py
 
@@ -32,12 +35,12 @@ from typing import NamedTuple
 
 from get_dataset import (
     DATASET_CONSTANTS, ITEM_MAX_LEN,
-    add_candidates, column_table, held_out, load_manifest, make_dataset, read_windows, shards_of,
+    add_candidates, column_table, held_out, load_manifest, make_dataset,
 )  # fmt: skip
 from get_indexing import (
     DATA_DIR, ENDINGS, FIRST_VIDEO, WORK_DIR,
     InputError, a_number, a_tuple_of, a_whole_number, check_same, cluster_place, file_fingerprint, fingerprint,
-    load_index, one_of, progress, read_json, remove_leftovers, replacing, run_script, write_json,
+    load_index, one_of, progress, read_json, read_names, remove_leftovers, replacing, run_script, write_json,
 )  # fmt: skip
 from model_tf2 import (
     LOSS, LOSSES, MODEL_CONSTANTS, SCORES_AT_ONCE,
@@ -63,12 +66,14 @@ MEMORY_WEIGHTS = tuple(tenth / 10 for tenth in range(10))  # of the memory in th
 REPEATS = (1.0, 0.5, 0.001)  # factors for columns that the user clicked before; chosen on validation
 CLUSTER_TIMEOUT = 600  # seconds that a worker waits for the others
 RESAMPLES = 1000  # of the test users, for the intervals
+PROJECTOR_VIDEOS = 10_000  # of the most clicked, whose vectors are written out
 MODEL_FORMAT = 2  # of model.json
+NO_LOSSES = {"loss": None, "column_loss": None, "targets": None}  # of epoch 0
 
 
 def rules():
     """Return what each constant can be, as in get_indexing.py."""
-    counts = ("EPOCHS", "PATIENCE", "WARM_EPOCHS", "CLUSTER_TIMEOUT", "RESAMPLES")
+    counts = ("EPOCHS", "PATIENCE", "WARM_EPOCHS", "CLUSTER_TIMEOUT", "RESAMPLES", "PROJECTOR_VIDEOS")
     return {
         **dict.fromkeys(counts, a_whole_number(1)),
         "LEARNING_RATE": a_number("(0, inf)"),
@@ -84,64 +89,80 @@ def rules():
 
 
 def train(work_dir=WORK_DIR, record_constants=None, epochs=EPOCHS, patience=PATIENCE, learning_rate=LEARNING_RATE,
-          loss=LOSS, use_memory=MEMORY, warm_start=WARM_START, warm_epochs=WARM_EPOCHS, seed=SEED, **arguments):  # fmt: skip
+          loss=LOSS, use_memory=MEMORY, warm_start=WARM_START, warm_epochs=WARM_EPOCHS, seed=SEED, data_dir=DATA_DIR,
+          **arguments):  # fmt: skip
     """Train on the records under work_dir and return the metrics of the test users, {ranking: {metric: value}}.
 
-    record_constants are those that the records must be made with, by default today's; arguments are BST_DSSM's. A run
-    that was killed goes on after its last finished epoch, to the same weights; one over the same as the model that
-    stands does nothing. In a cluster (TF_CONFIG) every worker calls this; the first one writes and returns the metrics,
-    the others return None.
+    record_constants are those that the records must be made with, by default today's; arguments are BST_DSSM's; data_dir
+    is where the titles are. A run that was killed goes on after its last finished epoch, to the same weights; one over
+    the same as the model that stands does nothing. In a cluster (TF_CONFIG) every worker calls this; the first one writes
+    and returns the metrics, the others return None.
     """
     if loss not in LOSSES:
         raise InputError(f"LOSS = {loss!r}: it must be one of {', '.join(LOSSES)}")
-    strategy, folder, is_first = make_strategy(), Path(work_dir, "model"), cluster_place()[0] == 0
-    if is_first:
-        remove_leftovers(folder)
+    strategy = make_strategy()
     keras.utils.set_random_seed(seed)
     tf.config.experimental.enable_op_determinism()
     manifest, index = load_manifest(work_dir, record_constants)
     dropout, ahead_decay = by_rarity(manifest["report"]["clicks"], len(index.videos))
-    arguments = {"dropout": dropout} | arguments
+    sizes = dict(num_videos=len(index.videos), num_columns=len(index.columns), dropout=dropout)
     with strategy.scope():
-        model = build_model(num_videos=len(index.videos), num_columns=len(index.columns), **arguments)
+        model = build_model(**sizes | arguments)
+    constants = dict(
+        EPOCHS=epochs, PATIENCE=patience, LEARNING_RATE=learning_rate, LOWEST_RATE=LOWEST_RATE, WARM_START=warm_start,
+        WARM_EPOCHS=warm_epochs, WARM_RATE=WARM_RATE, LOSS=loss, AHEAD_DECAY=ahead_decay, SEED=seed, MEMORY=use_memory,
+        MEMORY_DECAYS=MEMORY_DECAYS, MEMORY_WEIGHTS=MEMORY_WEIGHTS, REPEATS=REPEATS, **DATASET_CONSTANTS, **MODEL_CONSTANTS,
+    )  # fmt: skip
+    metrics = replace_model(strategy, model, describe_run(constants, model, manifest, index), manifest, index, work_dir)
+    if is_first():
+        write_projector(work_dir, index, data_dir)
+    return metrics
+
+
+def describe_run(constants, model, manifest, index):
+    """Return all that shapes a training, as it will be read from model.json again."""
     run = {
-        "constants": dict(
-            EPOCHS=epochs, PATIENCE=patience, LEARNING_RATE=learning_rate, LOWEST_RATE=LOWEST_RATE,
-            WARM_START=warm_start, WARM_EPOCHS=warm_epochs, WARM_RATE=WARM_RATE, LOSS=loss, AHEAD_DECAY=ahead_decay, SEED=seed,
-            MEMORY=use_memory, MEMORY_DECAYS=MEMORY_DECAYS, MEMORY_WEIGHTS=MEMORY_WEIGHTS, REPEATS=REPEATS,
-            **DATASET_CONSTANTS, **MODEL_CONSTANTS,
-        ),
+        "constants": constants,
         "arguments": model.arguments,
         "records": {name: manifest[name] for name in ("format", "constants", "held_out_share", "input")},
         "index": {**index.fingerprint(), "columns_hold": fingerprint(index.columns)},
-        "versions": versions(),
-    }  # fmt: skip
-    run = json.loads(json.dumps(run))  # as it will be read again
+        "versions": {"python": platform.python_version()}
+        | {module.__name__: module.__version__ for module in (tf, keras, np)},
+    }
+    return json.loads(json.dumps(run))
+
+
+def replace_model(strategy, model, run, manifest, index, work_dir):
+    """Train the model, from the weights that stand where it can, and publish it; return the metrics of the test users.
+
+    Nothing is done where the model that stands is of the same run.
+    """
+    folder = Path(work_dir, "model")
+    if is_first():
+        remove_leftovers(folder)
     saved = standing_model(folder)
     if saved and saved["run"] == run:
         print(f"nothing to train: {folder / 'model.json'} was made of these records with these constants")
         (folder / "checkpoint.npz").unlink(missing_ok=True)
         return saved["test"]
-
     with lost_worker_named():
         counts = count_windows(manifest, ["train"], MEMORY_DECAYS, index, work_dir)
-        reason = None if saved and warm_start else "no model stands" if warm_start else "WARM_START is False"
-        reason = reason or why_not_warm(saved, model.arguments, manifest, index)
-        standing = None if reason else load_model(work_dir, index)
+        standing = load_standing(saved, run, index, work_dir)
         if standing:
             grow(standing.model, model, index)
-            epochs, learning_rate = warm_epochs, learning_rate * WARM_RATE
-        started = f"from nothing: {reason}" if reason else f"from the weights of the model of {saved['date']}"
-        print(f"training starts {started}; {epochs:,} epochs at most")
-
         scorer = Scorer(model, Memory.of_counts(counts, 0, index), index)
         run_from = run | {"from": standing and saved["weights"]}
-        weights = fit(strategy, scorer, manifest, index, work_dir, run_from, epochs, learning_rate)
-        if not is_first:
+        weights, logs = fit(strategy, scorer, manifest, index, work_dir, run_from)
+        if not is_first():
             return None
         model.set_weights(weights)
         scorer.refresh()
-        return finish(scorer, standing, counts, manifest, index, work_dir, use_memory, run)
+        return finish(scorer, standing, counts, run, manifest, index, work_dir, logs)
+
+
+def is_first():
+    """Return whether this process is the one that writes: the only one, or the first of its cluster."""
+    return cluster_place()[0] == 0
 
 
 def make_strategy():
@@ -167,45 +188,58 @@ def make_strategy():
 # ---------------------------------------------------------------- fitting the towers
 
 
-def fit(strategy, scorer, manifest, index, work_dir, run, epochs, learning_rate):
-    """Train the scorer's towers; return the weights of the best epoch.
+def fit(strategy, scorer, manifest, index, work_dir, run):
+    """Train the scorer's towers; return (the weights of the best epoch, the folder of the run's logs).
 
     Epoch 0 is the weights as they come, where `run` says from which model. A checkpoint of the same run goes on.
     """
-    model, folder, is_first = scorer.model, Path(work_dir, "model"), cluster_place()[0] == 0
-    loss, ahead_decay, seed, patience = (run["constants"][name] for name in ("LOSS", "AHEAD_DECAY", "SEED", "PATIENCE"))
-    steps = len(make_dataset(manifest, work_dir))
+    model, folder, constants, is_warm = scorer.model, Path(work_dir, "model"), run["constants"], bool(run["from"])
+    epochs = constants["WARM_EPOCHS" if is_warm else "EPOCHS"]
+    rate = constants["LEARNING_RATE"] * (constants["WARM_RATE"] if is_warm else 1)
+    batches_of = epoch_batches(manifest, index, work_dir, scorer.memory.video_clicks, constants["SEED"])
+    first = batches_of(0)
     with strategy.scope():
-        schedule = keras.optimizers.schedules.CosineDecay(learning_rate, epochs * steps, LOWEST_RATE)
+        schedule = keras.optimizers.schedules.CosineDecay(rate, epochs * len(first), LOWEST_RATE)
         optimizer = LazyAdam(model.trainable_variables, schedule)
-    column_videos = column_table(index, scorer.memory.video_clicks)
+    settings = constants["AHEAD_DECAY"], constants["LOSS"]
+    train_step = make_train_step(strategy, model, optimizer, first.element_spec, *settings)
     validation = scorer.rankable(held_out(manifest, "val", work_dir))
-    started, history, best = restore_checkpoint(folder, model, optimizer, run)
-    print_history(history)
-    train_step = None
-    for epoch in range(len(history) + (0 if run["from"] else 1), epochs + 1):
-        if epoch > best_epoch(history) + patience:
+    log_name, history, best = restore_checkpoint(folder, model, optimizer, run)
+    print("epoch      loss    column   targets | validation HR@10   NDCG@10       MRR      GAUC | seconds")
+    for epoch in range(len(history) + (not is_warm), epochs + 1):
+        if epoch > best_epoch(history) + constants["PATIENCE"]:
             break
-        clock, losses = time.time(), dict.fromkeys(("loss", "column_loss", "targets"))
-        if epoch:
-            draw = seed * 1_000_000 + epoch
-            batches = make_dataset(manifest, work_dir, seed=draw)
-            batches = add_candidates(batches, column_videos, len(index.videos), seed=draw)
-            if not train_step:
-                train_step = make_train_step(strategy, model, optimizer, batches.element_spec, ahead_decay, loss)
-            losses = train_epoch(train_step, batches, epoch, optimizer, manifest, work_dir)
-        scorer.refresh()
-        ranks = ranks_of(validation, scorer, lambda *clicks: [("towers", scorer.towers(*clicks))])["towers"]
-        metrics = agreed(strategy, means(metrics_of(ranks, len(scorer.numbers))))
+        clock = time.time()
+        losses = train_epoch(train_step, batches_of(epoch), epoch, optimizer) if epoch else NO_LOSSES
+        metrics = agreed(strategy, validate(scorer, validation))
         history.append({"epoch": epoch, **losses, **metrics, "seconds": round(time.time() - clock, 1)})
         if best_epoch(history) == epoch:
             best = model.get_weights()
-        if is_first:
+        if is_first():
             write_history(folder, history)
-            log_tensorboard(folder / "logs" / started, history[-1])
-            save_checkpoint(folder, model, optimizer, run, started, history, best)
+            log(folder / "logs" / log_name, epoch, history[-1])
+            save_checkpoint(folder, model, optimizer, run, log_name, history, best)
         print_epoch(history)
-    return best
+    return best, folder / "logs" / log_name
+
+
+def epoch_batches(manifest, index, work_dir, video_clicks, seed):
+    """Return batches_of(epoch): its training batches, in an order and with candidates of its own."""
+    column_videos = column_table(index, video_clicks)
+
+    def batches_of(epoch):
+        draw = seed * 1_000_000 + epoch
+        windows = make_dataset(manifest, work_dir, seed=draw)
+        return add_candidates(windows, column_videos, len(index.videos), seed=draw)
+
+    return batches_of
+
+
+def validate(scorer, users):
+    """Return {metric: mean over users} of the towers as they are now."""
+    scorer.refresh()
+    ranks = ranks_of(users, scorer, lambda *clicks: [("towers", scorer.towers(*clicks))])["towers"]
+    return means(metrics_of(ranks, len(scorer.numbers)))
 
 
 # ---------------------------------------------------------------- one epoch
@@ -276,27 +310,19 @@ def make_train_step(strategy, model, optimizer, batch_spec, ahead_decay, loss):
     return train_step
 
 
-def train_epoch(train_step, batches, epoch, optimizer, manifest, work_dir):
+def train_epoch(train_step, batches, epoch, optimizer):
     """Run an epoch; return its mean losses and its number of targets. A loss that is not finite raises InputError."""
     sums = np.zeros(3)
     for step, batch in enumerate(progress(batches, len(batches), f"epoch {epoch}", "batch"), start=1):
         outcome = train_step(batch).numpy()
         if not np.isfinite(outcome).all():
-            rate, shards = float(optimizer.schedule(optimizer.step - 1)), shards_with(batch, manifest, work_dir)
             raise InputError(
-                f"the loss is {outcome[0]} at step {step} of epoch {epoch} (learning rate {rate:.3g}, windows of "
-                f"{', '.join(shards)}); the model that stands is kept; lower LEARNING_RATE and run train.py again"
+                f"the loss is {outcome[0]} at step {step} of epoch {epoch} (learning rate "
+                f"{float(optimizer.schedule(optimizer.step - 1)):.3g}); the model that stands is kept; lower LEARNING_RATE "
+                "and run train.py again"
             )
         sums += outcome
     return {"loss": float(sums[0] / step), "column_loss": float(sums[1] / step), "targets": int(sums[2])}
-
-
-def shards_with(batch, manifest, work_dir):
-    """Yield the names of the training shards that hold windows of a batch's users."""
-    uids = batch["uid"].numpy()
-    for path in shards_of(manifest, "train", work_dir):
-        if any(np.isin(block["uid"], uids).any() for block in read_windows([path])):
-            yield Path(path).name
 
 
 @contextlib.contextmanager
@@ -366,7 +392,7 @@ def metrics_of(ranks, num_columns):
         "HR@10": top,
         "NDCG@10": top / np.log2(ranks + 1),
         "MRR": 1 / ranks,
-        "GAUC": (num_columns - ranks) / max(num_columns - 1, 1),
+        "GAUC": (num_columns - ranks) / (num_columns - 1) if num_columns > 1 else np.ones(len(ranks)),
     }
 
 
@@ -378,24 +404,27 @@ def means(metrics):
 # ---------------------------------------------------------------- what follows: count, choose, test, publish
 
 
-def finish(scorer, standing, counts, manifest, index, work_dir, use_memory, run):
+def finish(scorer, standing, counts, run, manifest, index, work_dir, logs):
     """Choose the mix on validation, test it, count the memory on all clicks, and publish; return the test's metrics."""
     validation, test = (scorer.rankable(held_out(manifest, split, work_dir)) for split in ("val", "test"))
     chosen = Mix(MEMORY_DECAYS[0], memory_weight=0.0, repeat=1.0)
+    use_memory, num_columns = run["constants"]["MEMORY"], len(scorer.numbers)
     if use_memory:
         memories = {decay: Memory.of_counts(counts, place, index) for place, decay in enumerate(MEMORY_DECAYS)}
         chosen = choose_mix(validation, scorer, memories)
         scorer.memory = memories[chosen.decay]
     rankings = all_rankings(scorer, counts, chosen if use_memory else None, standing, index)
-    ranks = ranks_of(test, scorer, rankings)
-    table = make_table(ranks, test, len(scorer.numbers))
-    of_validation = ranks_of(validation, scorer, rankings).items()
-    table["validation"] = {row: means(metrics_of(of_row, len(scorer.numbers))) for row, of_row in of_validation}
-
+    ranks, of_validation = (ranks_of(users, scorer, rankings) for users in (test, validation))
+    table = make_table(ranks, test, num_columns) | {
+        "validation": {row: means(metrics_of(of_row, num_columns)) for row, of_row in of_validation.items()},
+        "mix": chosen._asdict(),
+    }
     counts = Counts.add(counts, count_windows(manifest, ["val", "test"], MEMORY_DECAYS, index, work_dir))
     memory = Memory.of_counts(counts, MEMORY_DECAYS.index(chosen.decay), index)
-    publish(Path(work_dir, "model"), scorer.model, memory, chosen, manifest, index, run, table, ranks, test)
-    print_table(table, chosen)
+    publish(Path(work_dir, "model"), scorer.model, memory, index, run, table, ranks, test)
+    lines = table_lines(table, chosen)
+    print(*lines, sep="\n")
+    log(logs, 0, {"test users": "".join(f"    {line}\n" for line in lines)})  # indented: code, in Markdown
     return table["test"]
 
 
@@ -417,24 +446,11 @@ def choose_mix(users, scorer, memories):
 
 def all_rankings(scorer, counts, chosen, standing, index):
     """Return what ranks the test users: baselines, the model that stands, the parts of the new one, and their mix."""
-    rng, size = np.random.default_rng(0), 1 + len(index.columns)
-    chain = CountTable.of_pairs(counts.next, size, size, width=size)
-    popularity = scorer.of_current(scorer.memory.popularity[None])
-    nudge = 1e-6 * popularity  # of columns that are equal otherwise, the popular one first
+    baselines = baseline_rankings(scorer, counts, index)
     stood = standing and Scorer(standing.model, scorer.memory, index, standing.saved["item_max_len"])
 
     def rankings(videos, columns):
-        shape = len(videos), len(scorer.numbers)
-        yield "random", rng.random(shape)
-        yield "popularity", np.broadcast_to(popularity, shape)
-        later = np.cumsum(columns[:, ::-1] > 0, axis=1)[:, ::-1] - 1  # column clicks after each
-        recency = np.where(columns > 0, 0.8**later, 0)
-        own = np.bincount(
-            (columns + size * np.arange(len(columns))[:, None]).ravel(), recency.ravel(), size * len(columns)
-        )
-        yield "own columns", scorer.of_current(own.reshape(-1, size)[:, 1:]) + nudge
-        follows = chain.weighted_rows(columns, recency / np.maximum(chain.totals[columns], 1))
-        yield "chain", scorer.of_current(follows) + nudge
+        yield from baselines(columns)
         if standing:
             yield "standing", stood.probabilities(videos, columns, standing.mix)
         yield "towers", scorer.towers(videos, columns)
@@ -445,28 +461,64 @@ def all_rankings(scorer, counts, chosen, standing, index):
     return rankings
 
 
+def baseline_rankings(scorer, counts, index):
+    """Return baselines(columns [n, len]), which yields (name, scores [n, current columns]) of four simple rankings."""
+    rng, size = np.random.default_rng(0), 1 + len(index.columns)
+    chain = CountTable.of_pairs(counts.next, size, size, width=size)
+    popularity = scorer.of_current(scorer.memory.popularity[None])
+    nudge = 1e-6 * popularity  # of columns that are equal otherwise, the popular one first
+
+    def baselines(columns):
+        shape = len(columns), len(scorer.numbers)
+        yield "random", rng.random(shape)
+        yield "popularity", np.broadcast_to(popularity, shape)
+        recency = recency_of(columns)
+        own = np.zeros([len(columns), size])
+        np.add.at(own, (np.arange(len(columns))[:, None], columns), recency)
+        yield "own columns", scorer.of_current(own[:, 1:]) + nudge
+        follows = chain.weighted_rows(columns, recency / np.maximum(chain.totals[columns], 1))
+        yield "chain", scorer.of_current(follows) + nudge
+
+    return baselines
+
+
+def recency_of(columns):
+    """Return the weight of each click [n, len]: 0.8 to the power of how many column clicks follow it, 0 in no column."""
+    in_column = columns > 0
+    later = np.cumsum(in_column[:, ::-1], axis=1)[:, ::-1] - in_column
+    return np.where(in_column, 0.8**later, 0)
+
+
+# ---------------------------------------------------------------- the table
+
+
 def make_table(ranks, users, num_columns):
     """Return {"test": {row: {metric: mean}}, "slices": {slice: {"users": n, row: NDCG@10}}, "notes": [line, ...]}.
 
     "low" and "high" of a row are the 95 % interval of its NDCG@10.
     """
     metrics = {row: metrics_of(of_row, num_columns) for row, of_row in ranks.items()}
-    test = {}
+    test, slices = {}, {}
     for row, of_row in metrics.items():
         low, high = interval(of_row["NDCG@10"])
         test[row] = means(of_row) | {"low": low, "high": high}
-    middle = int(np.median(users["history"]))
-    slices = {
-        f"up to {middle} clicks": users["history"] <= middle,
-        f"more than {middle}": users["history"] > middle,
-        "clicked before": users["clicked_before"],
-        "never clicked": ~users["clicked_before"],
-    }
-    for name, of_slice in slices.items():
+    for name, of_slice in slices_of(users).items():
         gains = {row: of_row["NDCG@10"][of_slice] for row, of_row in metrics.items()}
-        means_of_slice = {row: float(gain.mean()) if len(gain) else None for row, gain in gains.items()}
-        slices[name] = {"users": int(of_slice.sum())} | means_of_slice
-    return {"test": test, "slices": slices, "notes": list(notes_on(metrics))}
+        number = int(of_slice.sum())
+        slices[name] = {"users": number} | (means(gains) if number else dict.fromkeys(gains))
+    return {"test": test, "slices": slices, "notes": list(notes_on(metrics, num_columns))}
+
+
+def slices_of(users):
+    """Return {slice: which users are in it, bool [n]}."""
+    history, before = users["history"], users["clicked_before"]
+    middle = int(np.median(history))
+    return {
+        f"up to {middle} clicks": history <= middle,
+        f"more than {middle}": history > middle,
+        "clicked before": before,
+        "never clicked": ~before,
+    }
 
 
 def interval(values):
@@ -475,8 +527,11 @@ def interval(values):
     return np.percentile(draws @ values / len(values), [2.5, 97.5]).tolist()
 
 
-def notes_on(metrics):
+def notes_on(metrics, num_columns):
     """Yield a line for each row that is better than the last one, or within the noise of it."""
+    if num_columns == 1:
+        yield "one column is current, so all rankings are the same and every rank is 1"
+        return
     *others, final = metrics
     for row in others:
         ahead = metrics[row]["NDCG@10"] - metrics[final]["NDCG@10"]
@@ -489,23 +544,61 @@ def notes_on(metrics):
             yield f"{row!r} is ahead of {final!r} in {', '.join(better)}"
 
 
-def print_table(table, chosen):
-    """Print the metrics of every ranking, those of the slices, and where a baseline is as good as the model."""
-    print(f"\n{'test users':12}{'HR@10':>9}{'NDCG@10':>9}{'95 %':>18}{'MRR':>9}{'GAUC':>9}")
-    for row, of in table["test"].items():
-        interval = f"{of['low']:.4f} to {of['high']:.4f}"
-        print(f"{row:12}{of['HR@10']:9.4f}{of['NDCG@10']:9.4f}{interval:>18}{of['MRR']:9.4f}{of['GAUC']:9.4f}")
-    print(f"\n{'NDCG@10 of':12}" + "".join(f"{name:>18}" for name in table["slices"]))
-    print(f"{'users':12}" + "".join(f"{of['users']:18,}" for of in table["slices"].values()))
-    for row in table["test"]:
-        print(
-            f"{row:12}"
-            + "".join(f"{'-' if of[row] is None else format(of[row], '.4f'):>18}" for of in table["slices"].values())
-        )
-    final = list(table["test"])[-1]
-    print(f"The model ranks by {final!r}: " + ", ".join(f"{name} {value}" for name, value in chosen.chosen().items()))
-    for note in table["notes"]:
-        print(f"Note: {note}.")
+def table_lines(table, chosen):
+    """Return in words the metrics of every ranking, those of the slices, and where a baseline is as good as the model."""
+    test, slices = table["test"], table["slices"]
+    lines = ["", f"{'test users':12}{'HR@10':>9}{'NDCG@10':>9}{'95 %':>18}{'MRR':>9}{'GAUC':>9}"]
+    for row, means_of_row in test.items():
+        numbers = "{HR@10:9.4f}{NDCG@10:9.4f}{low:10.4f} to {high:.4f}{MRR:9.4f}{GAUC:9.4f}"
+        lines.append(f"{row:12}" + numbers.format(**means_of_row))
+    lines += ["", f"{'NDCG@10 of':12}" + "".join(f"{name:>18}" for name in slices)]
+    lines.append(f"{'users':12}" + "".join(f"{gains['users']:18,}" for gains in slices.values()))
+    for row in test:
+        gains_of_row = ["-" if gains[row] is None else f"{gains[row]:.4f}" for gains in slices.values()]
+        lines.append(f"{row:12}" + "".join(f"{gain:>18}" for gain in gains_of_row))
+    by = ", ".join(f"{name} {value}" for name, value in chosen.chosen().items())
+    return [*lines, f"The model ranks by {list(test)[-1]!r}: {by}", *(f"Note: {note}." for note in table["notes"])]
+
+
+# ---------------------------------------------------------------- what is alike
+
+
+def write_projector(work_dir, index, data_dir):
+    """Write the vectors of the columns and of the most clicked videos, with their names, for TensorBoard's projector.
+
+    They are of the model that stands; files not older than it are left. A video is taken for a column of it alone. The
+    model is published already, so what goes wrong here is said and no more.
+    """
+    folder = Path(work_dir, "model").absolute()
+    config = folder / "projector_config.pbtxt"
+    entry = 'embeddings {{ tensor_name: "{0}" tensor_path: "projector/{0}_vectors.tsv" metadata_path: "projector/{0}_names.tsv" }}\n'
+    try:
+        if config.exists() and config.stat().st_mtime >= (folder / "model.json").stat().st_mtime:
+            return
+        model, memory, _, saved = load_model(work_dir, index)
+        scorer, clicks = Scorer(model, memory, index, saved["item_max_len"]), memory.video_clicks[FIRST_VIDEO:]
+        videos = np.sort(np.argsort(-clicks, kind="stable")[:PROJECTOR_VIDEOS])
+        vectors = model.column_vectors(FIRST_VIDEO + videos[:, None], np.zeros_like(videos))
+        remove_leftovers(folder / "projector")
+        vids, cids, titles, names = list(index.videos), list(index.columns), {}, {}
+        with contextlib.suppress(InputError, OSError):  # they may be missing or damaged
+            titles, names = read_names(data_dir)
+        write_vectors(folder / "projector", "columns", scorer.vectors, [cids[n - 1] for n in scorer.numbers], names)
+        write_vectors(folder / "projector", "videos", vectors, [vids[n] for n in videos], titles)
+        with replacing(config) as temporary:
+            temporary.write_text(entry.format("columns") + entry.format("videos"))
+    except (InputError, OSError) as error:
+        print(f"{folder / 'projector'}: not written ({error})", file=sys.stderr)
+
+
+def write_vectors(folder, kind, vectors, ids, titles):
+    """Write vectors [n, dim], and the ids of their rows with their titles: a line a row, separated by tabs."""
+    spaces = str.maketrans("\t\n\r", "   ")
+    rows = [("id", "title"), *((one.translate(spaces), titles.get(one, one).translate(spaces)) for one in ids)]
+    with replacing(folder / f"{kind}_vectors.tsv") as temporary:
+        np.savetxt(temporary, vectors, "%.9g", "\t")
+    with replacing(folder / f"{kind}_names.tsv") as temporary:
+        temporary.write_text("".join("\t".join(row) + "\n" for row in rows), encoding="utf-8")
 
 
 # ---------------------------------------------------------------- what stands
@@ -523,19 +616,26 @@ class Standing(NamedTuple):
 def load_model(work_dir=WORK_DIR, index=None):
     """Return the Standing model, after checking that its files and the index belong together."""
     folder, index = Path(work_dir, "model").absolute(), index or load_index(work_dir)
-    path = folder / "model.json"
-    saved = read_json(path, "train.py")
-    check_same(path, saved, {"format": MODEL_FORMAT}, "train.py")
-    index.check(saved["index"], path, "get_tfrecord.py and train.py")
-    for part in (saved["weights"], saved["memory"]):
-        if not is_whole(folder, part):
-            raise InputError(f"{folder / part['file']}: not the file that {path} was written with; run train.py again")
+    saved = load_saved(folder)
+    index.check(saved["index"], folder / "model.json", "get_tfrecord.py and train.py")
     weights, memory = (folder / saved[part]["file"] for part in ("weights", "memory"))
     with damage_named(weights):
         model = build_model(**saved["arguments"])
         model.load_weights(weights)
     with damage_named(memory):
         return Standing(model, Memory.load(memory), Mix(**saved["mix"]), saved)
+
+
+def load_saved(folder):
+    """Return what model.json says, after checking that its format is today's and that the files it names are whole."""
+    path = folder / "model.json"
+    saved = read_json(path, "train.py")
+    check_same(path, saved, {"format": MODEL_FORMAT}, "train.py")
+    for part in (saved["weights"], saved["memory"]):
+        file = folder / part["file"]
+        if not file.exists() or file_fingerprint(file) != part["sha256"]:
+            raise InputError(f"{file}: gone or damaged, not what {path} was written with; run train.py again")
+    return saved
 
 
 @contextlib.contextmanager
@@ -549,33 +649,38 @@ def damage_named(path):
 
 def standing_model(folder):
     """Return what model.json says, None where no whole model of today's format stands; end what a killed run left to do."""
-    path = folder / "model.json"
-    if not path.exists():
+    try:
+        saved = load_saved(folder)
+    except FileNotFoundError:
         return None
-    saved = read_json(path, "train.py")
-    if saved.get("format") != MODEL_FORMAT:
-        return None
-    if not all(is_whole(folder, saved[part]) for part in ("weights", "memory")):
-        print(f"{path}: the weights or the memory that it names are damaged or gone", file=sys.stderr)
+    except InputError as error:
+        print(error, file=sys.stderr)
         return None
     end_publishing(folder, saved)
     return saved
 
 
-def is_whole(folder, part):
-    """Return whether a file that model.json names, {"file", "sha256"}, stands in folder as it was written."""
-    return (folder / part["file"]).exists() and file_fingerprint(folder / part["file"]) == part["sha256"]
+def load_standing(saved, run, index, work_dir):
+    """Return the Standing model that a run starts from, None where it starts from nothing; say which it is, and why."""
+    reason = why_not_warm(saved, run, index)
+    start = f"from nothing: {reason}" if reason else f"from the weights of the model of {saved['date']}"
+    print(f"training starts {start}; {run['constants']['EPOCHS' if reason else 'WARM_EPOCHS']:,} epochs at most")
+    return None if reason else load_model(work_dir, index)
 
 
-def why_not_warm(saved, arguments, manifest, index):
-    """Return why training cannot start from the saved model's weights, None where it can."""
-    free = ("num_videos", "num_columns", "dropout")
-    for name, value in arguments.items():
-        if name not in free and saved["arguments"].get(name) != value:
-            return f"the model that stands has {name} = {saved['arguments'].get(name)}, now it is {value}"
+def why_not_warm(saved, run, index):
+    """Return why a run cannot start from the saved model's weights, None where it can."""
+    if not run["constants"]["WARM_START"]:
+        return "WARM_START is False"
+    if not saved:
+        return "no model stands"
+    for name, value in run["arguments"].items():
+        was = saved["arguments"].get(name)
+        if was != value and name not in ("num_videos", "num_columns", "dropout"):
+            return f"the model that stands has {name} = {was}, now it is {value}"
     if not index.continues(saved["index"]):
         return "the model that stands was made with another index"
-    was, now = saved["run"]["records"]["held_out_share"], manifest["held_out_share"]
+    was, now = (made_of["records"]["held_out_share"] for made_of in (saved["run"], run))
     if now > was:
         return f"{now:.2%} of the users are held out, {was:.2%} when the model that stands was trained"
     return None
@@ -606,7 +711,7 @@ def new_videos(rows, index):
     return sums / counts
 
 
-def publish(folder, model, memory, chosen, manifest, index, run, table, ranks, users):
+def publish(folder, model, memory, index, run, table, ranks, users):
     """Write weights, memory and tables under names of their own; then model.json, whose rename publishes all."""
     # h5py does not survive a full disk, so ask for the room before.
     with open(folder / f".room.{'0' * 32}.tmp", "wb") as room:
@@ -616,19 +721,19 @@ def publish(folder, model, memory, chosen, manifest, index, run, table, ranks, u
         "format": MODEL_FORMAT,
         "weights": save_by_hash(folder, ".weights.h5", model.save_weights),
         "memory": save_by_hash(folder, ".memory.npz", memory.save),
-        "mix": chosen._asdict(),
+        "mix": table["mix"],
         "arguments": model.arguments,
-        "user_max_len": manifest["constants"]["USER_MAX_LEN"],
+        "user_max_len": run["records"]["constants"]["USER_MAX_LEN"],
         "item_max_len": ITEM_MAX_LEN,
         "index": index.fingerprint(),
         "run": run,
         "validation": table["validation"],
         "test": table["test"],
-        "versions": versions(),
+        "versions": run["versions"],
         "date": time.strftime("%Y-%m-%d %H:%M:%S"),
     }
     saved["id"] = fingerprint(saved)[:16]
-    write_json(folder / f"{saved['id']}.metrics.json", table | {"mix": saved["mix"]})
+    write_json(folder / f"{saved['id']}.metrics.json", table)
     write_test(folder / f"{saved['id']}.test.csv", ranks, users, list(index.columns))
     write_json(folder / "model.json", saved)
     end_publishing(folder, saved)
@@ -649,50 +754,54 @@ def end_publishing(folder, saved):
 
 def write_test(path, ranks, users, cids):
     """Write test.csv: one line a test user, with the target and its rank in every row of the table."""
+    columns = [
+        [uid.decode() for uid in users["uid"]],
+        users["history"].tolist(),
+        [cids[number - 1] for number in users["target_column"]],
+        users["clicked_before"].astype(int).tolist(),
+        *(of_row.tolist() for of_row in ranks.values()),
+    ]
     with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["uid", "history", "target", "clicked_before", *ranks])
-        names = [uid.decode() for uid in users["uid"]], [cids[number - 1] for number in users["target_column"]]
-        rows = zip(names[0], users["history"].tolist(), names[1], users["clicked_before"].astype(int).tolist(),
-                   *(of_row.tolist() for of_row in ranks.values()), strict=True)  # fmt: skip
-        writer.writerows(rows)
+        writer.writerows(zip(*columns, strict=True))
 
 
 def save_by_hash(folder, suffix, write):
     """Write a file by write(path), name it by its SHA-256 and return {"file": name, "sha256": hash}."""
-    new = folder / f".new{suffix}"
-    write(new)
-    sha256 = file_fingerprint(new)
+    draft = folder / f".new{suffix}"
+    write(draft)
+    sha256 = file_fingerprint(draft)
     name = f"{sha256[:16]}{suffix}"
     with replacing(folder / name) as temporary:
-        new.rename(temporary)
+        draft.rename(temporary)
     return {"file": name, "sha256": sha256}
 
 
 # ---------------------------------------------------------------- what a run under way keeps
 
 
-def save_checkpoint(folder, model, optimizer, run, started, history, best):
+def save_checkpoint(folder, model, optimizer, run, log_name, history, best):
     """Write all that a run needs to go on after its last epoch, the best weights so far included."""
     arrays = {f"{i:04}": v.numpy() for i, v in enumerate(model.variables + optimizer.variables)}
     arrays |= {f"best{i:04}": values for i, values in enumerate(best)}
-    state = json.dumps({"run": run, "started": started, "history": history})
+    state = json.dumps({"run": run, "log_name": log_name, "history": history})
     with replacing(folder / "checkpoint.npz") as temporary, open(temporary, "wb") as file:
         np.savez(file, state=state, **arrays)
 
 
 def restore_checkpoint(folder, model, optimizer, run):
-    """Set the variables as the same run's last finished epoch left them; return (start, history, best weights)."""
-    path, variables = folder / "checkpoint.npz", model.variables + optimizer.variables
+    """Set the variables as the same run's last epoch left them; return (name of its logs, history, best weights)."""
+    path = folder / "checkpoint.npz"
     if path.exists():
-        with damage_named(path), np.load(path) as saved:
-            state = json.loads(str(saved["state"]))
+        with damage_named(path), np.load(path) as arrays:
+            state = json.loads(str(arrays["state"]))
             if state["run"] == run:
-                for i, variable in enumerate(variables):
-                    variable.assign(saved[f"{i:04}"])
-                best = [saved[f"best{i:04}"] for i in range(len(model.variables))]
+                for i, variable in enumerate(model.variables + optimizer.variables):
+                    variable.assign(arrays[f"{i:04}"])
+                best = [arrays[f"best{i:04}"] for i in range(len(model.variables))]
                 print(f"going on after epoch {state['history'][-1]['epoch']} of {path}")
-                return state["started"], state["history"], best
+                return state["log_name"], state["history"], best
     return time.strftime("%Y%m%d-%H%M%S"), [], None
 
 
@@ -704,32 +813,24 @@ def write_history(folder, history):
         writer.writerows(history)
 
 
-def print_history(history):
-    """Print the head of the table of epochs, and the rows there are."""
-    print("epoch      loss    column   targets | validation HR@10   NDCG@10       MRR      GAUC | seconds")
-    for number in range(1, len(history) + 1):
-        print_epoch(history[:number])
-
-
 def print_epoch(history):
     """Print the last epoch's row; * marks the best so far."""
     row = history[-1]
-    losses = "        -         -         -" if row["loss"] is None else "{loss:9.4f} {column_loss:9.4f} {targets:9,}"
-    print(
-        f"{{epoch:5}} {losses} |{{HR@10:17.4f}} {{NDCG@10:9.4f}} {{MRR:9.4f}} {{GAUC:9.4f}} |{{seconds:8.1f}}".format(
-            **row
-        )
-        + (" *" if best_epoch(history) == row["epoch"] else "")
-    )
+    losses = "        -         -         -"
+    if row["loss"] is not None:
+        losses = "{loss:9.4f} {column_loss:9.4f} {targets:9,}".format(**row)
+    metrics = "{HR@10:17.4f} {NDCG@10:9.4f} {MRR:9.4f} {GAUC:9.4f}".format(**row)
+    best = " *" if best_epoch(history) == row["epoch"] else ""
+    print(f"{row['epoch']:5} {losses} |{metrics} |{row['seconds']:8.1f}{best}")
 
 
-def log_tensorboard(folder, row):
-    """Log a row of the history for TensorBoard, where that is installed: TensorFlow no longer brings it."""
+def log(folder, step, values):
+    """Log numbers and texts {name: value} for TensorBoard, where that is installed: TensorFlow no longer brings it."""
     if importlib.util.find_spec("tensorboard"):
-        with tf.summary.create_file_writer(str(folder)).as_default(step=row["epoch"]):
-            for name, value in row.items():
+        with tf.summary.create_file_writer(str(folder)).as_default(step):
+            for name, value in values.items():
                 if value is not None:
-                    tf.summary.scalar(name, value)
+                    (tf.summary.text if type(value) is str else tf.summary.scalar)(name, value)
 
 
 def say_if_clicks_changed(work_dir, data_dir=DATA_DIR):
@@ -745,16 +846,6 @@ def say_if_clicks_changed(work_dir, data_dir=DATA_DIR):
             "get_tfrecord.py first to train on them",
             file=sys.stderr,
         )
-
-
-def versions():
-    """Return the versions of what the weights depend on."""
-    return {
-        "python": platform.python_version(),
-        "tensorflow": tf.__version__,
-        "keras": keras.__version__,
-        "numpy": np.__version__,
-    }
 
 
 def main():

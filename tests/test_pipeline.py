@@ -154,6 +154,20 @@ def test_constants_that_only_concern_running_and_comments_redo_nothing(done, tmp
     assert after == before
 
 
+@pytest.mark.parametrize("floatx", ["float16", "float64"])
+def test_training_gives_the_same_weights_whatever_the_kerasjson_of_the_user_says(done, tmp_path, monkeypatch, floatx):
+    (tmp_path / "keras").mkdir()
+    (tmp_path / "keras/keras.json").write_text(json.dumps({"floatx": floatx, "backend": "torch"}))
+    monkeypatch.setenv("KERAS_HOME", str(tmp_path / "keras"))
+    folder = shutil.copytree(done[0], tmp_path / "folder")
+    expected = json.loads((folder / "data/work/model/model.json").read_text())
+    shutil.rmtree(folder / "data/work/model")
+    status, _, err = end(start("train", folder))
+    assert status == 0, err
+    saved = json.loads((folder / "data/work/model/model.json").read_text())
+    assert (saved["weights"], saved["test"]) == (expected["weights"], expected["test"])
+
+
 @pytest.fixture(scope="module")
 def elsewhere(done, tmp_path_factory):
     """(folder, what infer.py printed) where after training constants were edited, data/sample went and others/ came.

@@ -39,6 +39,11 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
+from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
+from tensorboard.plugins.base_plugin import TBContext
+from tensorboard.plugins.projector.projector_plugin import ProjectorPlugin
+from werkzeug.test import Client
 from conftest import _clicks_like_real, _raw
 
 ROOT = Path(__file__).parents[1]
@@ -413,7 +418,8 @@ def test_the_chosen_mix_is_the_best_on_validation_of_those_there_are(trained, sc
 def test_a_run_publishes_weights_memory_model_tables_and_history(trained):
     work_dir, test, _ = trained
     ends = sorted(".".join(path.name.split(".")[-2:]) for path in (work_dir / "model").iterdir() if path.is_file())
-    assert ends == sorted(["history.csv", "memory.npz", "metrics.json", "model.json", "test.csv", "weights.h5"])
+    assert ends == sorted(["history.csv", "memory.npz", "metrics.json", "model.json", "test.csv", "weights.h5",
+                           "projector_config.pbtxt"])  # fmt: skip
     metrics = json.loads((work_dir / "model/metrics.json").read_text())
     assert metrics["test"] == test == saved_in(work_dir)["test"]
     assert list(test) == ["random", "popularity", "own columns", "chain", "towers", "memory", "mix"]
@@ -496,6 +502,11 @@ def test_the_model_beats_popularity_on_clicks_with_structure(trained):
     assert trained[1]["towers"]["NDCG@10"] > popularity
 
 
+def not_at_all(strategy, scorer, manifest, index, work_dir, run):
+    """In the place of fit(): the weights as they come."""
+    return scorer.model.get_weights(), work_dir / "model/logs/none"
+
+
 def refuse(*_, **__):
     raise AssertionError("this was not to be called")
 
@@ -516,7 +527,7 @@ def test_the_choice_is_made_on_validation_users_alone(own, monkeypatch):
         return choose(users, *others)
 
     monkeypatch.setattr(train_module, "choose_mix", spy)
-    monkeypatch.setattr(train_module, "fit", lambda strategy, scorer, *_: scorer.model.get_weights())
+    monkeypatch.setattr(train_module, "fit", not_at_all)
     train(own, warm_start=False, **TINY | {"epochs": 4})
     assert given == {f"user{n}" for n in range(USERS) if split_of(f"user{n}") == "val"}
 
@@ -546,6 +557,113 @@ def test_training_with_the_other_loss_and_without_memory_ends_when_validation_ge
 def test_an_unknown_loss_is_refused(fresh):
     with pytest.raises(InputError, match="LOSS = 'hinge': it must be one of softmax, bce"):
         train(fresh, loss="hinge", **TINY)
+
+
+def test_one_column_alone_is_first_in_every_ranking_and_a_note_says_so(tmp_path):
+    users = [(f"user{n}", [f"v{(n + at) % 5}_only" for at in range(5)]) for n in range(30)]
+    get_indexing(_raw(tmp_path / "raw", columns={"only": ["v0", "v1", "v2"]}, users=users), tmp_path / "work")
+    get_tfrecord(tmp_path / "raw", tmp_path / "work", held_out_users=HELD_OUT, num_workers=1)
+    test, printed = train_and_listen(tmp_path / "work", **TINY | {"epochs": 1})
+    assert all(set(of.values()) == {1} for of in test.values()) and "mix" in test
+    notes = [line for line in printed.splitlines() if line.startswith("Note: ")]
+    assert notes == ["Note: one column is current, so all rankings are the same and every rank is 1."]
+
+
+# ---------------------------------------------------------------- what is alike
+
+
+def read_vectors(work_dir, kind):
+    """(vectors, [[id, title], ...]) of the files for TensorBoard's projector, after their heading."""
+    names = (work_dir / f"model/projector/{kind}_names.tsv").read_text(encoding="utf-8").split("\n")
+    assert names.pop(0) == "id\ttitle" and names.pop() == ""
+    vectors = np.loadtxt(work_dir / f"model/projector/{kind}_vectors.tsv", np.float32, delimiter="\t", ndmin=2)
+    return vectors, [line.split("\t") for line in names]
+
+
+def test_the_vectors_of_the_columns_score_as_the_towers_do(trained):
+    """In the order of the index. A user without column clicks has nothing but the scaled cosine."""
+    vectors, names = read_vectors(trained[0], "columns")
+    index, (model, memory, _, _) = load_index(trained[0]), load_model(trained[0])
+    assert [cid for cid, _ in names] == list(index.columns) and vectors.shape == (12, 8)
+    assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-6)
+    videos = np.random.default_rng(31).integers(FIRST_VIDEO, 62, [20, 9]).astype(np.int32)
+    users = model.user_vectors(videos, np.zeros_like(videos))[:, -1].numpy()
+    scores = Scorer(model, memory, index).towers(videos, np.zeros_like(videos))
+    assert np.allclose(float(model.scale) * users @ vectors.T, scores, atol=1e-4)
+
+
+def test_the_most_clicked_videos_are_columns_of_themselves_alone(own, users, monkeypatch):
+    """Without blocks in the column tower: the embedding, scaled by its norm, of length one."""
+    monkeypatch.setattr(train_module, "PROJECTOR_VIDEOS", 7)
+    (own / "model/projector_config.pbtxt").unlink()
+    index, model = load_index(own), load_model(own).model
+    train_module.write_projector(own, index, own / "nowhere")
+    vectors, names = read_vectors(own, "videos")
+    clicks = Counter(video for of_user in users.values() for video, _ in of_user)
+    most = sorted(sorted(index.videos.values(), key=lambda number: (-clicks[number], number))[:7])
+    assert [index.videos[vid] for vid, _ in names] == most and all(vid == title for vid, title in names)
+    expected = model.video_embedding.numpy()[most] * model.column_tower.norm.scale.numpy()
+    assert np.allclose(vectors, expected / np.linalg.norm(expected, axis=1, keepdims=True), atol=1e-6)
+
+
+def test_the_names_are_the_titles_of_the_raw_data_each_on_one_line(own, tmp_path, capsys):
+    config = own / "model/projector_config.pbtxt"
+    raw = _raw(tmp_path / "raw", columns={"t0a": ["x"]}, names={"t0a": "two\nlines"}, titles={"t0a-0": "a\ttab\r"})
+    config.unlink()
+    train_module.write_projector(own, load_index(own), raw)
+    assert dict(read_vectors(own, "columns")[1])["t0a"] == "two lines"
+    titles = dict(read_vectors(own, "videos")[1])
+    assert (titles["t0a-0"], titles["t0a-1"]) == ("a tab ", "t0a-1")
+    (raw / "vid2title.json").write_text("no JSON\n")
+    config.unlink()
+    train_module.write_projector(own, load_index(own), raw)
+    assert dict(read_vectors(own, "videos")[1])["t0a-0"] == "t0a-0"
+    shutil.rmtree(own / "model/projector")
+    (own / "model/projector").write_text("not a folder")
+    config.unlink()
+    capsys.readouterr()
+    train_module.write_projector(own, load_index(own), raw)
+    assert re.search("model/projector: not written .*projector", capsys.readouterr().err)
+
+
+def test_a_run_killed_before_the_vectors_are_written_leaves_them_to_the_next(own, trained, monkeypatch):
+    kill_at(monkeypatch, "write_projector", 1, own, seed=2)
+    of_first = read_vectors(trained[0], "columns")[0]
+    assert np.array_equal(read_vectors(own, "columns")[0], of_first)
+    _, printed = train_and_listen(own, seed=2, **TINY)
+    model, memory, _, _ = load_model(own)
+    assert "nothing to train" in printed
+    assert np.array_equal(read_vectors(own, "columns")[0], Scorer(model, memory, load_index(own)).vectors)
+    assert not np.array_equal(read_vectors(own, "columns")[0], of_first)
+
+
+def test_tensorboard_shows_the_curves_the_table_and_the_vectors_of_the_models_folder(trained):
+    """As `tensorboard --logdir data/work/model` reads it."""
+    work_dir, _, printed = trained
+    events = EventMultiplexer().AddRunsFromDirectory(str(work_dir / "model")).Reload()
+    (run,) = events.Runs()
+    assert re.fullmatch(r"logs/\d{8}-\d{6}", run)
+    for name in ("loss", "NDCG@10"):
+        curve = [(event.step, float(tf.make_ndarray(event.tensor_proto))) for event in events.Tensors(run, name)]
+        assert curve == [(int(row["epoch"]), pytest.approx(float(row[name]))) for row in history_of(work_dir)]
+    (table,) = (tf.make_ndarray(event.tensor_proto).item().decode() for event in events.Tensors(run, "test users"))
+    assert [line.removeprefix("    ") for line in table.splitlines()] == printed[
+        printed.index("\ntest users") :
+    ].splitlines()
+
+    context = TBContext(
+        logdir=str(work_dir / "model"), data_provider=MultiplexerDataProvider(events, work_dir / "model")
+    )
+    routes = ProjectorPlugin(context).get_plugin_apps()
+    read = lambda route, **query: Client(routes[route]).get("/", query_string=query).data
+    assert json.loads(read("/runs")) == ["."]
+    shapes = {of["tensorName"]: of["tensorShape"] for of in json.loads(read("/info", run="."))["embeddings"]}
+    assert shapes == {"columns": [12, 8], "videos": [60, 8]}
+    for kind in shapes:
+        vectors, names = read_vectors(work_dir, kind)
+        assert np.array_equal(np.frombuffer(read("/tensor", run=".", name=kind), np.float32), vectors.ravel())
+        lines = read("/metadata", run=".", name=kind).decode().splitlines()
+        assert [line.split("\t") for line in lines] == [["id", "title"], *names]
 
 
 # ---------------------------------------------------------------- starting from what stands
@@ -619,7 +737,7 @@ def test_where_the_files_of_what_stands_are_damaged_training_starts_from_nothing
     (own / "model" / saved_in(own)[part]["file"]).write_bytes(b"damaged")
     printed, _ = start_of(own, monkeypatch)
     assert "training starts from nothing: no model stands" in printed
-    assert "model.json: the weights or the memory that it names are damaged or gone" in capsys.readouterr().err
+    assert re.search(rf"\.{part}\..*: gone or damaged, not what .*model.json was written with", capsys.readouterr().err)
 
 
 def test_new_videos_get_the_mean_of_their_shelf_new_columns_zeros_and_all_else_is_as_it_was():
@@ -734,9 +852,9 @@ def test_a_checkpoint_gives_back_the_state_and_the_best_weights_to_the_same_run_
         train_module.restore_checkpoint(tmp_path, model, optimizer, run)
 
 
-def test_a_loss_that_is_not_finite_names_step_and_shard_and_keeps_what_stands(own, trained):
+def test_a_loss_that_is_not_finite_names_the_step_and_keeps_what_stands(own, trained):
     with pytest.raises(
-        InputError, match=r"the loss is (nan|inf|-inf) at step 2 of epoch 1 .*windows of train-0.*is kept"
+        InputError, match=r"the loss is (nan|inf|-inf) at step 2 of epoch 1 \(learning rate inf\).*is kept"
     ):
         train(own, learning_rate=float("inf"), **TINY)
     assert published(own) == published(trained[0])
@@ -754,7 +872,7 @@ def test_files_and_folders_of_others_stay_and_only_files_of_its_own_pattern_go(o
         path.write_text("mine")
     (folder / f"{'f' * 16}.memory.npz").mkdir()
     (folder / f"{'0' * 16}.weights.h5").write_text("left by a killed run")
-    monkeypatch.setattr(train_module, "fit", lambda strategy, scorer, *_: scorer.model.get_weights())
+    monkeypatch.setattr(train_module, "fit", not_at_all)
     train(own, seed=2, **TINY)
     assert all(path.read_text() == "mine" for path in notes) and (folder / f"{'f' * 16}.memory.npz").is_dir()
     assert not (folder / f"{'0' * 16}.weights.h5").exists()
@@ -877,7 +995,7 @@ def test_lazy_adam_treats_dense_gradients_as_adam_does():
 # ---------------------------------------------------------------- constants
 
 FIXED = {"PAD", "UNKNOWN", "FIRST_VIDEO", "ENDINGS", "CHAIN", "UNPACKS_TO", "FORMAT", "SPLITS", "LISTS", "WINDOW_SPEC",
-         "PADDED_SHAPES", "DATASET_CONSTANTS", "MODEL_CONSTANTS", "LOSSES", "MODEL_FORMAT"}  # fmt: skip
+         "PADDED_SHAPES", "DATASET_CONSTANTS", "MODEL_CONSTANTS", "LOSSES", "MODEL_FORMAT", "NO_LOSSES"}  # fmt: skip
 
 
 @pytest.mark.parametrize("script", CHAIN)
