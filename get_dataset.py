@@ -39,13 +39,14 @@ MIN_STEPS = 100  # batches in an epoch: small data gets smaller batches
 SHUFFLE_BUFFER = 20_000  # windows
 PARSE_BLOCK = 256  # records parsed in one go
 ITEM_MAX_LEN = 16  # videos that stand for a column: its most clicked
+VIDEO_COLUMNS = 4  # columns that a video is known by, of those that show it: the ones of fewest videos
 AHEAD = 4  # next clicks whose columns are targets, in one
 MAX_CANDIDATES = 4096  # columns to train against; of more, NUM_NEGATIVES random ones
 NUM_NEGATIVES = 512  # random columns, and random videos, of a batch
 
 DATASET_CONSTANTS = dict(
-    BATCH_POSITIONS=BATCH_POSITIONS, MIN_STEPS=MIN_STEPS, SHUFFLE_BUFFER=SHUFFLE_BUFFER, ITEM_MAX_LEN=ITEM_MAX_LEN, AHEAD=AHEAD,
-    MAX_CANDIDATES=MAX_CANDIDATES, NUM_NEGATIVES=NUM_NEGATIVES,
+    BATCH_POSITIONS=BATCH_POSITIONS, MIN_STEPS=MIN_STEPS, SHUFFLE_BUFFER=SHUFFLE_BUFFER, ITEM_MAX_LEN=ITEM_MAX_LEN,
+    VIDEO_COLUMNS=VIDEO_COLUMNS, AHEAD=AHEAD, MAX_CANDIDATES=MAX_CANDIDATES, NUM_NEGATIVES=NUM_NEGATIVES,
 )  # fmt: skip
 LISTS = {"user_feature": tf.int32, "user_column": tf.int32, "label": tf.float32}
 WINDOW_SPEC = {name: tf.TensorSpec([None], dtype) for name, dtype in LISTS.items()}
@@ -56,7 +57,8 @@ PADDED_SHAPES = {name: spec.shape for name, spec in WINDOW_SPEC.items()}
 
 def rules():
     """Return what each constant can be, as in get_indexing.py."""
-    names = ("BATCH_POSITIONS", "MIN_STEPS", "SHUFFLE_BUFFER", "PARSE_BLOCK", "ITEM_MAX_LEN", "AHEAD", "NUM_NEGATIVES")
+    names = ("BATCH_POSITIONS", "MIN_STEPS", "SHUFFLE_BUFFER", "PARSE_BLOCK", "ITEM_MAX_LEN", "VIDEO_COLUMNS", "AHEAD",
+             "NUM_NEGATIVES")  # fmt: skip
     return {"MAX_CANDIDATES": a_whole_number(0), **dict.fromkeys(names, a_whole_number(1))}
 
 
@@ -236,6 +238,18 @@ def column_table(index, video_clicks, max_len=ITEM_MAX_LEN):
         clicks = np.where(numbers < len(video_clicks), video_clicks[np.minimum(numbers, len(video_clicks) - 1)], 0)
         best = numbers[np.argsort(-clicks, kind="stable")[:max_len]]
         row[: len(best)] = best
+    return table
+
+
+def video_table(index, max_len=VIDEO_COLUMNS):
+    """Return int32 [videos, max_len]: the columns that show each video, those of fewest videos first, padded."""
+    table = np.zeros([FIRST_VIDEO + len(index.videos), max_len], np.int32)
+    taken = np.zeros(len(table), int)
+    for number, videos in sorted(enumerate(index.columns.values(), start=1), key=lambda column: len(column[1])):
+        videos = np.array(videos, int)
+        videos = videos[taken[videos] < max_len]
+        table[videos, taken[videos]] = number
+        taken[videos] += 1
     return table
 
 

@@ -169,12 +169,14 @@ def split_seed(seed, number):
 class BST_DSSM(keras.Model):
     """Both towers over shared embeddings; num_videos and num_columns are the sizes of the index.
 
-    The arguments are kept in `arguments`, from which BST_DSSM(**arguments) builds the same model. Numbers beyond the
-    index are safe: such a video is an unknown one, such a column has no embedding of its own.
+    The columns that show a video, video_columns as of video_table(), are side information on it, as in EGES (Wang et al.
+    2018, "Billion-scale commodity embedding for e-commerce recommendation in Alibaba"): a rare video leans on them. The
+    other arguments are kept in `arguments`: BST_DSSM(**arguments, video_columns=...) builds the same model. Numbers beyond
+    the index are safe: such a video is an unknown one, such a column has no embedding of its own.
     """
 
     def __init__(self, num_videos, num_columns, emb_dim=EMB_DIM, num_heads=NUM_HEADS, user_blocks=USER_BLOCKS,
-                 item_blocks=ITEM_BLOCKS, ffn_ratio=FFN_RATIO, dropout=0.0, max_age=None):  # fmt: skip
+                 item_blocks=ITEM_BLOCKS, ffn_ratio=FFN_RATIO, dropout=0.0, max_age=None, video_columns=((0,),)):  # fmt: skip
         super().__init__()
         max_age = USER_MAX_LEN - 2 if max_age is None else max_age
         self.arguments = dict(
@@ -182,11 +184,12 @@ class BST_DSSM(keras.Model):
             user_blocks=user_blocks, item_blocks=item_blocks, ffn_ratio=ffn_ratio, dropout=dropout, max_age=max_age,
         )  # fmt: skip
         self.num_videos, self.num_columns = num_videos, num_columns
+        self.video_columns = tf.constant(video_columns)
         self.video_embedding = self.add_weight((FIRST_VIDEO + num_videos, emb_dim), small_normal(), name="videos")
         self.column_embedding = self.add_weight((1 + num_columns, emb_dim), small_normal(), name="columns")
         block = dict(dim=emb_dim, num_heads=num_heads, ffn_ratio=ffn_ratio, dropout=dropout)
         self.user_tower = Tower(user_blocks, max_age=max_age, **block)
-        self.column_tower = Tower(item_blocks, **block)
+        self.column_tower, self.column_map = Tower(item_blocks, **block), dense(emb_dim)
         self.scale = self.add_weight(shape=(), initializer=keras.initializers.Constant(INIT_SCALE), name="scale")
         self.repeats = self.add_weight(shape=(max_age + 2,), initializer="zeros", name="repeats")
 
@@ -210,12 +213,13 @@ class BST_DSSM(keras.Model):
     def column_vectors(self, videos, columns, seed=None):
         """Each column's videos [columns, len] and own numbers [columns] -> vectors [columns, dim].
 
-        The mean over the videos' states plus the column's own embedding, which a column newer than the model lacks.
+        The mean over the videos' states, a linear map of it, since to be clicked is not to be next, and the column's own
+        embedding, which a column newer than the model lacks.
         """
         mask = videos != PAD
         states = self.column_tower(self.embed_videos(videos), mask, seed)
         mean = tf.reduce_sum(states, axis=1) / tf.maximum(tf.math.count_nonzero(mask, 1, True, states.dtype), 1)
-        return tf.math.l2_normalize(mean + self.embed_columns(columns), axis=-1)
+        return tf.math.l2_normalize(mean + self.column_map(mean) + self.embed_columns(columns), axis=-1)
 
     def logits(self, users, columns):
         """User vectors [n, dim] and column vectors [columns, dim] -> scaled cosines [n, columns]."""
@@ -248,8 +252,14 @@ class BST_DSSM(keras.Model):
         return tf.gather(self.repeats.value, tf.clip_by_value(ages, 0, self.repeats.shape[0] - 1))
 
     def embed_videos(self, videos):
-        """Video numbers -> embeddings; one beyond the vocabulary counts as unknown."""
-        return look_up(self.video_embedding, tf.where(videos < FIRST_VIDEO + self.num_videos, videos, UNKNOWN))
+        """Video numbers -> embeddings, plus the mean of those of the columns that show each.
+
+        One beyond the vocabulary has the embedding of an unknown one, and its columns.
+        """
+        own = look_up(self.video_embedding, tf.where(videos < FIRST_VIDEO + self.num_videos, videos, UNKNOWN))
+        columns = tf.gather(self.video_columns, tf.where(videos < len(self.video_columns), videos, PAD))
+        shown_in = tf.maximum(tf.math.count_nonzero(columns, axis=-1, keepdims=True, dtype=own.dtype), 1)
+        return own + tf.reduce_sum(self.embed_columns(columns), axis=-2) / shown_in
 
     def embed_columns(self, columns):
         """Column numbers -> embeddings; zeros for no column and for one newer than the model."""

@@ -34,8 +34,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from get_dataset import (
-    DATASET_CONSTANTS, ITEM_MAX_LEN,
-    add_candidates, column_table, held_out, load_manifest, make_dataset,
+    DATASET_CONSTANTS, ITEM_MAX_LEN, VIDEO_COLUMNS,
+    add_candidates, column_table, held_out, load_manifest, make_dataset, video_table,
 )  # fmt: skip
 from get_indexing import (
     DATA_DIR, ENDINGS, FIRST_VIDEO, WORK_DIR,
@@ -67,7 +67,7 @@ REPEATS = (1.0, 0.5, 0.001)  # factors for columns that the user clicked before;
 CLUSTER_TIMEOUT = 600  # seconds that a worker waits for the others
 RESAMPLES = 1000  # of the test users, for the intervals
 PROJECTOR_VIDEOS = 10_000  # of the most clicked, whose vectors are written out
-MODEL_FORMAT = 2  # of model.json
+MODEL_FORMAT = 3  # of model.json
 NO_LOSSES = {"loss": None, "column_loss": None, "targets": None}  # of epoch 0
 
 
@@ -107,7 +107,7 @@ def train(work_dir=WORK_DIR, record_constants=None, epochs=EPOCHS, patience=PATI
     dropout, ahead_decay = by_rarity(manifest["report"]["clicks"], len(index.videos))
     sizes = dict(num_videos=len(index.videos), num_columns=len(index.columns), dropout=dropout)
     with strategy.scope():
-        model = build_model(**sizes | arguments)
+        model = build_model(**sizes | arguments, video_columns=video_table(index))
     constants = dict(
         EPOCHS=epochs, PATIENCE=patience, LEARNING_RATE=learning_rate, LOWEST_RATE=LOWEST_RATE, WARM_START=warm_start,
         WARM_EPOCHS=warm_epochs, WARM_RATE=WARM_RATE, LOSS=loss, AHEAD_DECAY=ahead_decay, SEED=seed, MEMORY=use_memory,
@@ -620,7 +620,7 @@ def load_model(work_dir=WORK_DIR, index=None):
     index.check(saved["index"], folder / "model.json", "get_tfrecord.py and train.py")
     weights, memory = (folder / saved[part]["file"] for part in ("weights", "memory"))
     with damage_named(weights):
-        model = build_model(**saved["arguments"])
+        model = build_model(**saved["arguments"], video_columns=video_table(index, saved["video_columns"]))
         model.load_weights(weights)
     with damage_named(memory):
         return Standing(model, Memory.load(memory), Mix(**saved["mix"]), saved)
@@ -725,6 +725,7 @@ def publish(folder, model, memory, index, run, table, ranks, users):
         "arguments": model.arguments,
         "user_max_len": run["records"]["constants"]["USER_MAX_LEN"],
         "item_max_len": ITEM_MAX_LEN,
+        "video_columns": VIDEO_COLUMNS,
         "index": index.fingerprint(),
         "run": run,
         "validation": table["validation"],

@@ -13,6 +13,7 @@ from get_dataset import (
     held_out,
     load_manifest,
     make_dataset,
+    video_table,
 )
 from get_indexing import FileRange, Index, InputError, get_indexing
 from get_tfrecord import ClickEncoder, get_tfrecord, write_windows
@@ -268,6 +269,13 @@ def test_a_video_newer_than_the_counts_has_no_clicks():
     index = Index({}, {"c1": [9, 2, 8, 3], "c2": [100]})
     table = column_table(index, np.array([99, 99, 0, 5]), max_len=3)
     assert table.tolist() == [[0, 0, 0], [3, 9, 2], [100, 0, 0]]
+    assert table.dtype == np.int32
+
+
+def test_a_video_is_known_by_the_columns_that_show_it_those_of_fewest_videos_first():
+    index = Index(dict.fromkeys("abcd"), {"c1": [2, 3, 4], "c2": [], "c3": [4], "c4": [4, 2], "c5": [2, 4]})
+    table = video_table(index, max_len=3)
+    assert table.tolist() == [[0] * 3, [0] * 3, [4, 5, 1], [1, 0, 0], [3, 4, 5], [0] * 3]
     assert table.dtype == np.int32
 
 

@@ -9,7 +9,7 @@ import get_dataset
 import get_indexing as toolbox
 import model_tf2
 from get_dataset import NUM_NEGATIVES, add_candidates
-from get_indexing import FIRST_VIDEO, UNKNOWN, Index, get_indexing
+from get_indexing import FIRST_VIDEO, PAD, UNKNOWN, Index, get_indexing
 from get_tfrecord import get_tfrecord
 from model_tf2 import (
     BACKWARD,
@@ -210,6 +210,18 @@ def test_a_video_beyond_the_vocabulary_is_an_unknown_one_and_the_last_of_it_is_n
     assert not close(model.user_vectors(newer, columns), model.user_vectors(videos, columns), 1e-3)
     newer[:, 2] = LAST_VIDEO
     assert not close(model.user_vectors(newer, columns), model.user_vectors(unknown, columns), 1e-3)
+
+
+def test_a_video_has_the_mean_of_the_columns_that_show_it_beside_its_own_embedding(model):
+    """Also one newer than the model, in columns of which one is newer too; padding, and what no column shows, has none."""
+    shown_in = np.zeros([LAST_VIDEO + 2, 3], np.int32)
+    shown_in[4], shown_in[LAST_VIDEO + 1] = [2, 5, 0], [3, NUM_COLUMNS + 1, 0]
+    informed = build_model(**model.arguments, video_columns=shown_in)
+    informed.set_weights(model.get_weights())
+    own, columns = model.video_embedding.numpy(), model.column_embedding.numpy()
+    embedded = informed.embed_videos(np.array([4, 5, PAD, LAST_VIDEO + 1, 10**9], np.int32))
+    expected = own[4] + (columns[2] + columns[5]) / 2, own[5], own[PAD], own[UNKNOWN] + columns[3] / 2, own[UNKNOWN]
+    assert close(embedded, np.array(expected))
 
 
 @pytest.mark.parametrize("number", [NUM_COLUMNS + 1, 10**9])
@@ -488,7 +500,8 @@ def test_every_weight_learns(batch, kind):
     """Of a model as training starts it: nothing is disconnected, in both towers, in the scale and in the repeats."""
     model = build_model(num_videos=NUM_VIDEOS, num_columns=NUM_COLUMNS, emb_dim=DIM, user_blocks=1, item_blocks=1)
     _, gradients = gradients_of(model, batch, kind)
-    assert len(gradients) == 4 + (1 + 7) + (1 + 6)  # embeddings, scale, repeats; each tower's norm and its block
+    # Embeddings, scale, repeats and the map of the column tower; each tower's norm and its block.
+    assert len(gradients) == 5 + (1 + 7) + (1 + 6)
     assert [path for path, g in gradients.items() if g is None or not np.isfinite(g).all() or not g.any()] == []
 
 

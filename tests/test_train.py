@@ -459,6 +459,7 @@ def test_the_model_file_vouches_for_its_files_and_names_every_constant_and_its_v
     assert saved["arguments"]["emb_dim"] == 8
     assert (saved["arguments"]["num_videos"], saved["arguments"]["num_columns"]) == (60, 12)
     assert saved["user_max_len"] == SETTINGS["USER_MAX_LEN"] and saved["item_max_len"] == get_dataset.ITEM_MAX_LEN
+    assert saved["video_columns"] == get_dataset.VIDEO_COLUMNS
     assert {"tensorflow", "keras", "numpy", "python"} <= set(saved["versions"])
     constants = saved["run"]["constants"]
     assert constants.items() >= {**DATASET_CONSTANTS, **MODEL_CONSTANTS}.items()
@@ -924,7 +925,7 @@ def test_a_grown_index_and_a_shelf_filled_anew_are_accepted(own, trained):
 @pytest.mark.parametrize(
     ("content", "message"),
     [(None, "no such file; run train.py first"), ("{", "damaged .*run train.py again"),
-     ('{"format": 99}', "made with format = 99, now it is 2; run train.py again")],
+     ('{"format": 99}', "made with format = 99, now it is 3; run train.py again")],
 )  # fmt: skip
 def test_a_model_file_that_is_missing_damaged_or_of_another_format_is_refused(records, tmp_path, content, message):
     (tmp_path / "model").mkdir()
