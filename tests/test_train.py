@@ -594,7 +594,7 @@ def test_the_vectors_of_the_columns_score_as_the_towers_do(trained):
 
 
 def test_the_most_clicked_videos_are_columns_of_themselves_alone(own, users, monkeypatch):
-    """Without blocks in the column tower: the embedding, scaled by its norm, of length one."""
+    """Without blocks in the column tower: the embedding after the norm, and the map of it, of length one."""
     monkeypatch.setattr(train_module, "PROJECTOR_VIDEOS", 7)
     (own / "model/projector_config.pbtxt").unlink()
     index, model = load_index(own), load_model(own).model
@@ -603,7 +603,9 @@ def test_the_most_clicked_videos_are_columns_of_themselves_alone(own, users, mon
     clicks = Counter(video for of_user in users.values() for video, _ in of_user)
     most = sorted(sorted(index.videos.values(), key=lambda number: (-clicks[number], number))[:7])
     assert [index.videos[vid] for vid, _ in names] == most and all(vid == title for vid, title in names)
-    expected = model.video_embedding.numpy()[most] * model.column_tower.norm.scale.numpy()
+    states = model.embed_videos(np.array(most, np.int32)).numpy()
+    states *= model.column_tower.norm.scale.numpy() / np.sqrt((states**2).mean(axis=1, keepdims=True) + 1e-6)
+    expected = states + states @ model.column_map.kernel.numpy()
     assert np.allclose(vectors, expected / np.linalg.norm(expected, axis=1, keepdims=True), atol=1e-6)
 
 
@@ -912,7 +914,7 @@ def test_an_index_with_other_numbers_is_refused(own, name):
 
 def test_an_index_that_lost_videos_is_refused(own):
     edit_json(own / "indexing/vid2idx.json", lambda videos: dict(list(videos.items())[:-1]))
-    with pytest.raises(InputError, match=r"cid2vidx\.json: column .* is not a list of numbers of vid2idx\.json"):
+    with pytest.raises(InputError, match=r"cid2vidx\.json: column .* is no list of numbers of vid2idx\.json"):
         load_model(own)
 
 
