@@ -429,7 +429,11 @@ def finish(scorer, standing, counts, run, manifest, index, work_dir, logs):
 
 
 def choose_mix(users, scorer, memories):
-    """Return the Mix with the best NDCG@10 of users; memories are {decay: Memory}."""
+    """Return the Mix with the best NDCG@10 of users; memories are {decay: Memory}.
+
+    A factor for repeats must be worth more than a standard error (Breiman et al. 1984): where it is not, the best
+    without one is taken.
+    """
 
     def mixes(*clicks):
         logits, clicked = scorer.towers(*clicks), scorer.clicked(clicks[1])
@@ -441,7 +445,13 @@ def choose_mix(users, scorer, memories):
                 yield choice, mix(*parts, clicked, choice)
 
     ranks = ranks_of(users, scorer, mixes)
-    return max(ranks, key=lambda choice: means(metrics_of(ranks[choice], len(scorer.numbers)))["NDCG@10"])
+    gains = {choice: metrics_of(of_choice, len(scorer.numbers))["NDCG@10"] for choice, of_choice in ranks.items()}
+    best = max(gains, key=lambda choice: gains[choice].mean())
+    plain = max(
+        (choice for choice in gains if choice.repeat == 1), key=lambda choice: gains[choice].mean(), default=best
+    )
+    ahead = gains[best] - gains[plain]
+    return best if ahead.mean() > ahead.std() / len(ahead) ** 0.5 else plain
 
 
 def all_rankings(scorer, counts, chosen, standing, index):
