@@ -45,6 +45,7 @@ NUM_WORKERS = None  # processes that work on files; None: one for each core
 PAD, UNKNOWN, FIRST_VIDEO = 0, 1, 2  # video numbers; as a column number 0 means no column
 ENDINGS = (".json", ".jsonl", ".json.gz", ".jsonl.gz")  # of the files that are read
 CHAIN = ("get_indexing", "get_tfrecord", "get_dataset", "model_tf2", "train", "infer")
+TASKS_AHEAD = 4  # tasks for each worker, whose results may wait
 UNPACKS_TO = 8  # bytes that one of a gzip file holds, or so
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # read when TensorFlow is imported: fewer lines of its own
@@ -297,8 +298,8 @@ class Tally:
     The digest is a sum over the lines, so the ranges of a file add up to that of the file, however it was cut.
     """
 
-    def __init__(self, path):
-        self.path, self.lines, self.skipped, self.first, self.digest = path, 0, collections.Counter(), [], 0
+    def __init__(self, path, digest=0):
+        self.path, self.lines, self.skipped, self.first, self.digest = path, 0, collections.Counter(), [], digest
 
     def count(self, line, place):
         """Count a line, bytes that begin at that place of the file."""
@@ -654,6 +655,7 @@ def map_on_workers(function, tasks, num_workers):
     from concurrent.futures.process import BrokenProcessPool
 
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy in the workers, which are as many as the cores
+    others = multiprocessing.active_children()
     try:
         pool = ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn"), start_worker, (function,))
     except (OSError, RuntimeError) as error:  # where no semaphore can be made
@@ -663,17 +665,29 @@ def map_on_workers(function, tasks, num_workers):
         # A signal that comes while workers are started waits; they inherit that, and leave Ctrl-C to this process.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
         try:
-            results = pool.map(run_task, tasks)
+            first, rest = tasks[: TASKS_AHEAD * num_workers], tasks[TASKS_AHEAD * num_workers :]
+            waiting = collections.deque(pool.submit(run_task, task) for task in first)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        yield results
+        yield in_turn(pool, waiting, rest)
     except BrokenProcessPool as error:
         died = "a worker process died, for lack of memory perhaps"
         raise InputError(f"{died}; run again, or lower NUM_WORKERS") from error
     finally:
         for process in multiprocessing.active_children():
-            process.kill()
+            if process not in others:
+                process.kill()
+        pool._result_queue._writer.close()  # else half a result, of a killed worker, would be waited for
         pool.shutdown(cancel_futures=True)
+
+
+def in_turn(pool, waiting, tasks):
+    """Yield the results of the tasks that wait, a deque of futures, and of those that follow, each handed out in its turn."""
+    for task in tasks:
+        yield waiting.popleft().result()
+        waiting.append(pool.submit(run_task, task))
+    while waiting:
+        yield waiting.popleft().result()
 
 
 def progress(items, total, desc, unit):

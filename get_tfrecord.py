@@ -19,12 +19,13 @@ import hashlib
 import heapq
 import itertools
 import math
+import os
 import sys
 from pathlib import Path
 
 from get_indexing import (
-    DATA_DIR, NUM_WORKERS, UNKNOWN, WORK_DIR,
-    InputError, Tallies, a_whole_number, cut_files, file_fingerprint, find_files, fingerprint, load_index, map_files,
+    DATA_DIR, MAX_ID_CHARS, MAX_LINE_BYTES, NUM_WORKERS, UNKNOWN, WORK_DIR,
+    InputError, Tallies, Tally, a_whole_number, cut_files, file_fingerprint, find_files, fingerprint, load_index, map_files,
     read_clicks, read_json, remove_leftovers, replacing, run_script, split_click, write_json,
 )  # fmt: skip
 
@@ -34,7 +35,7 @@ MIN_HISTORY = 1  # clicks that a target must have before it
 HELD_OUT_USERS = 3000  # for validation, and as many for the test; of fewer users half each
 SKETCH_SIZE = 4096  # users by whom it is estimated how many there are
 SPLITS = ("train", "val", "test")
-FORMAT = 2  # of records and manifest
+FORMAT = 3  # of records and manifest
 
 
 def rules():
@@ -59,20 +60,26 @@ def get_tfrecord(data_dir=DATA_DIR, work_dir=WORK_DIR, num_workers=NUM_WORKERS, 
         "index": index.fingerprint(),
         "current_columns": current_columns(index),
         "constants": settings,
+        "limits": {"MAX_LINE_BYTES": MAX_LINE_BYTES, "MAX_ID_CHARS": MAX_ID_CHARS},
         "held_out_share": min(settings["HELD_OUT_USERS"] / max(users.users(), 1), 0.5),
         "input": tallies.digests(),
     }
     manifest = standing_manifest(folder, made_with, num_workers)
-    if not manifest:
+    if manifest:
+        os.utime(folder / "manifest.json")  # train.py: the clicks are no newer
+    else:
         folder.mkdir(parents=True, exist_ok=True)
         remove_leftovers(folder)
         write = functools.partial(write_shards, folder=folder, work_dir=work_dir, made_with=made_with)
         with map_files(write, list(enumerate(tasks)), "write records", num_workers) as parts:
-            manifest = {**made_with, **add_up(parts)}
-        manifest["report"] = {**tally_report(tallies, users), **manifest["report"]}
+            of_parts, tallies_of_parts = add_up(parts)
+        if tallies_of_parts.digests() != made_with["input"]:
+            remove_parts(folder, of_parts["shards"])
+            raise InputError(f"{data_dir}: the clicks were changed while they were read; run get_tfrecord.py again")
+        manifest = {**made_with, **of_parts, "report": {**tally_report(tallies, users), **of_parts["report"]}}
         check_enough(manifest)
         write_json(folder / "manifest.json", manifest)
-    remove_others(folder, manifest)
+    remove_others(folder, manifest["shards"])
     print_report(manifest)
     hint_at_ids(manifest["report"], tasks, index)
     return manifest
@@ -204,9 +211,9 @@ def write_windows(ranges, shards, encoder, made_with):
     settings, share = made_with["constants"], made_with["held_out_share"]
     splits = {split: empty_counts(split, settings["USER_MAX_LEN"]) for split in SPLITS}
     report, lengths = collections.Counter(clicks=0, unknown_videos=0, column_clicks=0), collections.Counter()
-    unknown_before, serialize = encoder.unknown_columns, window_serializer()
+    unknown_before, serialize, tallies = encoder.unknown_columns, window_serializer(), []
     with open_shards(shards) as writers:
-        for uid, clicks in read_clicks(ranges, []):
+        for uid, clicks in read_clicks(ranges, tallies):
             videos, columns = encoder.encode(clicks)
             lengths[len(clicks)] += 1
             report["clicks"] += len(clicks)
@@ -219,7 +226,8 @@ def write_windows(ranges, shards, encoder, made_with):
                     splits[split]["windows"][len(window["label"])] += 1
                     writers[split].write(serialize(window))
     report["unknown_columns"] = encoder.unknown_columns - unknown_before
-    return {"report": report, "lengths": sorted(lengths.items()), "splits": splits}
+    read = [(Path(tally.path).name, tally.digest) for tally in tallies]
+    return {"report": report, "lengths": sorted(lengths.items()), "splits": splits, "read": read}
 
 
 @contextlib.contextmanager
@@ -374,9 +382,10 @@ def all_stand(shards, folder):
 
 
 def add_up(parts):
-    """Add up what the part files say: {"shards", "splits", "report"} of the manifest."""
-    shards, splits, report, lengths = {}, {}, collections.Counter(), collections.Counter()
+    """Add up what the part files say: ({"shards", "splits", "report"} of the manifest, Tallies of what was read)."""
+    shards, splits, report, lengths, tallies = {}, {}, collections.Counter(), collections.Counter(), Tallies()
     for part in parts:
+        tallies.extend(Tally(path, digest) for path, digest in part["read"])
         shards |= part["shards"]
         report.update(part["report"])
         lengths.update(dict(part["lengths"]))
@@ -384,7 +393,7 @@ def add_up(parts):
             splits[split] = add_counts(splits[split], counts) if split in splits else counts
     report["targets"] = sum(split["targets"] for split in splits.values())
     history = {"p50": quantile(lengths, 0.5), "p90": quantile(lengths, 0.9), "max": max(lengths, default=0)}
-    return {"shards": shards, "splits": splits, "report": {**report, "history": history}}
+    return {"shards": shards, "splits": splits, "report": {**report, "history": history}}, tallies
 
 
 def add_counts(one, other):
@@ -427,13 +436,24 @@ def check_enough(manifest):
         raise InputError(f"none of {users} leaves a target for {lacking[0]}; {needed}")
 
 
-def remove_others(folder, manifest):
+def remove_others(folder, shards):
     """Remove the shards and part files of former input, and those that a killed run left: files of these names alone."""
-    of_parts = {f"part-{shard.partition('-')[2].removesuffix('.tfrecord')}.json" for shard in manifest["shards"]}
+    current = shards.keys() | parts_of(shards)
     for pattern in ("part-*.json", *(f"{split}-*.tfrecord" for split in SPLITS)):
         for path in folder.glob(pattern):
-            if path.name not in manifest["shards"] and path.name not in of_parts and path.is_file():
+            if path.name not in current and path.is_file():
                 path.unlink()
+
+
+def remove_parts(folder, shards):
+    """Remove the part files of shards, which are written anew then."""
+    for name in parts_of(shards):
+        (folder / name).unlink(missing_ok=True)
+
+
+def parts_of(shards):
+    """Return the names of the part files of shards."""
+    return {f"part-{shard.partition('-')[2].removesuffix('.tfrecord')}.json" for shard in shards}
 
 
 def print_report(manifest):
@@ -455,7 +475,7 @@ def hint_at_ids(report, tasks, index):
         return
     users = read_clicks(itertools.chain.from_iterable(tasks), [])
     vids = (split_click(click, index.videos, index.columns)[0] for _, clicks in users for click in clicks)
-    unknown, known = next(vid for vid in vids if vid not in index.videos), next(iter(index.videos))
+    unknown, known = next((vid for vid in vids if vid not in index.videos), ""), next(iter(index.videos))
     share = report["unknown_videos"] / report["clicks"]
     print(
         f"{share:.0%} of the clicks are of videos on no shelf and in no catalogue, {unknown[:80]!r} for one, where ids look "

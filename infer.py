@@ -18,13 +18,14 @@ import gzip
 import itertools
 import json
 import math
+import os
 import shutil
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
 from get_indexing import (
-    DATA_DIR, NUM_WORKERS, UNKNOWN, WORK_DIR,
+    DATA_DIR, MAX_ID_CHARS, MAX_LINE_BYTES, NUM_WORKERS, WORK_DIR,
     InputError, Tallies, Tally, a_path, a_whole_number, cut_files, file_fingerprint, find_files, fingerprint,
     input_name, load_index, map_files, parse_clicks, read_json, read_lines, read_names, read_records,
     remove_leftovers, replacing, run_script, split_click,
@@ -66,17 +67,19 @@ def infer(clicks_dir=CLICKS_DIR, work_dir=WORK_DIR, ranking_dir=RANKING_DIR, top
     """Write the ranking of each click file as soon as it is whole, and return all paths; those still good are kept."""
     folder, work_dir = Path(ranking_dir).absolute(), Path(work_dir).absolute()
     folder.mkdir(parents=True, exist_ok=True)
+    clicks_from = os.path.relpath(Path(clicks_dir).resolve(), folder.resolve())  # the same where all is moved
     remove_parts(folder)
     index, model = load_index(work_dir), read_json(work_dir / "model/model.json", "train.py")
     made_with = {
         "model": model.get("id"),
         "index": fingerprint(index.videos, index.columns),
         "constants": {"TOP_K": top_k, "DECIMALS": DECIMALS},
+        "limits": {"MAX_LINE_BYTES": MAX_LINE_BYTES, "MAX_ID_CHARS": MAX_ID_CHARS},
     }
     manifest = read_manifest(folder)
     outputs = {path: folder / f"{input_name(path)}.json.gz" for path in find_files(clicks_dir)}
     for output in outputs.values():
-        check_folder(manifest.get(output.name), output, clicks_dir)
+        check_folder(manifest.get(output.name), output, clicks_from)
     stands = standing_rankings(outputs, manifest, made_with, num_workers)
     tasks = cut_files([path for path in outputs if path not in stands], RANK_BYTES)
     first = tasks[0][0] if tasks else None
@@ -86,11 +89,11 @@ def infer(clicks_dir=CLICKS_DIR, work_dir=WORK_DIR, ranking_dir=RANKING_DIR, top
     with map_files(rank, tasks, "rank", num_workers) as results:
         parts = parts_in_order(tasks, results, examples)
         for path, of_file in itertools.groupby(parts, key=lambda part: part[0].path):
-            made_from = made_with | {"clicks": str(clicks_dir)}
+            made_from = made_with | {"clicks": clicks_from}
             tally, manifest[outputs[path].name] = join_parts(outputs[path], of_file, made_from)
             users += tally.lines - tally.skipped.total()
     remove_parts(folder)  # of a task that was tried twice
-    name_the_gone(folder, manifest, outputs, clicks_dir)
+    name_the_gone(folder, manifest, outputs, clicks_from)
     print(
         f"{users:,} users ranked in {len(outputs) - len(stands):,} files, {len(outputs):,} files stand in {ranking_dir}"
     )
@@ -106,10 +109,10 @@ def parts_in_order(tasks, results, examples):
         yield from zip(ranges, tallies, strict=True)
 
 
-def name_the_gone(folder, manifest, outputs, clicks_dir):
+def name_the_gone(folder, manifest, outputs, clicks_from):
     """Print a line for each ranking that stands though its click file, of this folder, is gone."""
     for name in sorted(manifest.keys() - {output.name for output in outputs.values()}):
-        if same_folder(manifest[name]["clicks"], clicks_dir) and (folder / name).exists():
+        if manifest[name]["clicks"] == clicks_from and (folder / name).exists():
             print(
                 f"{folder / name}: no click file of this name any more; remove it if it should not be published",
                 file=sys.stderr,
@@ -151,18 +154,14 @@ def read_manifest(folder):
     return manifest
 
 
-def check_folder(made_from, output, clicks_dir):
-    """Refuse to write over the ranking of another folder's file of the same name."""
-    if made_from and not same_folder(made_from["clicks"], clicks_dir) and output.exists():
+def check_folder(made_from, output, clicks_from):
+    """Refuse to write over the ranking of another folder's file of the same name; folders are as seen from the rankings."""
+    if made_from and made_from["clicks"] != clicks_from and output.exists():
+        former, now = (os.path.normpath(output.parent / clicks) for clicks in (made_from["clicks"], clicks_from))
         raise InputError(
-            f"{output} is the ranking of a file in {made_from['clicks']}, not in {clicks_dir}; give this folder a "
-            "RANKING_DIR of its own in infer.py"
+            f"{output} is the ranking of a file in {former}, not in {now}; give this folder a RANKING_DIR of its own "
+            "in infer.py"
         )
-
-
-def same_folder(one, other):
-    """Return whether two paths are of the same folder, however they are written."""
-    return Path(one).resolve() == Path(other).resolve()
 
 
 def standing_rankings(outputs, manifest, made_with, num_workers):
@@ -257,8 +256,6 @@ class Ranker:
         cids = list(self.index.columns)
         self.cids = [cids[number - 1] for number in self.scorer.numbers]  # of the current columns
         self.texts = list(map(as_json, self.cids)), ScoreTexts()
-        clicks = self.scorer.of_current(memory.column_clicks[None, 1:])[0] + 0.5
-        self.popularity = np.log(clicks / clicks.sum())
 
     def rank(self, clicks, top_k=TOP_K):
         """Return [(cid, probability), ...] for a user's clicks, oldest first: the best column first, top_k of them or all.
@@ -272,26 +269,32 @@ class Ranker:
     def why(self, clicks, top_k=EXAMPLE):
         """Return the Reason of each of the first columns for a user's clicks, oldest first.
 
-        Each of the clicks that the model reads is left out once, and the columns are ranked again: what a click does is
-        how much the log probability of a column falls without it. So it holds for all parts of the model together.
+        Each of the clicks that the model reads is left out once, which lets an earlier one in, and the columns are ranked
+        again: what a click does is how much the log probability of a column falls without it. So it holds for all parts of
+        the model together.
         """
-        videos, columns = self.encoder.encode(clicks)
-        read = range(max(0, len(clicks) - self.user_max_len), len(clicks))
-        without = [(videos[:i] + videos[i + 1 :], columns[:i] + columns[i + 1 :]) for i in read]
-        scores = self.scores([(videos, columns), *without])
-        effects = np.pad(scores[0] - scores[1:], [(read.start, 0), (0, 0)])
-        towers, memory = (part[0] for part in self.scorer.parts(*self.padded([(videos, columns)]), self.mix))
-        weight = self.mix.memory_weight
-        of_towers = (1 - weight) * towers / ((1 - weight) * towers + weight * memory)
-        (places,), _ = best_first(scores[:1], top_k)
+        history = [numbers[-self.user_max_len - 1 :] for numbers in self.encoder.encode(clicks)]
+        first = max(0, len(history[0]) - self.user_max_len)
+        without = [[numbers[:i] + numbers[i + 1 :] for numbers in history] for i in range(first, len(history[0]))]
+        scores = self.scores([history, *without])
+        effects, unread = scores[0] - scores[1:], [0.0] * (len(clicks) - len(without))
+        of_towers, ((places,), _) = self.share_of_towers(history), best_first(scores[:1], top_k)
         return [
-            Reason(self.cids[p], math.exp(scores[0, p]), float(of_towers[p]), effects[:, p].tolist()) for p in places
+            Reason(self.cids[place], math.exp(scores[0, place]), of_towers[place], unread + effects[:, place].tolist())
+            for place in places
         ]
+
+    def share_of_towers(self, history):
+        """Return which share of each current column's probability the towers give, a list; None where it is popularity."""
+        padded, weight = self.padded([history]), self.mix.memory_weight
+        if not self.scorer.is_known(*padded)[0]:
+            return [None] * len(self.cids)
+        towers, memory = (part[0] for part in self.scorer.parts(*padded, self.mix))
+        return ((1 - weight) * towers / ((1 - weight) * towers + weight * memory)).tolist()
 
     def scores(self, histories):
         """Return log probabilities float64 [n, current columns] of encoded histories, n pairs (videos, columns)."""
         scores = np.log(self.scorer.probabilities(*self.padded(histories), self.mix))
-        scores[[not is_known(*history) for history in histories]] = self.popularity
         if not np.isfinite(scores).all():
             raise InputError("the model gives scores that are not finite; run train.py again")
         return scores
@@ -312,12 +315,12 @@ class Ranker:
     def lines(self, users, top_k=TOP_K):
         """Yield the output line of each of users, a list of (uid, clicks)."""
         histories = [self.encoder.encode(clicks) for _, clicks in users]
-        best = best_first(self.scores(histories), top_k)
-        for (uid, _), history, *of_user in zip(users, histories, *best, strict=True):
+        best, known = best_first(self.scores(histories), top_k), self.scorer.is_known(*self.padded(histories))
+        for (uid, _), is_known, *of_user in zip(users, known, *best, strict=True):
             columns, scores = (
                 ", ".join(map(texts.__getitem__, of)) for texts, of in zip(self.texts, of_user, strict=True)
             )
-            source = "model" if is_known(*history) else "popular"
+            source = "model" if is_known else "popular"
             yield (f'{{"uid": {as_json(uid)}, "columns": [{columns}], "scores": [{scores}], "source": "{source}"}}\n')
 
 
@@ -326,7 +329,7 @@ class Reason(NamedTuple):
 
     cid: str
     probability: float
-    of_towers: float  # share of the probability that comes from the towers; the rest is the memory's
+    of_towers: float | None  # share of the probability that the towers give, the rest is the memory's; None: popularity
     effects: list  # of each of the user's clicks: above 0 it speaks for the column, 0 without it nothing changes
 
 
@@ -336,11 +339,6 @@ class Example(NamedTuple):
     uid: str
     clicks: list  # the last few
     reasons: list  # Reasons of the first columns
-
-
-def is_known(videos, columns):
-    """Return whether an encoded history holds a known click."""
-    return max(videos, default=0) > UNKNOWN or any(columns)
 
 
 def best_first(scores, top_k=0):
@@ -379,7 +377,9 @@ def print_example(example, index, data_dir=DATA_DIR):
     print(f"user {example.uid} clicked last:", *clicks, sep="\n  ")
     print("and is shown first, by these of the clicks:")
     for reason in example.reasons:
-        share = f"(towers {reason.of_towers:.0%}, memory {1 - reason.of_towers:.0%})"
+        share = "(popular)"
+        if reason.of_towers is not None:
+            share = f"(towers {reason.of_towers:.0%}, memory {1 - reason.of_towers:.0%})"
         print(f"  {reason.probability:6.1%}  {names.get(reason.cid, reason.cid)}  {share}")
         effects = sorted(zip(reason.effects[-len(clicks) :], clicks, strict=True), reverse=True)
         for effect, click in effects:

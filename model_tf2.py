@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from get_dataset import ITEM_MAX_LEN, NUM_NEGATIVES, column_table, read_windows, shards_of
 from get_indexing import (
-    FIRST_VIDEO, PAD, UNKNOWN, WORK_DIR,
+    FIRST_VIDEO, NUM_WORKERS, PAD, UNKNOWN, WORK_DIR,
     InputError, a_number, a_whole_number, map_files, one_of, or_none, run_script,
 )  # fmt: skip
 from get_tfrecord import USER_MAX_LEN
@@ -57,7 +57,7 @@ MODEL_CONSTANTS = dict(
     INIT_STDDEV=INIT_STDDEV, INIT_SCALE=INIT_SCALE, AUX_WEIGHT=AUX_WEIGHT, MAX_LAG=MAX_LAG, BACKWARD=BACKWARD,
     MEMORY_WIDTH=MEMORY_WIDTH, COLUMN_WIDTH=COLUMN_WIDTH, VIDEO_DECAY=VIDEO_DECAY, VIDEO_BACKOFF=VIDEO_BACKOFF,
     COLUMN_BACKOFF=COLUMN_BACKOFF, POPULARITY_DISCOUNT=POPULARITY_DISCOUNT, MEMORY_CLICKS=MEMORY_CLICKS,
-    TEMPERATURE=TEMPERATURE,
+    TEMPERATURE=TEMPERATURE, MAX_PAIRS=MAX_PAIRS, COUNT_SLACK=COUNT_SLACK,
 )  # fmt: skip
 
 
@@ -280,10 +280,8 @@ def by_rarity(clicks, num_videos):
     training, and the more the clicks after the next one count as targets beside it.
     """
     rarity = (num_videos / max(clicks, 1)) ** 0.5
-    rules = min(max(rarity, 0.1), 0.3), min(2 * rarity, 0.6)
-    return tuple(
-        round(rule, 2) if is_set is None else is_set for is_set, rule in zip((DROPOUT, AHEAD_DECAY), rules, strict=True)
-    )
+    dropout = round(min(max(rarity, 0.1), 0.3), 2) if DROPOUT is None else DROPOUT
+    return dropout, round(min(2 * rarity, 0.6), 2) if AHEAD_DECAY is None else AHEAD_DECAY
 
 
 def build_model(**arguments):
@@ -438,7 +436,7 @@ class Counts(NamedTuple):
         return cls(*(add_pairs(*tables) for tables in zip(*counts, strict=True)))
 
 
-def count_windows(manifest, splits, decays, index, work_dir=WORK_DIR, num_workers=None):
+def count_windows(manifest, splits, decays, index, work_dir=WORK_DIR, num_workers=NUM_WORKERS):
     """Return the Counts of the windows of splits, computed by map_files()."""
     paths, tasks, room = [path for split in splits for path in shards_of(manifest, split, work_dir)], [], 0
     for path in paths:
@@ -449,8 +447,8 @@ def count_windows(manifest, splits, decays, index, work_dir=WORK_DIR, num_worker
         room -= os.path.getsize(path)
     size = 1 + len(index.columns)
     max_lag = min(MAX_LAG, manifest["constants"]["WINDOW_OVERLAP"])
-    count = functools.partial(count_shards, decays=decays, max_lag=max_lag, size=size)
-    with map_files(count, tasks, "count", num_workers) as results:
+    count_task = functools.partial(count_shards, decays=decays, max_lag=max_lag, size=size)
+    with map_files(count_task, tasks, "count", num_workers) as results:
         return add_up(results, len(decays), size)
 
 
@@ -708,11 +706,11 @@ class Scorer:
         """Return what the towers give: logits [n, current columns]."""
         return self.logits(np.int32(videos), np.int32(columns), self.vectors).numpy()
 
-    def remembered(self, videos, columns, by):
-        """Return what the memory gives, [n, current columns]."""
+    def remembered(self, videos, columns, by, memory=None):
+        """Return what the memory, or another one, gives: [n, current columns]."""
         lengths = np.count_nonzero(videos, axis=1)
         latest = (latest_first(numbers, lengths, by.memory_clicks) for numbers in (videos, columns))
-        return self.of_current(self.memory.scores(*latest, by))
+        return self.of_current((memory or self.memory).scores(*latest, by))
 
     def clicked(self, columns):
         """Return whether each current column is among those clicked, bool [n, current columns]."""
@@ -724,10 +722,20 @@ class Scorer:
         """Return probabilities [n, current columns] by a Mix: those of the rankings."""
         return mix(*self.parts(videos, columns, by), self.clicked(columns), by)
 
-    def parts(self, videos, columns, by):
-        """Return what is mixed: the probabilities of the towers and of the memory, [n, current columns] each."""
-        logits, remembered = self.towers(videos, columns), self.remembered(videos, columns, by)
-        return share_out(logits, remembered, self.is_remembered, by.temperature)
+    @staticmethod
+    def is_known(videos, columns):
+        """Return which histories hold a known click, bool [n]."""
+        return ((videos > UNKNOWN) | (columns > 0)).any(axis=1)
+
+    def parts(self, videos, columns, by, memory=None):
+        """Return what is mixed: the probabilities of the towers and of the memory, [n, current columns] each.
+
+        For a user without any known click both are popularity.
+        """
+        logits, remembered = self.towers(videos, columns), self.remembered(videos, columns, by, memory)
+        clicks, known = self.of_current(self.memory.column_clicks[None, 1:]) + 0.5, self.is_known(videos, columns)
+        parts = share_out(logits, remembered, self.is_remembered, by.temperature)
+        return [np.where(known[:, None], part, clicks / clicks.sum()) for part in parts]
 
     def rankable(self, users):
         """Return the held-out users whose target is a current column, with its "place" among the current columns and

@@ -44,8 +44,7 @@ from get_indexing import (
 )  # fmt: skip
 from model_tf2 import (
     LOSS, LOSSES, MODEL_CONSTANTS, SCORES_AT_ONCE,
-    Counts, CountTable, Memory, Mix, Scorer, build_model, by_rarity, count_windows, mix, share_out,
-    training_loss,
+    Counts, CountTable, Memory, Mix, Scorer, build_model, by_rarity, count_windows, mix, training_loss,
 )  # fmt: skip
 
 import keras
@@ -124,7 +123,7 @@ def describe_run(constants, model, manifest, index):
     run = {
         "constants": constants,
         "arguments": model.arguments,
-        "records": {name: manifest[name] for name in ("format", "constants", "held_out_share", "input")},
+        "records": {name: manifest[name] for name in ("format", "constants", "limits", "held_out_share", "input")},
         "index": {**index.fingerprint(), "columns_hold": fingerprint(index.columns)},
         "versions": {"python": platform.python_version()}
         | {module.__name__: module.__version__ for module in (tf, keras, np)},
@@ -147,11 +146,11 @@ def replace_model(strategy, model, run, manifest, index, work_dir):
         return saved["test"]
     with lost_worker_named():
         counts = count_windows(manifest, ["train"], MEMORY_DECAYS, index, work_dir)
-        standing = load_standing(saved, run, index, work_dir)
-        if standing:
+        standing, is_warm = load_standing(saved, run, index, work_dir)
+        if is_warm:
             grow(standing.model, model, index)
         scorer = Scorer(model, Memory.of_counts(counts, 0, index), index)
-        run_from = run | {"from": standing and saved["weights"]}
+        run_from = run | {"from": saved["weights"] if is_warm else None}
         weights, logs = fit(strategy, scorer, manifest, index, work_dir, run_from)
         if not is_first():
             return None
@@ -436,10 +435,9 @@ def choose_mix(users, scorer, memories):
     """
 
     def mixes(*clicks):
-        logits, clicked = scorer.towers(*clicks), scorer.clicked(clicks[1])
-        for decay, scorer.memory in memories.items():
-            remembered = scorer.remembered(*clicks, Mix(decay, 0.0, 1.0))
-            parts = share_out(logits, remembered, scorer.is_remembered)
+        clicked = scorer.clicked(clicks[1])
+        for decay, memory in memories.items():
+            parts = scorer.parts(*clicks, Mix(decay, 0.0, 1.0), memory)
             for weight, repeat in itertools.product(MEMORY_WEIGHTS, REPEATS):
                 choice = Mix(decay, weight, repeat)
                 yield choice, mix(*parts, clicked, choice)
@@ -576,16 +574,19 @@ def table_lines(table, chosen):
 def write_projector(work_dir, index, data_dir):
     """Write the vectors of the columns and of the most clicked videos, with their names, for TensorBoard's projector.
 
-    They are of the model that stands; files not older than it are left. A video is taken for a column of it alone. The
+    They are of the model that stands; its own, written before, are left. A video is taken for a column of it alone. The
     model is published already, so what goes wrong here is said and no more.
     """
     folder = Path(work_dir, "model").absolute()
-    config = folder / "projector_config.pbtxt"
-    entry = 'embeddings {{ tensor_name: "{0}" tensor_path: "projector/{0}_vectors.tsv" metadata_path: "projector/{0}_names.tsv" }}\n'
+    config, entries = folder / "projector_config.pbtxt", ""
+    for kind in ("columns", "videos"):
+        paths = f'tensor_path: "projector/{kind}_vectors.tsv" metadata_path: "projector/{kind}_names.tsv"'
+        entries += f'embeddings {{ tensor_name: "{kind}" {paths} }}\n'
     try:
-        if config.exists() and config.stat().st_mtime >= (folder / "model.json").stat().st_mtime:
-            return
         model, memory, _, saved = load_model(work_dir, index)
+        text = f"# model {saved['id']}, {PROJECTOR_VIDEOS} videos\n{entries}"
+        if config.exists() and config.read_text() == text:
+            return
         scorer, clicks = Scorer(model, memory, index, saved["item_max_len"]), memory.video_clicks[FIRST_VIDEO:]
         videos = np.sort(np.argsort(-clicks, kind="stable")[:PROJECTOR_VIDEOS])
         vectors = model.column_vectors(FIRST_VIDEO + videos[:, None], np.zeros_like(videos))
@@ -596,7 +597,7 @@ def write_projector(work_dir, index, data_dir):
         write_vectors(folder / "projector", "columns", scorer.vectors, [cids[n - 1] for n in scorer.numbers], names)
         write_vectors(folder / "projector", "videos", vectors, [vids[n] for n in videos], titles)
         with replacing(config) as temporary:
-            temporary.write_text(entry.format("columns") + entry.format("videos"))
+            temporary.write_text(text)
     except (InputError, OSError) as error:
         print(f"{folder / 'projector'}: not written ({error})", file=sys.stderr)
 
@@ -630,7 +631,8 @@ def load_model(work_dir=WORK_DIR, index=None):
     index.check(saved["index"], folder / "model.json", "get_tfrecord.py and train.py")
     weights, memory = (folder / saved[part]["file"] for part in ("weights", "memory"))
     with damage_named(weights):
-        model = build_model(**saved["arguments"], video_columns=video_table(index, saved["video_columns"]))
+        table = video_table(index, saved["video_columns"], saved["arguments"]["num_columns"])
+        model = build_model(**saved["arguments"], video_columns=table)
         model.load_weights(weights)
     with damage_named(memory):
         return Standing(model, Memory.load(memory), Mix(**saved["mix"]), saved)
@@ -671,28 +673,38 @@ def standing_model(folder):
 
 
 def load_standing(saved, run, index, work_dir):
-    """Return the Standing model that a run starts from, None where it starts from nothing; say which it is, and why."""
-    reason = why_not_warm(saved, run, index)
+    """Return (the Standing model that is compared with the new one, None without; whether training starts from its weights).
+
+    Say what training starts from, and why.
+    """
+    reason = why_not_comparable(saved, run, index)
+    standing = None if reason else load_model(work_dir, index)
+    reason = reason or why_not_warm(saved, run)
     start = f"from nothing: {reason}" if reason else f"from the weights of the model of {saved['date']}"
     print(f"training starts {start}; {run['constants']['EPOCHS' if reason else 'WARM_EPOCHS']:,} epochs at most")
-    return None if reason else load_model(work_dir, index)
+    return standing, not reason
 
 
-def why_not_warm(saved, run, index):
-    """Return why a run cannot start from the saved model's weights, None where it can."""
-    if not run["constants"]["WARM_START"]:
-        return "WARM_START is False"
+def why_not_comparable(saved, run, index):
+    """Return why the saved model, if any, cannot stand beside the new one in the table, None where it can."""
     if not saved:
         return "no model stands"
-    for name, value in run["arguments"].items():
-        was = saved["arguments"].get(name)
-        if was != value and name not in ("num_videos", "num_columns", "dropout"):
-            return f"the model that stands has {name} = {was}, now it is {value}"
     if not index.continues(saved["index"]):
         return "the model that stands was made with another index"
     was, now = (made_of["records"]["held_out_share"] for made_of in (saved["run"], run))
     if now > was:
         return f"{now:.2%} of the users are held out, {was:.2%} when the model that stands was trained"
+    return None
+
+
+def why_not_warm(saved, run):
+    """Return why a run cannot start from the weights of the saved model, which is comparable; None where it can."""
+    if not run["constants"]["WARM_START"]:
+        return "WARM_START is False"
+    for name, value in run["arguments"].items():
+        was = saved["arguments"].get(name)
+        if was != value and name not in ("num_videos", "num_columns", "dropout"):
+            return f"the model that stands has {name} = {was}, now it is {value}"
     return None
 
 

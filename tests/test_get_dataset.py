@@ -277,6 +277,12 @@ def test_a_video_is_known_by_the_columns_that_show_it_those_of_fewest_videos_fir
     table = video_table(index, max_len=3)
     assert table.tolist() == [[0] * 3, [0] * 3, [4, 5, 1], [1, 0, 0], [3, 4, 5], [0] * 3]
     assert table.dtype == np.int32
+    assert video_table(index, max_len=3, num_columns=3).tolist() == [[0] * 3] * 2 + [
+        [1, 0, 0],
+        [1, 0, 0],
+        [3, 1, 0],
+        [0] * 3,
+    ]
 
 
 def drawn_batches(num_batches, num_columns, seed=5):
@@ -432,7 +438,7 @@ def test_a_missing_manifest_names_its_absolute_path_and_the_script(tmp_path, mad
 
 def test_records_of_another_format_are_refused(tmp_path, made, monkeypatch):
     monkeypatch.setattr(script, "FORMAT", 99)
-    with pytest.raises(InputError, match=r"manifest\.json: made with format = 2, now it is 99; run get_tfrecord\.py"):
+    with pytest.raises(InputError, match=r"manifest\.json: made with format = 3, now it is 99; run get_tfrecord\.py"):
         load_manifest(tmp_path, CONSTANTS)
 
 

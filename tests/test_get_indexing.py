@@ -12,7 +12,9 @@ import os
 import random
 import subprocess
 import sys
+import time
 import tracemalloc
+from concurrent.futures import Future
 from pathlib import Path
 
 import get_indexing as script
@@ -24,6 +26,7 @@ from get_indexing import (
     cut_files,
     find_files,
     get_indexing,
+    in_turn,
     load_index,
     map_files,
     own_clicks,
@@ -681,6 +684,51 @@ def test_an_error_while_results_are_taken_leaves_no_worker(taken):
         assert list(itertools.islice(results, taken)) == [1] * taken
         raise KeyboardInterrupt
     assert multiprocessing.active_children() == []
+
+
+def big_result(megabytes):
+    return bytes(megabytes << 20)
+
+
+def test_an_error_while_workers_write_large_results_ends_at_once():
+    """A worker killed in the middle of a message leaves half of it, whose rest nobody will write."""
+    code = "import test_get_indexing as t\nwith t.map_files(t.big_result, [200] * 8, 'make', 2) as results:\n"
+    code += "    len(next(iter(results))); raise KeyboardInterrupt"
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    done = subprocess.run([sys.executable, "-c", f"if __name__ == '__main__':\n  exec({code!r})"], env=environment,
+                          capture_output=True, text=True, timeout=60, check=False)  # fmt: skip
+    assert done.returncode and "KeyboardInterrupt" in done.stderr
+
+
+def test_tasks_are_handed_out_as_results_are_taken():
+    class Pool:
+        def __init__(self):
+            self.given = []
+
+        def submit(self, _, task):
+            self.given.append(task)
+            return self.of(task)
+
+        def of(self, task):
+            future = Future()
+            future.set_result(-task)
+            return future
+
+    pool = Pool()
+    results = in_turn(pool, collections.deque([pool.of(0), pool.of(1)]), [2, 3, 4])
+    for taken, given in enumerate([[], [2], [2, 3], [2, 3, 4], [2, 3, 4]]):
+        assert next(results) == -taken and pool.given == given
+    assert list(results) == []
+
+
+def test_the_callers_own_processes_are_left_alone():
+    own = multiprocessing.get_context("spawn").Process(target=time.sleep, args=[60])
+    own.start()
+    with map_files(abs, [-1, -2], "count", 2) as results:
+        assert list(results) == [1, 2]
+    assert multiprocessing.active_children() == [own]
+    own.kill()
+    own.join()
 
 
 def test_an_error_in_a_worker_is_raised_here():

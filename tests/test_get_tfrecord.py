@@ -853,3 +853,43 @@ def test_a_grown_index_remakes_the_records_with_its_new_videos(tmp_path, raw, re
     raw(tmp_path / "raw", columns={**COLUMNS, "c4": ["new"]})
     rerun()
     assert all(w["user_feature"][:2] == [7, 3] for w in decoded(tmp_path / "work/tfrecord"))
+
+
+# ---------------------------------------------------------------- clicks that change meanwhile
+
+
+def test_clicks_that_change_while_they_are_read_are_refused_and_the_next_run_reads_them_anew(
+    records, rerun, tmp_path, monkeypatch
+):
+    former = records()
+    path, look = tmp_path / "raw/click_seq/clicks.json", survey
+
+    def changed_after(*arguments):
+        seen = look(*arguments)
+        path.write_text(path.read_text().replace("v2_c1", "v3_c2"))
+        return seen
+
+    path.write_text(path.read_text().replace('"v1"', '"v2"', 1))
+    monkeypatch.setattr(script, "survey", changed_after)
+    with pytest.raises(InputError, match=r"the clicks were changed while they were read; run get_tfrecord\.py again$"):
+        rerun()
+    folder = tmp_path / "work/tfrecord"
+    assert json.loads((folder / "manifest.json").read_text()) == former
+    assert all((folder / shard).exists() for shard in former["shards"])
+    monkeypatch.setattr(script, "survey", look)
+    assert rerun() == rerun("fresh")
+
+
+def test_records_that_stand_are_no_older_than_the_clicks_they_were_compared_with(records, rerun, tmp_path):
+    records()
+    manifest, clicks = tmp_path / "work/tfrecord/manifest.json", tmp_path / "raw/click_seq/clicks.json"
+    os.utime(manifest, (1, 1))
+    rerun()
+    assert manifest.stat().st_mtime >= clicks.stat().st_mtime
+
+
+@pytest.mark.parametrize("limit", ["MAX_ID_CHARS", "MAX_LINE_BYTES"])
+def test_another_limit_of_lines_makes_the_records_anew(records, rerun, monkeypatch, limit):
+    former = records()
+    monkeypatch.setattr(script, limit, 10**6)
+    assert rerun()["shards"].keys().isdisjoint(former["shards"])
