@@ -250,6 +250,22 @@ def draw(uid):
     return int(hashlib.blake2b(uid.encode(), digest_size=8).hexdigest(), 16) / 2**64
 
 
+def test_a_user_without_a_known_click_is_evaluated_as_ranked_by_popularity(trained):
+    ranker, unknown = Ranker(trained / "work"), np.array([[1, 1, 0]])
+    evaluated = ranker.scorer.probabilities(unknown, np.zeros_like(unknown), ranker.mix)
+    assert np.allclose(np.log(evaluated), ranker.scores([([1, 1], [0, 0])]))
+    clicks = ranker.scorer.memory.column_clicks[1:] + 0.5
+    assert np.allclose(evaluated, clicks / clicks.sum())
+
+
+def test_the_explanation_of_a_history_of_any_length_reads_its_last_clicks_alone(trained):
+    ranker = Ranker(trained / "work")
+    (reason,) = ranker.why(HEARD * 50_000, top_k=1)
+    assert len(reason.effects) == 100_000 and not any(reason.effects[: -ranker.user_max_len])
+    last = HEARD * 25
+    assert reason.effects[-len(last) :] == pytest.approx(ranker.why([*HEARD, *last], top_k=1)[0].effects[-len(last) :])
+
+
 def test_a_long_history_is_ranked_by_its_last_clicks(trained):
     ranker, rng = Ranker(trained / "work"), np.random.default_rng(32)
     videos, columns = rng.integers(2, 62, 200), rng.integers(0, 13, 200)
@@ -417,6 +433,18 @@ def test_a_ranking_of_another_click_folder_is_never_overwritten_and_not_called_g
     assert "any more" not in capsys.readouterr().err and computed_again(two) == set()
 
 
+def test_two_experiments_whose_click_folders_are_named_alike_do_not_overwrite_each_other(own, tmp_path, monkeypatch):
+    for name in ("one", "other"):
+        _raw(tmp_path / name / "asked", users=[("u", HEARD)])
+    monkeypatch.chdir(tmp_path / "one")
+    (output,) = infer("asked/click_seq", own / "work", tmp_path / "ranking", num_workers=1)
+    former = output.read_bytes()
+    monkeypatch.chdir(tmp_path / "other")
+    with pytest.raises(InputError, match=r"one/asked/click_seq, not in .*other/asked/click_seq; .* RANKING_DIR"):
+        infer("asked/click_seq", own / "work", tmp_path / "ranking", num_workers=1)
+    assert output.read_bytes() == former
+
+
 def test_a_click_folder_may_be_named_by_another_path(two, monkeypatch):
     monkeypatch.chdir(two / "asked")
     assert computed_again(two, asked="click_seq") == computed_again(two, asked="../asked/click_seq") == set()
@@ -539,7 +567,8 @@ def test_what_a_click_does_is_what_ranking_without_it_changes(ranker, clicks):
     reasons, ranked = ranker.why(clicks, top_k=3), dict(ranker.rank(clicks))
     assert [reason.cid for reason in reasons] == list(ranked)[:3]
     for reason in reasons:
-        assert math.isclose(reason.probability, ranked[reason.cid], rel_tol=1e-4) and 0 <= reason.of_towers <= 1
+        assert math.isclose(reason.probability, ranked[reason.cid], rel_tol=1e-4)
+        assert 0 <= reason.of_towers <= 1 if "t0b-2" in clicks else reason.of_towers is None
         for place, effect in enumerate(reason.effects):
             without = dict(ranker.rank(clicks[:place] + clicks[place + 1 :]))
             assert abs(effect - math.log(ranked[reason.cid] / without[reason.cid])) < 3e-4
@@ -567,7 +596,7 @@ def test_the_clicks_of_a_theme_speak_for_its_column(ranker):
 
 def test_the_example_names_what_was_clicked_what_is_shown_and_why_as_far_as_titles_are_known(own, capsys):
     index = load_index(own / "work")
-    reasons = [Reason("t0a", 0.5, 0.25, [0.31, 0.9, 0.01]), Reason("t0b", 0.1, 1.0, [-0.5, 0.0, 0.2])]
+    reasons = [Reason("t0a", 0.5, 0.25, [0.31, 0.9, 0.01]), Reason("t0b", 0.1, None, [-0.5, 0.0, 0.2])]
     example = Example("u", ["t0b-2", "t0a-1_t0a", "x"], reasons)
     named = _raw(own / "named", columns={"t0a": ["t0a-1"]}, names={"t0a": "The best"}, titles={"t0b-2": "A title"})
     damaged = _raw(own / "damaged", columns={"t0a": ["t0a-1"]})
@@ -587,7 +616,7 @@ def test_the_example_names_what_was_clicked_what_is_shown_and_why_as_far_as_titl
             f"   50.0%  {name}  (towers 25%, memory 75%)",
             f"          +0.90  t0a-1  in {name}",
             f"          +0.31  {title}",
-            "   10.0%  t0b  (towers 100%, memory 0%)",
+            "   10.0%  t0b  (popular)",
             "          +0.20  x",
         ]
 
