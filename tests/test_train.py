@@ -4,6 +4,7 @@ import contextlib
 import csv
 import hashlib
 import importlib
+import inspect
 import io
 import json
 import os
@@ -15,6 +16,7 @@ from collections import Counter
 from pathlib import Path
 
 import get_dataset
+import get_indexing as toolbox
 import model_tf2
 import train as train_module
 from get_dataset import DATASET_CONSTANTS, held_out, load_manifest
@@ -609,6 +611,20 @@ def test_the_most_clicked_videos_are_columns_of_themselves_alone(own, users, mon
     assert np.allclose(vectors, expected / np.linalg.norm(expected, axis=1, keepdims=True), atol=1e-6)
 
 
+def test_the_vectors_are_written_anew_where_the_model_or_their_number_changed_and_only_then(own, monkeypatch):
+    names, index = own / "model/projector/videos_names.tsv", load_index(own)
+    names.write_text("mine")
+    train_module.write_projector(own, index, own / "nowhere")
+    assert names.read_text() == "mine"
+    monkeypatch.setattr(train_module, "PROJECTOR_VIDEOS", 3)
+    train_module.write_projector(own, index, own / "nowhere")
+    assert len(read_vectors(own, "videos")[1]) == 3
+    edit_json(own / "model/model.json", lambda saved: saved | {"id": "other"})
+    names.write_text("mine")
+    train_module.write_projector(own, index, own / "nowhere")
+    assert len(read_vectors(own, "videos")[1]) == 3
+
+
 def test_the_names_are_the_titles_of_the_raw_data_each_on_one_line(own, tmp_path, capsys):
     config = own / "model/projector_config.pbtxt"
     raw = _raw(tmp_path / "raw", columns={"t0a": ["x"]}, names={"t0a": "two\nlines"}, titles={"t0a-0": "a\ttab\r"})
@@ -695,6 +711,16 @@ def test_where_no_epoch_is_better_the_weights_that_stand_stay(own, trained, monk
     assert same(towers_of(own), towers_of(trained[0]))
     assert test["standing"] == test["mix"] and "'standing' is within the noise of 'mix'" in printed
     assert [test[row]["NDCG@10"] for row in trained[1]] == [trained[1][row]["NDCG@10"] for row in trained[1]]
+
+
+@pytest.mark.parametrize("options", [{"warm_start": False}, {"emb_dim": 4}], ids=["from nothing", "another shape"])
+def test_what_stands_is_in_the_table_also_where_training_does_not_start_from_it(own, trained, options):
+    test, printed = train_and_listen(own, seed=2, **TINY | {"epochs": 1} | options)
+    assert "training starts from nothing" in printed and {**test["standing"]} == trained[1]["mix"]
+
+
+def test_the_counting_takes_as_many_workers_as_the_scripts_may():
+    assert inspect.signature(count_windows).parameters["num_workers"].default is toolbox.NUM_WORKERS
 
 
 def never(*_):
