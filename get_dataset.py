@@ -204,8 +204,8 @@ def add_candidates(dataset, column_videos, num_videos, seed):
     number = min(NUM_NEGATIVES, num_columns)
     log_prob = np.log(number / num_columns, dtype=np.float32)
 
-    def add(batch, seed):
-        of_dropout, of_columns, of_videos = tf.unstack(tf.random.split(seed, 3))
+    def add(batch, draw):
+        of_dropout, of_columns, of_videos = tf.unstack(tf.random.split(draw, 3))
         if num_columns <= MAX_CANDIDATES:
             items, place, log_probs = tf.range(1, num_columns + 1), batch["target_column"] - 1, tf.zeros([num_columns])
         else:
@@ -222,8 +222,8 @@ def add_candidates(dataset, column_videos, num_videos, seed):
             "seed": of_dropout,
         }
 
-    seeds = tf.data.Dataset.random(seed).batch(2, drop_remainder=True)
-    return tf.data.Dataset.zip(dataset, seeds).map(add, tf.data.AUTOTUNE).prefetch(4)
+    draws = tf.data.Dataset.random(seed).batch(2, drop_remainder=True)
+    return tf.data.Dataset.zip(dataset, draws).map(add, tf.data.AUTOTUNE).prefetch(4)
 
 
 def column_table(index, video_clicks, max_len=ITEM_MAX_LEN):

@@ -72,7 +72,7 @@ def get_tfrecord(data_dir=DATA_DIR, work_dir=WORK_DIR, num_workers=NUM_WORKERS, 
         remove_leftovers(folder)
         write = functools.partial(write_shards, folder=folder, work_dir=work_dir, made_with=made_with)
         with map_files(write, list(enumerate(tasks)), "write records", num_workers) as parts:
-            of_parts, tallies_of_parts = add_up(parts)
+            of_parts, tallies_of_parts = add_parts(parts)
         if tallies_of_parts.digests() != made_with["input"]:
             remove_parts(folder, of_parts["shards"])
             raise InputError(f"{data_dir}: the clicks were changed while they were read; run get_tfrecord.py again")
@@ -285,14 +285,14 @@ def split_windows(uid, videos, columns, current, share, settings):
     Validation takes the lowest draws and the test the highest. As the share falls, users only leave either: nobody
     ever enters who was trained on before.
     """
-    draw, held_out = draw_of(uid), None
+    draw, target = draw_of(uid), None
     split = "val" if draw < share else "test" if draw >= 1 - share else "train"
     if split != "train":
         places = range(len(columns) - 1, settings["MIN_HISTORY"] - 1, -1)
-        held_out = next((place for place in places if columns[place] in current), None)
-    windows = {"train": list(cut_windows(uid, videos[:held_out], columns[:held_out], settings))}
-    if held_out is not None:
-        windows[split] = list(held_out_windows(uid, videos, columns, held_out, settings))
+        target = next((place for place in places if columns[place] in current), None)
+    windows = {"train": list(cut_windows(uid, videos[:target], columns[:target], settings))}
+    if target is not None:
+        windows[split] = list(held_out_windows(uid, videos, columns, target, settings))
     return windows
 
 
@@ -381,7 +381,7 @@ def all_stand(shards, folder):
     return all((folder / name).exists() and file_fingerprint(folder / name) == of["sha256"] for name, of in shards)
 
 
-def add_up(parts):
+def add_parts(parts):
     """Add up what the part files say: ({"shards", "splits", "report"} of the manifest, Tallies of what was read)."""
     shards, splits, report, lengths, tallies = {}, {}, collections.Counter(), collections.Counter(), Tallies()
     for part in parts:

@@ -53,6 +53,8 @@ COLUMNS_AT_ONCE = 8192  # columns whose vectors are computed at once
 SCORES_AT_ONCE = 1 << 18  # scores of users for columns in a block: bounds the memory, and fits a processor's
 LOSS = "softmax"  # over the candidates; or "bce": binary cross-entropy of each candidate
 LOSSES = ("softmax", "bce")
+TABLE_ARRAYS = ("totals", "offsets", "columns", "counts")  # of a CountTable
+MEMORY_ARRAYS, MEMORY_TABLES = ("video_clicks", "column_clicks", "video_column"), ("by_video", "by_column")
 MODEL_CONSTANTS = dict(
     INIT_STDDEV=INIT_STDDEV, INIT_SCALE=INIT_SCALE, AUX_WEIGHT=AUX_WEIGHT, MAX_LAG=MAX_LAG, BACKWARD=BACKWARD,
     MEMORY_WIDTH=MEMORY_WIDTH, COLUMN_WIDTH=COLUMN_WIDTH, VIDEO_DECAY=VIDEO_DECAY, VIDEO_BACKOFF=VIDEO_BACKOFF,
@@ -530,10 +532,6 @@ class CountTable:
         counts = pairs.values[kept, 0].astype(float)
         return cls(totals, np.searchsorted(rows, np.arange(num_rows + 1)), columns - 1, counts, size - 1)
 
-    def arrays(self):
-        """Return what the table is made of, by name."""
-        return {name: getattr(self, name) for name in ("totals", "offsets", "columns", "counts")}
-
     def weighted_rows(self, rows, weights):
         """Return sum_j weights[i, j] * row(rows[i, j]), float64 [n, columns], of rows and weights [n, h]."""
         if self.matrix is not None:
@@ -570,7 +568,7 @@ class Mix(NamedTuple):
 
     def chosen(self):
         """Return the part that is chosen, {name: value}."""
-        return dict(list(self._asdict().items())[:3])
+        return {"decay": self.decay, "memory_weight": self.memory_weight, "repeat": self.repeat}
 
 
 def share_out(logits, remembered, is_remembered, temperature=TEMPERATURE):
@@ -649,9 +647,9 @@ class Memory:
 
     def save(self, path):
         """Write the memory as one .npz file."""
-        arrays = {name: getattr(self, name) for name in ("video_clicks", "column_clicks", "video_column")}
-        for name in ("by_video", "by_column"):
-            arrays |= {f"{name}.{key}": value for key, value in getattr(self, name).arrays().items()}
+        arrays = {name: getattr(self, name) for name in MEMORY_ARRAYS}
+        for table in MEMORY_TABLES:
+            arrays |= {f"{table}.{name}": getattr(getattr(self, table), name) for name in TABLE_ARRAYS}
         with open(path, "wb") as file:
             np.savez(file, **arrays)
 
@@ -659,12 +657,10 @@ class Memory:
     def load(cls, path):
         """Return the Memory that save() wrote."""
         with np.load(path) as saved:
-            arrays, tables = {}, {"by_video": {}, "by_column": {}}
-            for name in saved:
-                table, _, key = name.rpartition(".")
-                (tables[table] if table else arrays)[key] = saved[name]
-        num_columns = len(arrays["column_clicks"]) - 1
-        return cls(**arrays, **{name: CountTable(num_columns=num_columns, **of) for name, of in tables.items()})
+            arrays = [saved[name] for name in MEMORY_ARRAYS]
+            parts = [[saved[f"{table}.{name}"] for name in TABLE_ARRAYS] for table in MEMORY_TABLES]
+            num_columns = len(saved["column_clicks"]) - 1
+        return cls(*arrays, *(CountTable(*of_table, num_columns) for of_table in parts))
 
 
 def latest_first(numbers, lengths, width):

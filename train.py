@@ -144,7 +144,7 @@ def replace_model(strategy, model, run, manifest, index, work_dir):
         print(f"nothing to train: {folder / 'model.json'} was made of these records with these constants")
         (folder / "checkpoint.npz").unlink(missing_ok=True)
         return saved["test"]
-    with lost_worker_named():
+    with tensorflow_errors_named():
         counts = count_windows(manifest, ["train"], MEMORY_DECAYS, index, work_dir)
         standing, is_warm = load_standing(saved, run, index, work_dir)
         if is_warm:
@@ -325,7 +325,7 @@ def train_epoch(train_step, batches, epoch, optimizer):
 
 
 @contextlib.contextmanager
-def lost_worker_named():
+def tensorflow_errors_named():
     """Turn what TensorFlow raises where a shard is gone or damaged, or another worker lost, into an InputError."""
     try:
         yield

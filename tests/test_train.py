@@ -305,11 +305,11 @@ def test_records_that_are_rewritten_under_training_end_it_with_one_line(own, tra
 
 
 def test_what_a_lost_worker_raises_is_one_line_in_a_cluster_alone(monkeypatch):
-    with pytest.raises(tf.errors.UnavailableError), train_module.lost_worker_named():
+    with pytest.raises(tf.errors.UnavailableError), train_module.tensorflow_errors_named():
         raise tf.errors.UnavailableError(None, None, "gone")
     config = {"cluster": {"worker": ["a:1", "b:1"]}, "task": {"type": "worker", "index": 1}}
     monkeypatch.setenv("TF_CONFIG", json.dumps(config))
-    with pytest.raises(InputError, match="worker 1 of 2 lost another one"), train_module.lost_worker_named():
+    with pytest.raises(InputError, match="worker 1 of 2 lost another one"), train_module.tensorflow_errors_named():
         raise tf.errors.UnavailableError(None, None, "gone")
 
 
@@ -1024,7 +1024,7 @@ def test_lazy_adam_treats_dense_gradients_as_adam_does():
 # ---------------------------------------------------------------- constants
 
 FIXED = {"PAD", "UNKNOWN", "FIRST_VIDEO", "ENDINGS", "CHAIN", "TASKS_AHEAD", "UNPACKS_TO", "FORMAT", "SPLITS", "LISTS", "WINDOW_SPEC",
-         "PADDED_SHAPES", "DATASET_CONSTANTS", "MODEL_CONSTANTS", "LOSSES", "MODEL_FORMAT", "NO_LOSSES"}  # fmt: skip
+         "PADDED_SHAPES", "DATASET_CONSTANTS", "MODEL_CONSTANTS", "LOSSES", "MODEL_FORMAT", "TABLE_ARRAYS", "MEMORY_ARRAYS", "MEMORY_TABLES", "NO_LOSSES"}  # fmt: skip
 
 
 @pytest.mark.parametrize("script", CHAIN)

@@ -181,6 +181,8 @@ def comparable(outputs):
             same[name] = [line.rpartition(",")[0] for line in data.decode().splitlines()]
         elif name == "model/model.json":
             same[name] = {k: v for k, v in json.loads(data).items() if k not in ("weights", "date", "id")}
+        elif name == "model/projector_config.pbtxt":
+            same[name] = data.partition(b"\n")[2]  # after the model's id
         elif name == "ranking/manifest.jsonl":
             same[name] = {key: value for line in data.splitlines() for key, value in json.loads(line).items()}
         else:
