@@ -244,15 +244,17 @@ def column_table(index, video_clicks, max_len=ITEM_MAX_LEN):
 def video_table(index, max_len=VIDEO_COLUMNS, num_columns=None):
     """Return int32 [videos, max_len]: the columns that show each video, those of fewest videos first, padded.
 
-    Of the index's columns only the first num_columns count, those that a model knows; None: all.
+    A column of one video says nothing more about it. Of the index's columns only the first num_columns count, those that a
+    model knows; None: all.
     """
     table = np.zeros([FIRST_VIDEO + len(index.videos), max_len], np.int32)
     taken, columns = np.zeros(len(table), int), list(enumerate(index.columns.values(), start=1))[:num_columns]
     for number, videos in sorted(columns, key=lambda column: len(column[1])):
-        videos = np.array(videos, int)
-        videos = videos[taken[videos] < max_len]
-        table[videos, taken[videos]] = number
-        taken[videos] += 1
+        if len(videos) > 1:
+            videos = np.array(videos, int)
+            videos = videos[taken[videos] < max_len]
+            table[videos, taken[videos]] = number
+            taken[videos] += 1
     return table
 
 
