@@ -178,12 +178,14 @@ class BST_DSSM(keras.Model):
     """
 
     def __init__(self, num_videos, num_columns, emb_dim=EMB_DIM, num_heads=NUM_HEADS, user_blocks=USER_BLOCKS,
-                 item_blocks=ITEM_BLOCKS, ffn_ratio=FFN_RATIO, dropout=0.0, max_age=None, video_columns=((0,),)):  # fmt: skip
+                 item_blocks=ITEM_BLOCKS, ffn_ratio=FFN_RATIO, dropout=0.0, max_age=None, column_map=True,
+                 video_columns=((0,),)):  # fmt: skip
         super().__init__()
         max_age = USER_MAX_LEN - 2 if max_age is None else max_age
         self.arguments = dict(
             num_videos=num_videos, num_columns=num_columns, emb_dim=emb_dim, num_heads=num_heads,
             user_blocks=user_blocks, item_blocks=item_blocks, ffn_ratio=ffn_ratio, dropout=dropout, max_age=max_age,
+            column_map=column_map,
         )  # fmt: skip
         self.num_videos, self.num_columns = num_videos, num_columns
         self.video_columns = tf.constant(video_columns)
@@ -191,7 +193,8 @@ class BST_DSSM(keras.Model):
         self.column_embedding = self.add_weight((1 + num_columns, emb_dim), small_normal(), name="columns")
         block = dict(dim=emb_dim, num_heads=num_heads, ffn_ratio=ffn_ratio, dropout=dropout)
         self.user_tower = Tower(user_blocks, max_age=max_age, **block)
-        self.column_tower, self.column_map = Tower(item_blocks, **block), dense(emb_dim)
+        self.column_tower = Tower(item_blocks, **block)
+        self.column_map = dense(emb_dim) if column_map else None
         self.scale = self.add_weight(shape=(), initializer=keras.initializers.Constant(INIT_SCALE), name="scale")
         self.repeats = self.add_weight(shape=(max_age + 2,), initializer="zeros", name="repeats")
 
@@ -215,13 +218,15 @@ class BST_DSSM(keras.Model):
     def column_vectors(self, videos, columns, seed=None):
         """Each column's videos [columns, len] and own numbers [columns] -> vectors [columns, dim].
 
-        The mean over the videos' states, a linear map of it, since to be clicked is not to be next, and the column's own
-        embedding, which a column newer than the model lacks.
+        The mean over the videos' states, with column_map a linear map of it, since to be clicked is not to be next, and the
+        column's own embedding, which a column newer than the model lacks.
         """
         mask = videos != PAD
         states = self.column_tower(self.embed_videos(videos), mask, seed)
         mean = tf.reduce_sum(states, axis=1) / tf.maximum(tf.math.count_nonzero(mask, 1, True, states.dtype), 1)
-        return tf.math.l2_normalize(mean + self.column_map(mean) + self.embed_columns(columns), axis=-1)
+        if self.column_map:
+            mean += self.column_map(mean)
+        return tf.math.l2_normalize(mean + self.embed_columns(columns), axis=-1)
 
     def logits(self, users, columns):
         """User vectors [n, dim] and column vectors [columns, dim] -> scaled cosines [n, columns]."""

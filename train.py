@@ -104,9 +104,12 @@ def train(work_dir=WORK_DIR, record_constants=None, epochs=EPOCHS, patience=PATI
     tf.config.experimental.enable_op_determinism()
     manifest, index = load_manifest(work_dir, record_constants)
     dropout, ahead_decay = by_rarity(manifest["report"]["clicks"], len(index.videos))
-    sizes = dict(num_videos=len(index.videos), num_columns=len(index.columns), dropout=dropout)
+    video_columns = video_table(index)
+    of_data = dict(
+        num_videos=len(index.videos), num_columns=len(index.columns), dropout=dropout, column_map=bool(video_columns.any()),
+    )  # fmt: skip
     with strategy.scope():
-        model = build_model(**sizes | arguments, video_columns=video_table(index))
+        model = build_model(**of_data | arguments, video_columns=video_columns)
     constants = dict(
         EPOCHS=epochs, PATIENCE=patience, LEARNING_RATE=learning_rate, LOWEST_RATE=LOWEST_RATE, WARM_START=warm_start,
         WARM_EPOCHS=warm_epochs, WARM_RATE=WARM_RATE, LOSS=loss, AHEAD_DECAY=ahead_decay, SEED=seed, MEMORY=use_memory,

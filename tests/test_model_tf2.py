@@ -179,6 +179,15 @@ def test_logits_are_the_scaled_cosines_and_what_is_learned_for_each_click_in_the
         assert close(logits[user], float(model.scale) * cosines + bonus, 1e-4)
 
 
+def test_without_its_map_a_column_is_the_mean_of_its_videos_and_its_own_embedding(shelves):
+    model = shaken(column_map=False)
+    videos, numbers = shelves
+    states = model.column_tower(model.embed_videos(videos), videos != PAD)
+    mean = tf.reduce_sum(states, axis=1) / tf.maximum(tf.math.count_nonzero(videos, 1, True, tf.float32), 1)
+    expected = tf.math.l2_normalize(mean + model.embed_columns(numbers), axis=-1)
+    assert close(model.column_vectors(videos, numbers), expected, 1e-6)
+
+
 def test_a_model_that_learned_nothing_gives_no_bonus_for_repeats(clicks, shelves):
     model = build_model(num_videos=NUM_VIDEOS, num_columns=NUM_COLUMNS, emb_dim=DIM)
     users, items = model.user_vectors(*clicks).numpy(), model.column_vectors(*shelves).numpy()
@@ -247,7 +256,7 @@ def test_a_model_built_again_from_its_arguments_scores_the_same(model, clicks, s
 
 def test_arguments_name_all_that_the_model_was_built_with():
     given = dict(num_videos=9, num_columns=3, emb_dim=12, num_heads=3, user_blocks=2, item_blocks=0, ffn_ratio=1,
-                 dropout=0.0, max_age=4)  # fmt: skip
+                 dropout=0.0, max_age=4, column_map=False)  # fmt: skip
     assert BST_DSSM(**given).arguments == given
     assert build_model(**given).arguments == given
 
