@@ -1024,7 +1024,7 @@ def seen_today():
 
 
 def test_the_current_columns_are_scored_and_no_retired_one(scorer, grown, memories, seen_today):
-    """Towers, memory, repeats and mix, each by the plain functions above on all columns."""
+    """Towers, memory, repeats and mix, each by the plain functions above on all columns; without a click, popularity."""
     assert scorer.numbers.tolist() == CURRENT and scorer.is_remembered.tolist() == [1, 1, 1, 1, 0, 0]
     longest = max(map(len, grown.columns.values()))
     clicks = memories[0.6].video_clicks
@@ -1042,6 +1042,8 @@ def test_the_current_columns_are_scored_and_no_retired_one(scorer, grown, memori
     assert np.array_equal(scorer.clicked(seen_today[1]), clicked)
     by = BY._replace(memory_weight=0.4, repeat=0.5)
     expected = mixed_of(logits, remembered, np.array([1.0, 1, 1, 1, 0, 0]), clicked, by)
+    popular = np.append(memories[0.6].column_clicks[CURRENT[:4]], [0, 0]) + 0.5
+    expected[3] = popular / popular.sum()  # the last user has no click
     probabilities = scorer.probabilities(*seen_today, by)
     assert close(probabilities, expected, 1e-5)
     assert close(probabilities.sum(axis=1), 1, 1e-9)
