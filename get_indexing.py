@@ -662,13 +662,9 @@ def map_on_workers(function, tasks, num_workers):
         cure = "set NUM_WORKERS = 1 in get_indexing.py"
         raise InputError(f"no worker process can be had, for lack of /dev/shm perhaps ({error}); {cure}") from error
     try:
-        # A signal that comes while workers are started waits; they inherit that, and leave Ctrl-C to this process.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-        try:
-            first, rest = tasks[: TASKS_AHEAD * num_workers], tasks[TASKS_AHEAD * num_workers :]
+        first, rest = tasks[: TASKS_AHEAD * num_workers], tasks[TASKS_AHEAD * num_workers :]
+        with signals_waiting():
             waiting = collections.deque(pool.submit(run_task, task) for task in first)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         yield in_turn(pool, waiting, rest)
     except BrokenProcessPool as error:
         died = "a worker process died, for lack of memory perhaps"
@@ -679,6 +675,26 @@ def map_on_workers(function, tasks, num_workers):
                 process.kill()
         pool._result_queue._writer.close()  # else half a result, of a killed worker, would be waited for
         pool.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def signals_waiting():
+    """Let SIGINT and SIGTERM, whichever thread they reach, wait for the end of the block, in which workers are started.
+
+    The workers inherit that they are blocked, and leave Ctrl-C to this process.
+    """
+    came, in_main = [], threading.current_thread() is threading.main_thread()
+    numbers = (signal.SIGINT, signal.SIGTERM) if in_main else ()  # Python handles them in the main thread alone
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    handlers = [signal.signal(number, lambda number, _: came.append(number)) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, handlers, strict=True):
+            signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for number in came:
+            signal.raise_signal(number)
 
 
 def in_turn(pool, waiting, tasks):

@@ -10,8 +10,10 @@ import json
 import multiprocessing.synchronize
 import os
 import random
+import signal
 import subprocess
 import sys
+import threading
 import time
 import tracemalloc
 from concurrent.futures import Future
@@ -32,6 +34,7 @@ from get_indexing import (
     own_clicks,
     read_lines,
     read_records,
+    signals_waiting,
     split_click,
 )
 
@@ -698,6 +701,26 @@ def test_an_error_while_workers_write_large_results_ends_at_once():
     done = subprocess.run([sys.executable, "-c", f"if __name__ == '__main__':\n  exec({code!r})"], env=environment,
                           capture_output=True, text=True, timeout=60, check=False)  # fmt: skip
     assert done.returncode and "KeyboardInterrupt" in done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_waits_until_the_workers_are_started_whichever_thread_it_reaches(number):
+    """An unblocked thread takes it at once, and Python's handler then runs in the main thread all the same."""
+    ended, handled = [], []
+    former = signal.signal(number, lambda *_: handled.append(list(ended)))
+    awake = threading.Event()
+    other = threading.Thread(target=awake.wait)
+    other.start()
+    try:
+        with signals_waiting():
+            os.kill(os.getpid(), number)
+            sum(range(100_000))  # time for the handler, were it not put off
+            ended.append("block")
+        assert handled == [["block"]]
+    finally:
+        awake.set()
+        other.join()
+        signal.signal(number, former)
 
 
 def test_tasks_are_handed_out_as_results_are_taken():
