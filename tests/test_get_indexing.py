@@ -14,7 +14,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 import tracemalloc
 from concurrent.futures import Future
 from pathlib import Path
@@ -745,13 +744,17 @@ def test_tasks_are_handed_out_as_results_are_taken():
 
 
 def test_the_callers_own_processes_are_left_alone():
-    own = multiprocessing.get_context("spawn").Process(target=time.sleep, args=[60])
+    spawn = multiprocessing.get_context("spawn")
+    never = spawn.Event()
+    own = spawn.Process(target=never.wait)
     own.start()
-    with map_files(abs, [-1, -2], "count", 2) as results:
-        assert list(results) == [1, 2]
-    assert multiprocessing.active_children() == [own]
-    own.kill()
-    own.join()
+    try:
+        with map_files(abs, [-1, -2], "count", 2) as results:
+            assert list(results) == [1, 2]
+        assert multiprocessing.active_children() == [own]
+    finally:
+        own.kill()
+        own.join()
 
 
 def test_an_error_in_a_worker_is_raised_here():
