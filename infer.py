@@ -262,7 +262,7 @@ class Ranker:
 
         The logarithm of a probability is the score that the ranking files hold.
         """
-        (places,), (costs,) = best_first(self.scores([self.encoder.encode(clicks)]), top_k)
+        (places,), (costs,) = best_first(self.scores([self.encode(clicks)]), top_k)
         probabilities = np.exp(np.array(costs) / -(10.0**DECIMALS)).tolist()
         return list(zip(map(self.cids.__getitem__, places), probabilities, strict=True))
 
@@ -273,7 +273,7 @@ class Ranker:
         again: what a click does is how much the log probability of a column falls without it. So it holds for all parts of
         the model together.
         """
-        history = [numbers[-self.user_max_len - 1 :] for numbers in self.encoder.encode(clicks)]
+        history = self.encode(clicks, self.user_max_len + 1)
         first = max(0, len(history[0]) - self.user_max_len)
         without = [[numbers[:i] + numbers[i + 1 :] for numbers in history] for i in range(first, len(history[0]))]
         scores = self.scores([history, *without])
@@ -291,6 +291,10 @@ class Ranker:
             return [None] * len(self.cids)
         towers, memory = (part[0] for part in self.scorer.parts(*padded, self.mix))
         return ((1 - weight) * towers / ((1 - weight) * towers + weight * memory)).tolist()
+
+    def encode(self, clicks, number=None):
+        """Return (videos, columns) of the last clicks: as many as are read, or another number."""
+        return self.encoder.encode(clicks[-(number or self.user_max_len) :])
 
     def scores(self, histories):
         """Return log probabilities float64 [n, current columns] of encoded histories, n pairs (videos, columns)."""
@@ -314,7 +318,7 @@ class Ranker:
 
     def lines(self, users, top_k=TOP_K):
         """Yield the output line of each of users, a list of (uid, clicks)."""
-        histories = [self.encoder.encode(clicks) for _, clicks in users]
+        histories = [self.encode(clicks) for _, clicks in users]
         best, known = best_first(self.scores(histories), top_k), self.scorer.is_known(*self.padded(histories))
         for (uid, _), is_known, *of_user in zip(users, known, *best, strict=True):
             columns, scores = (

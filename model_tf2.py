@@ -539,6 +539,8 @@ class CountTable:
 
     def weighted_rows(self, rows, weights):
         """Return sum_j weights[i, j] * row(rows[i, j]), float64 [n, columns], of rows and weights [n, h]."""
+        if self.matrix is not None and rows.size < len(self.totals):
+            return (weights[:, None] @ self.matrix[rows])[:, 0]
         if self.matrix is not None:
             return sum_by_place(rows, weights, len(self.totals)) @ self.matrix
         starts, lengths = self.offsets[rows].ravel(), (self.offsets[rows + 1] - self.offsets[rows]).ravel()

@@ -607,6 +607,12 @@ def test_a_table_gives_its_rows_weighted_and_keeps_the_totals_of_what_it_dropped
     wanted, weights = rng.integers(0, 6, [4, 7]), rng.normal(0, 1, [4, 7])
     expected = np.einsum("nh,nhc->nc", weights, kept[wanted])
     assert close(table.weighted_rows(wanted, weights), expected, 1e-12)
+    for few in (1, 5):  # of a single user, fewer than the table has
+        assert close(
+            table.weighted_rows(wanted[:1, :few], weights[:1, :few]),
+            (weights[0, :few] @ kept[wanted[0, :few]])[None],
+            1e-12,
+        )
     assert table.weighted_rows(wanted[:, :0], weights[:, :0]).tolist() == np.zeros([4, 4]).tolist()
 
 
