@@ -262,7 +262,7 @@ class Ranker:
 
         The logarithm of a probability is the score that the ranking files hold.
         """
-        (places,), (costs,) = best_first(self.scores([self.encode(clicks)]), top_k)
+        (places,), (costs,) = best_first(self.scores(*self.padded([self.encode(clicks)])), top_k)
         probabilities = np.exp(np.array(costs) / -(10.0**DECIMALS)).tolist()
         return list(zip(map(self.cids.__getitem__, places), probabilities, strict=True))
 
@@ -276,29 +276,29 @@ class Ranker:
         history = self.encode(clicks, self.user_max_len + 1)
         first = max(0, len(history[0]) - self.user_max_len)
         without = [[numbers[:i] + numbers[i + 1 :] for numbers in history] for i in range(first, len(history[0]))]
-        scores = self.scores([history, *without])
+        padded = self.padded([history, *without])
+        scores, of_towers = self.scores(*padded), self.share_of_towers(*padded[:, :1])
         effects, unread = scores[0] - scores[1:], [0.0] * (len(clicks) - len(without))
-        of_towers, ((places,), _) = self.share_of_towers(history), best_first(scores[:1], top_k)
+        (places,), _ = best_first(scores[:1], top_k)
         return [
             Reason(self.cids[place], math.exp(scores[0, place]), of_towers[place], unread + effects[:, place].tolist())
             for place in places
         ]
 
-    def share_of_towers(self, history):
-        """Return which share of each current column's probability the towers give, a list; None where it is popularity."""
-        padded, weight = self.padded([history]), self.mix.memory_weight
-        if not self.scorer.is_known(*padded)[0]:
+    def share_of_towers(self, videos, columns):
+        """Return which share of each current column's probability the towers give one user, a list; None: popularity."""
+        if not self.scorer.is_known(videos, columns)[0]:
             return [None] * len(self.cids)
-        towers, memory = (part[0] for part in self.scorer.parts(*padded, self.mix))
-        return ((1 - weight) * towers / ((1 - weight) * towers + weight * memory)).tolist()
+        weight, (towers, memory) = self.mix.memory_weight, self.scorer.parts(videos, columns, self.mix)
+        return ((1 - weight) * towers / ((1 - weight) * towers + weight * memory))[0].tolist()
 
     def encode(self, clicks, number=None):
         """Return (videos, columns) of the last clicks: as many as are read, or another number."""
         return self.encoder.encode(clicks[-(number or self.user_max_len) :])
 
-    def scores(self, histories):
-        """Return log probabilities float64 [n, current columns] of encoded histories, n pairs (videos, columns)."""
-        scores = np.log(self.scorer.probabilities(*self.padded(histories), self.mix))
+    def scores(self, videos, columns):
+        """Return log probabilities float64 [n, current columns] of padded histories."""
+        scores = np.log(self.scorer.probabilities(videos, columns, self.mix))
         if not np.isfinite(scores).all():
             raise InputError("the model gives scores that are not finite; run train.py again")
         return scores
@@ -318,8 +318,8 @@ class Ranker:
 
     def lines(self, users, top_k=TOP_K):
         """Yield the output line of each of users, a list of (uid, clicks)."""
-        histories = [self.encode(clicks) for _, clicks in users]
-        best, known = best_first(self.scores(histories), top_k), self.scorer.is_known(*self.padded(histories))
+        padded = self.padded([self.encode(clicks) for _, clicks in users])
+        best, known = best_first(self.scores(*padded), top_k), self.scorer.is_known(*padded)
         for (uid, _), is_known, *of_user in zip(users, known, *best, strict=True):
             columns, scores = (
                 ", ".join(map(texts.__getitem__, of)) for texts, of in zip(self.texts, of_user, strict=True)

@@ -143,6 +143,8 @@ def replace_model(strategy, model, run, manifest, index, work_dir):
     if is_first():
         remove_leftovers(folder)
     saved = standing_model(folder)
+    if saved:
+        end_publishing(folder, saved)  # of a run that was killed then
     if saved and saved["run"] == run:
         print(f"nothing to train: {folder / 'model.json'} was made of these records with these constants")
         (folder / "checkpoint.npz").unlink(missing_ok=True)
@@ -663,16 +665,14 @@ def damage_named(path):
 
 
 def standing_model(folder):
-    """Return what model.json says, None where no whole model of today's format stands; end what a killed run left to do."""
+    """Return what model.json says, None where no whole model of today's format stands."""
     try:
-        saved = load_saved(folder)
+        return load_saved(folder)
     except FileNotFoundError:
         return None
     except InputError as error:
         print(error, file=sys.stderr)
         return None
-    end_publishing(folder, saved)
-    return saved
 
 
 def load_standing(saved, run, index, work_dir):

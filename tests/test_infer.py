@@ -177,7 +177,7 @@ def test_a_column_newer_than_the_model_gets_what_the_towers_say_whatever_the_wei
     videos = np.array([ranker.encoder.encode(["t0a-1", "t0b-2"])[0]])
     logits = ranker.scorer.towers(videos, np.zeros_like(videos)).astype(float) / ranker.mix.temperature
     expected = np.exp(logits) / np.exp(logits).sum()
-    scores = ranker.scores([(videos[0], np.zeros(2, int))])
+    scores = ranker.scores(*ranker.padded([(videos[0], np.zeros(2, int))]))
     assert len(scores[0]) == 13 and np.exp(scores[0, 12]) == pytest.approx(expected[0, 12], rel=1e-5)
     assert not np.allclose(np.exp(scores[0, :12]), expected[0, :12], rtol=0.05)
 
@@ -240,7 +240,7 @@ def test_the_ranks_in_test_csv_are_those_that_serving_gives_with_the_memory_of_t
         target, before = clicks[place].split("_")[1], clicks[:place]
         assert (row["target"], row["history"]) == (target, str(place))
         assert row["clicked_before"] == str(int(any(click.endswith(f"_{target}") for click in before)))
-        scores = ranker.scores([ranker.encoder.encode(before)])[0]
+        scores = ranker.scores(*ranker.padded([ranker.encoder.encode(before)]))[0]
         best = sorted(order, key=lambda cid: (-scores[order.index(cid)], order.index(cid)))
         assert row["mix"] == str(1 + best.index(target))
 
@@ -253,7 +253,7 @@ def draw(uid):
 def test_a_user_without_a_known_click_is_evaluated_as_ranked_by_popularity(trained):
     ranker, unknown = Ranker(trained / "work"), np.array([[1, 1, 0]])
     evaluated = ranker.scorer.probabilities(unknown, np.zeros_like(unknown), ranker.mix)
-    assert np.allclose(np.log(evaluated), ranker.scores([([1, 1], [0, 0])]))
+    assert np.allclose(np.log(evaluated), ranker.scores(*ranker.padded([([1, 1], [0, 0])])))
     clicks = ranker.scorer.memory.column_clicks[1:] + 0.5
     assert np.allclose(evaluated, clicks / clicks.sum())
 
@@ -269,9 +269,9 @@ def test_the_explanation_of_a_history_of_any_length_reads_its_last_clicks_alone(
 def test_a_long_history_is_ranked_by_its_last_clicks(trained):
     ranker, rng = Ranker(trained / "work"), np.random.default_rng(32)
     videos, columns = rng.integers(2, 62, 200), rng.integers(0, 13, 200)
-    whole = ranker.scores([(videos, columns)])
-    assert np.allclose(whole, ranker.scores([(videos[-50:], columns[-50:])]), atol=1e-6)
-    assert not np.allclose(whole, ranker.scores([(videos[:50], columns[:50])]), atol=1e-3)
+    whole = ranker.scores(*ranker.padded([(videos, columns)]))
+    assert np.allclose(whole, ranker.scores(*ranker.padded([(videos[-50:], columns[-50:])])), atol=1e-6)
+    assert not np.allclose(whole, ranker.scores(*ranker.padded([(videos[:50], columns[:50])])), atol=1e-3)
 
 
 def assert_equal_rankings(some, others):

@@ -65,7 +65,7 @@ def parts_alone(work_dir, clicks_path):
     cids = np.array(list(index.columns))
     users = list(itertools.islice(read_records(Tally(str(clicks_path)), parse_clicks), 512))
     histories = [ranker.encoder.encode(clicks) for _, clicks in users]
-    scores = ranker.scores(histories)
+    scores = ranker.scores(*ranker.padded(histories))
     order = np.argsort(-scores)
     lists = cids[order].tolist(), np.take_along_axis(scores, order, 1).round(4).tolist()
 
@@ -78,7 +78,7 @@ def parts_alone(work_dir, clicks_path):
     text = as_json()
     parts = in_turn(
         5,
-        encode=lambda: ranker.scores([ranker.encoder.encode(clicks) for _, clicks in users]),
+        encode=lambda: ranker.scores(*ranker.padded([ranker.encode(clicks) for _, clicks in users])),
         sort=lambda: np.argsort(-scores),
         json=as_json,
         gzip=lambda: zlib.compress(text, 1),
