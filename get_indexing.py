@@ -301,10 +301,10 @@ class Tally:
     def __init__(self, path, digest=0):
         self.path, self.lines, self.skipped, self.first, self.digest = path, 0, collections.Counter(), [], digest
 
-    def count(self, line, place):
-        """Count a line, bytes that begin at that place of the file."""
+    def count(self, line, offset):
+        """Count a line, bytes that begin at that offset of the file."""
         self.lines += 1
-        digest = hashlib.blake2b(line, digest_size=32, salt=place.to_bytes(16, "big")).digest()
+        digest = hashlib.blake2b(line, digest_size=32, salt=offset.to_bytes(16, "big")).digest()
         self.digest = (self.digest + int.from_bytes(digest, "big")) % (1 << 256)
 
     def skip(self, reason):
@@ -436,8 +436,8 @@ def read_clicks(ranges, tallies):
 
 def read_records(tally, parse, file_range=None):
     """Yield parse(record) of the good lines of a FileRange, of the whole tally.path without; all count in the tally."""
-    for line, place in read_lines(file_range or FileRange(tally.path)):
-        tally.count(line, place)
+    for line, offset in read_lines(file_range or FileRange(tally.path)):
+        tally.count(line, offset)
         try:
             if len(line) > MAX_LINE_BYTES:
                 raise BadLine("too long")
@@ -461,7 +461,7 @@ def read_records(tally, parse, file_range=None):
 
 
 def read_lines(file_range):
-    """Yield (line, place in the file) of a FileRange, as bytes; of a line over MAX_LINE_BYTES only its beginning."""
+    """Yield (line, offset in the file) of a FileRange, as bytes; of a line over MAX_LINE_BYTES only its beginning."""
     path, start, end = file_range
     end = math.inf if end is None else end
     if path.endswith(".gz") and not os.path.getsize(path):
@@ -773,8 +773,8 @@ def count_cores():
 # ---------------------------------------------------------------- toolbox: running
 
 
-def cluster_place():
-    """Return (this process's place, number of processes) in the training cluster of TF_CONFIG; (0, 1) without one."""
+def cluster_worker():
+    """Return (this process's number, how many there are) in the training cluster of TF_CONFIG; (0, 1) without one."""
     try:
         config = json.loads(os.environ.get("TF_CONFIG") or "{}")
         cluster, task = config.get("cluster"), config.get("task", {})
@@ -824,7 +824,7 @@ def open_closed_streams():
 def only_one(name, work_dir):
     """Let no second script of this name work in work_dir meanwhile; each worker of a cluster is one of its own."""
     work_dir.mkdir(parents=True, exist_ok=True)
-    with open(work_dir / f".{name}{cluster_place()[0] or ''}.lock", "w") as lock:
+    with open(work_dir / f".{name}{cluster_worker()[0] or ''}.lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

@@ -188,8 +188,8 @@ def read_digests(ranges):
     tallies = []
     for file_range in ranges:
         tallies.append(Tally(file_range.path))
-        for line, place in read_lines(file_range):
-            tallies[-1].count(line, place)
+        for line, offset in read_lines(file_range):
+            tallies[-1].count(line, offset)
     return tallies
 
 

@@ -336,7 +336,7 @@ def training_loss(model, batch, kind=LOSS, ahead_decay=0.0, aux_weight=AUX_WEIGH
 def column_loss(model, users, windows, kind, ahead_decay, seed):
     """Return the summed loss, a scalar, of the columns clicked next among the candidates, given users [batch, len, dim].
 
-    A click after the next one is a target too, by a share of ahead_decay against the one before.
+    A click after the next one is a target too, with a weight of ahead_decay against the one before.
     """
     targets = tf.where(windows["target_column"][..., 0] > 0)  # [n, 2]: window, place
     numbers, items = (tf.gather_nd(windows[name], targets) for name in ("target_column", "target_item"))  # [n, ahead]
@@ -351,8 +351,8 @@ def column_loss(model, users, windows, kind, ahead_decay, seed):
     own += tf.reduce_sum(tf.where(again, model.repeat_of(ages)[:, None], 0.0), axis=2)
     others = model.add_repeats(model.logits(of_target, vectors[-drawn:]), candidates, before, ages)
     others = tf.where(numbers[:, :1] == candidates, -1e9, others)
-    shares = tf.where(numbers > 0, ahead_decay ** tf.range(numbers.shape[1], dtype=tf.float32), 0.0)
-    return candidate_loss(own, shares, others, windows["item_log_prob"], kind)
+    weights = tf.where(numbers > 0, ahead_decay ** tf.range(numbers.shape[1], dtype=tf.float32), 0.0)
+    return candidate_loss(own, weights, others, windows["item_log_prob"], kind)
 
 
 def video_loss(model, users, windows, kind, seed):
@@ -374,21 +374,21 @@ def count(mask):
     return tf.reduce_sum(tf.cast(mask, tf.float32))
 
 
-def candidate_loss(own, shares, others, log_prob, kind=LOSS):
+def candidate_loss(own, weights, others, log_prob, kind=LOSS):
     """Return the sum of the losses of targets, a scalar: own [n, ahead] are their logits, others [n, m] the candidates'.
 
-    A target is what is clicked next and, by their shares [n, ahead], what is clicked after that. log_prob [m] is the log of
+    A target is what is clicked next and, by their weights [n, ahead], what is clicked after that. log_prob [m] is the log of
     how often a candidate is drawn. Each is weighted by the inverse of that, so that a sample stands for all (Bengio and
     Senecal 2008). "softmax" is the cross-entropy over the next and the others, "bce" the sum of their binary
     cross-entropies. A logit of -1e9 leaves a candidate out.
     """
-    shares /= tf.reduce_sum(shares, axis=1, keepdims=True)
+    weights /= tf.reduce_sum(weights, axis=1, keepdims=True)
     if kind == "softmax":
         logits = tf.concat([own[:, :1], others - log_prob], axis=1)
         losses = tf.nn.sparse_softmax_cross_entropy_with_logits(tf.zeros_like(own[:, 0], tf.int32), logits)
-        losses += own[:, 0] - tf.reduce_sum(shares * own, axis=1)
+        losses += own[:, 0] - tf.reduce_sum(weights * own, axis=1)
     else:
-        losses = tf.reduce_sum(shares * tf.nn.softplus(-own), axis=1)
+        losses = tf.reduce_sum(weights * tf.nn.softplus(-own), axis=1)
         losses += tf.reduce_sum(tf.nn.softplus(others) * tf.exp(-log_prob), axis=1)
     return tf.reduce_sum(losses)
 
@@ -456,10 +456,10 @@ def count_windows(manifest, splits, decays, index, work_dir=WORK_DIR, num_worker
     max_lag = min(MAX_LAG, manifest["constants"]["WINDOW_OVERLAP"])
     count_task = functools.partial(count_shards, decays=decays, max_lag=max_lag, size=size)
     with map_files(count_task, tasks, "count", num_workers) as results:
-        return add_up(results, len(decays), size)
+        return sum_counts(results, len(decays), size)
 
 
-def add_up(counts, num_decays, size):
+def sum_counts(counts, num_decays, size):
     """Return the sum of many Counts, taken as they come; those of like size are added first, so each a few times only."""
     widths = (1, float), (num_decays, np.float32), (1, float)
     sums = [Counts(*(Pairs(np.zeros(0, np.int64), np.zeros([0, width], dtype)) for width, dtype in widths))]
@@ -480,7 +480,7 @@ def bounded(counts, size):
 def count_shards(paths, decays, max_lag, size):
     """Return the Counts of the windows of shards, of pairs up to max_lag clicks apart; size is the number of columns + 1."""
     blocks = (count_block(block, decays, max_lag, size) for block in read_windows(paths, COUNT_BLOCK))
-    return add_up(blocks, len(decays), size)
+    return sum_counts(blocks, len(decays), size)
 
 
 def count_block(block, decays, max_lag, size):
@@ -578,7 +578,7 @@ class Mix(NamedTuple):
         return {"decay": self.decay, "memory_weight": self.memory_weight, "repeat": self.repeat}
 
 
-def share_out(logits, remembered, is_remembered, temperature=TEMPERATURE):
+def to_probabilities(logits, remembered, is_remembered, temperature=TEMPERATURE):
     """Return the probabilities of the towers and those of the memory, two of [n, columns].
 
     The memory shares out what the towers give the columns that it knows, is_remembered [columns]. A column newer than
@@ -640,12 +640,12 @@ class Memory:
         """Return float64 [n, columns] for histories [n, h] of videos and columns, latest first, 0 padded, by a Mix."""
         videos = np.where(videos < len(self.video_column), videos, UNKNOWN)
         weights = np.where(videos != PAD, by.video_decay ** np.arange(videos.shape[1]), 0)
-        share = weights / (self.by_video.totals[videos] + by.video_backoff)
-        scores = self.by_video.weighted_rows(videos, share)
+        per_count = weights / (self.by_video.totals[videos] + by.video_backoff)
+        scores = self.by_video.weighted_rows(videos, per_count)
         column = np.where(self.video_column[videos] > 0, self.video_column[videos], self.known(columns))
-        share *= by.video_backoff / (self.by_column.totals[column] + by.column_backoff)
-        scores += self.by_column.weighted_rows(column, share)
-        popular = (by.column_backoff * share - by.popularity_discount * weights).sum(axis=1, keepdims=True)
+        per_count *= by.video_backoff / (self.by_column.totals[column] + by.column_backoff)
+        scores += self.by_column.weighted_rows(column, per_count)
+        popular = (by.column_backoff * per_count - by.popularity_discount * weights).sum(axis=1, keepdims=True)
         return scores + popular * self.popularity
 
     def known(self, columns):
@@ -692,7 +692,7 @@ class Scorer:
 
         numbers, dim = tf.TensorSpec([None, None], tf.int32), model.column_embedding.shape[1]
 
-        @tf.function(input_signature=[numbers, numbers, tf.TensorSpec([len(self.numbers), dim])])
+        @tf.function(input_signature=[numbers, numbers, tf.TensorSpec([len(self.numbers), dim])], autograph=False)
         def logits(videos, columns, vectors):
             users = model.user_vectors(videos, columns)
             return model.next_logits(users, videos, columns, vectors, self.numbers)
@@ -737,7 +737,7 @@ class Scorer:
         """
         logits, remembered = self.towers(videos, columns), self.remembered(videos, columns, by, memory)
         clicks, known = self.of_current(self.memory.column_clicks[None, 1:]) + 0.5, self.is_known(videos, columns)
-        parts = share_out(logits, remembered, self.is_remembered, by.temperature)
+        parts = to_probabilities(logits, remembered, self.is_remembered, by.temperature)
         return [np.where(known[:, None], part, clicks / clicks.sum()) for part in parts]
 
     def rankable(self, users):

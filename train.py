@@ -39,7 +39,7 @@ from get_dataset import (
 )  # fmt: skip
 from get_indexing import (
     DATA_DIR, ENDINGS, FIRST_VIDEO, WORK_DIR,
-    InputError, a_number, a_tuple_of, a_whole_number, check_same, cluster_place, file_fingerprint, fingerprint,
+    InputError, a_number, a_tuple_of, a_whole_number, check_same, cluster_worker, file_fingerprint, fingerprint,
     load_index, one_of, progress, read_json, read_names, remove_leftovers, replacing, run_script, write_json,
 )  # fmt: skip
 from model_tf2 import (
@@ -166,17 +166,17 @@ def replace_model(strategy, model, run, manifest, index, work_dir):
 
 def is_first():
     """Return whether this process is the one that writes: the only one, or the first of its cluster."""
-    return cluster_place()[0] == 0
+    return cluster_worker()[0] == 0
 
 
 def make_strategy():
     """Return how to train: on the cluster of TF_CONFIG, on all GPUs of this machine, or on its one device."""
     for gpu in tf.config.list_physical_devices("GPU"):
         tf.config.experimental.set_memory_growth(gpu, True)
-    place, places = cluster_place()
-    if places > 1:
+    worker, workers = cluster_worker()
+    if workers > 1:
         print(
-            f"worker {place} waits for all {places} of TF_CONFIG; after {CLUSTER_TIMEOUT} s an alarm ends it",
+            f"worker {worker} waits for all {workers} of TF_CONFIG; after {CLUSTER_TIMEOUT} s an alarm ends it",
             file=sys.stderr,
         )
         signal.alarm(CLUSTER_TIMEOUT)  # TensorFlow itself waits for ever, and lets no other thread run
@@ -306,7 +306,7 @@ def make_train_step(strategy, model, optimizer, batch_spec, ahead_decay, loss):
         optimizer.apply(tape.gradient(losses[0], model.trainable_variables))
         return tf.stack(losses)
 
-    @tf.function(input_signature=[batch_spec])
+    @tf.function(input_signature=[batch_spec], autograph=False)  # no Python branches on tensors; a third of the tracing
     def train_step(batch):
         losses = strategy.reduce("SUM", strategy.run(replica_step, args=(batch,)), axis=None)
         return tf.concat([losses, [tf.reduce_sum(batch["label"])]], axis=0)
@@ -340,21 +340,21 @@ def tensorflow_errors_named():
             "train.py again"
         ) from error
     except tf.errors.OpError as error:
-        place, places = cluster_place()
-        if places == 1:
+        worker, workers = cluster_worker()
+        if workers == 1:
             raise
         raise InputError(
-            f"worker {place} of {places} lost another one ({type(error).__name__}); start all workers again, and they go on "
+            f"worker {worker} of {workers} lost another one ({type(error).__name__}); start all workers again, and they go on "
             "after the last finished epoch"
         ) from error
 
 
 def agreed(strategy, metrics):
     """Return the first worker's metrics in every worker of a cluster: all must end at the same epoch."""
-    place, places = cluster_place()
-    if places == 1:
+    worker, workers = cluster_worker()
+    if workers == 1:
         return metrics
-    per_replica = places / strategy.num_replicas_in_sync if place == 0 else 0.0  # a worker may have several replicas
+    per_replica = workers / strategy.num_replicas_in_sync if worker == 0 else 0.0  # a worker may have several replicas
     values = tf.constant([value * per_replica for value in metrics.values()], tf.float64)
     parts = strategy.experimental_distribute_values_from_function(lambda _: values)
     return dict(zip(metrics, strategy.reduce("SUM", parts, axis=None).numpy().tolist(), strict=True))

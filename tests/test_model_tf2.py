@@ -27,7 +27,7 @@ from model_tf2 import (
     count_windows,
     latest_first,
     mix,
-    share_out,
+    to_probabilities,
     training_loss,
 )
 
@@ -907,7 +907,7 @@ WEIGHTS = pytest.mark.parametrize("weight", [0.0, 0.3, 0.8, 1.0])
 
 
 def mixed_of(logits, remembered, is_remembered, clicked, by):
-    return mix(*share_out(logits, remembered, is_remembered, by.temperature), clicked, by)
+    return mix(*to_probabilities(logits, remembered, is_remembered, by.temperature), clicked, by)
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ import get_indexing as toolbox
 import model_tf2
 import train as train_module
 from get_dataset import DATASET_CONSTANTS, held_out, load_manifest
-from get_indexing import CHAIN, FIRST_VIDEO, Index, InputError, cluster_place, get_indexing, load_index
+from get_indexing import CHAIN, FIRST_VIDEO, Index, InputError, cluster_worker, get_indexing, load_index
 from get_tfrecord import get_tfrecord, record_constants
 from model_tf2 import MODEL_CONSTANTS, Memory, Mix, Scorer, build_model, count_windows
 from train import (
@@ -291,7 +291,7 @@ def test_the_printed_table_shows_intervals_slices_and_notes(trained):
 def test_the_chief_comes_before_the_workers(monkeypatch, kind, number, place):
     cluster = {"worker": ["a:1", "b:1"], "chief": ["c:1"]}
     monkeypatch.setenv("TF_CONFIG", json.dumps({"cluster": cluster, "task": {"type": kind, "index": number}}))
-    assert cluster_place() == place
+    assert cluster_worker() == place
 
 
 def test_records_that_are_rewritten_under_training_end_it_with_one_line(own, trained, monkeypatch):
