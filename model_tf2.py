@@ -263,10 +263,12 @@ class BST_DSSM(keras.Model):
 
         One beyond the vocabulary has the embedding of an unknown one, and its columns.
         """
-        own = look_up(self.video_embedding, tf.where(videos < FIRST_VIDEO + self.num_videos, videos, UNKNOWN))
-        columns = tf.gather(self.video_columns, tf.where(videos < len(self.video_columns), videos, PAD))
+        distinct, place = tf.unique(tf.reshape(videos, [-1]))  # of each video its columns are looked up once
+        own = look_up(self.video_embedding, tf.where(distinct < FIRST_VIDEO + self.num_videos, distinct, UNKNOWN))
+        columns = tf.gather(self.video_columns, tf.where(distinct < len(self.video_columns), distinct, PAD))
         shown_in = tf.maximum(tf.math.count_nonzero(columns, axis=-1, keepdims=True, dtype=own.dtype), 1)
-        return own + tf.reduce_sum(self.embed_columns(columns), axis=-2) / shown_in
+        embedded = own + tf.reduce_sum(self.embed_columns(columns), axis=-2) / shown_in
+        return tf.gather(embedded, tf.reshape(place, tf.shape(videos)))
 
     def embed_columns(self, columns):
         """Column numbers -> embeddings; zeros for no column and for one newer than the model."""

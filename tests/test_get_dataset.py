@@ -194,8 +194,8 @@ def test_the_length_of_the_dataset_of_records_is_known(tmp_path, chain):
 
 def test_a_batch_has_about_the_positions_asked_for_and_windows_of_like_length(monkeypatch):
     lengths = [9, 9, *[10] * 49]  # ten windows of each length from 2 to 50; those of one click are no one's
-    # 30, 30, 60, 120 and 250 windows of up to 4, 7, 13, 25 and 50 clicks: a hundredth of the places is 166.
-    assert bucket_windows(lengths) == ([4, 7, 13, 25, 50], [41, 23, 12, 6, 3], 1 + 2 + 5 + 20 + 84)
+    # 30, 30, 60, 120 and 250 windows of up to 4, 7, 13, 25 and 50 clicks: a 150th of the places is 110.
+    assert bucket_windows(lengths) == ([4, 7, 13, 25, 50], [27, 15, 8, 4, 2], 2 + 2 + 8 + 30 + 125)
     monkeypatch.setattr(script, "BATCH_POSITIONS", 100)
     assert bucket_windows(lengths) == ([4, 7, 13, 25, 50], [25, 14, 7, 4, 2], 2 + 3 + 9 + 30 + 125)
     assert bucket_windows([0, 0, 5])[1:] == ([1, 1], 5)  # little data gets small batches
