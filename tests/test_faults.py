@@ -356,7 +356,7 @@ def test_what_a_run_killed_right_after_its_model_counted_left_to_do_is_done_by_t
             publish_into(model)
     former = json.loads((folder / "data/work/model/metrics.json").read_text())
     assert json.loads((model / "metrics.json").read_text()) == former
-    train(folder / "data/work", warm_epochs=1, seed=2)  # there is nothing to train, and this is left to do
+    train(tmp_path / "work", warm_epochs=1, seed=2)  # there is nothing to train, and this is left to do
     assert_published(model, json.loads((model / "model.json").read_text()))
 
 
