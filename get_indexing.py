@@ -406,14 +406,19 @@ def cut_files(paths, range_bytes=None):
 
     A large file is cut, small ones are put together, and a compressed one stays whole.
     """
-    range_bytes, tasks, room = range_bytes or RANGE_BYTES, [], 0
-    for path in paths:
-        for file_range, size in cut_file(path, range_bytes):
-            if not tasks or size > room:
-                tasks.append([])
-                room = range_bytes
-            tasks[-1].append(file_range)
-            room -= size
+    range_bytes = range_bytes or RANGE_BYTES
+    return put_together((part for path in paths for part in cut_file(path, range_bytes)), range_bytes)
+
+
+def put_together(sized, task_bytes):
+    """Return lists of the items of (item, bytes), in order, of task_bytes or so between them."""
+    tasks, room = [], 0
+    for item, size in sized:
+        if not tasks or size > room:
+            tasks.append([])
+            room = task_bytes
+        tasks[-1].append(item)
+        room -= size
     return tasks
 
 
@@ -513,11 +518,11 @@ def replacing(path, durable=True):
         temporary.unlink(missing_ok=True)
 
 
-def remove_leftovers(folder, pattern=f".*.{'[0-9a-f]' * 32}.tmp"):
-    """Remove the temporary files, those of replacing() or of another pattern, that a killed run left in folder."""
+def remove_leftovers(folder, pattern=f".*.{'[0-9a-f]' * 32}.tmp", kept=()):
+    """Remove folder's files of a pattern, by default those of replacing() that a killed run left, but for names kept."""
     for path in Path(folder).glob(pattern):
-        if path.is_file():
-            path.unlink()
+        if path.name not in kept and path.is_file():
+            path.unlink(missing_ok=True)  # another worker of a cluster may be as far
 
 
 def sync(path):

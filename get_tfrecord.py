@@ -74,7 +74,8 @@ def get_tfrecord(data_dir=DATA_DIR, work_dir=WORK_DIR, num_workers=NUM_WORKERS, 
         with map_files(write, list(enumerate(tasks)), "write records", num_workers) as parts:
             of_parts, tallies_of_parts = add_parts(parts)
         if tallies_of_parts.digests() != made_with["input"]:
-            remove_parts(folder, of_parts["shards"])
+            for name in parts_of(of_parts["shards"]):  # so they are written anew
+                (folder / name).unlink(missing_ok=True)
             raise InputError(f"{data_dir}: the clicks were changed while they were read; run get_tfrecord.py again")
         manifest = {**made_with, **of_parts, "report": {**tally_report(tallies, users), **of_parts["report"]}}
         check_enough(manifest)
@@ -138,20 +139,19 @@ class UserSketch:
     def __init__(self):
         self.lines, self.of_user, self.highest = 0, collections.Counter(), 1.0  # draws above the highest are forgotten
 
-    def add(self, draw, lines=1):
-        """Count lines of the user of that draw."""
-        self.lines += lines
+    def add(self, draw):
+        """Count a line of the user of that draw."""
+        self.lines += 1
         if draw <= self.highest:
-            self.of_user[draw] += lines
+            self.of_user[draw] += 1
         if len(self.of_user) >= 2 * SKETCH_SIZE:
             self.cut()
 
     def update(self, other):
         """Add the lines that another sketch counted."""
+        self.lines += other.lines
         self.highest = min(self.highest, other.highest)
-        for draw, lines in other.of_user.items():
-            self.add(draw, lines)
-        self.lines += other.lines - other.of_user.total()
+        self.of_user.update(other.of_user)
         self.cut()
 
     def cut(self):
@@ -390,16 +390,13 @@ def add_parts(parts):
         report.update(part["report"])
         lengths.update(dict(part["lengths"]))
         for split, counts in part["splits"].items():
-            splits[split] = add_counts(splits[split], counts) if split in splits else counts
+            total = splits.setdefault(split, {"users": 0, "targets": 0, "windows": [0] * len(counts["windows"])})
+            total["users"] += counts["users"]
+            total["targets"] += counts["targets"]
+            total["windows"] = list(map(sum, zip(total["windows"], counts["windows"], strict=True)))
     report["targets"] = sum(split["targets"] for split in splits.values())
     history = {"p50": quantile(lengths, 0.5), "p90": quantile(lengths, 0.9), "max": max(lengths, default=0)}
     return {"shards": shards, "splits": splits, "report": {**report, "history": history}}, tallies
-
-
-def add_counts(one, other):
-    """Return the sum of two counts of a split."""
-    windows = [sum(pair) for pair in zip(one["windows"], other["windows"], strict=True)]
-    return {"users": one["users"] + other["users"], "targets": one["targets"] + other["targets"], "windows": windows}
 
 
 def quantile(counts, share):
@@ -440,15 +437,7 @@ def remove_others(folder, shards):
     """Remove the shards and part files of former input, and those that a killed run left: files of these names alone."""
     current = shards.keys() | parts_of(shards)
     for pattern in ("part-*.json", *(f"{split}-*.tfrecord" for split in SPLITS)):
-        for path in folder.glob(pattern):
-            if path.name not in current and path.is_file():
-                path.unlink()
-
-
-def remove_parts(folder, shards):
-    """Remove the part files of shards, which are written anew then."""
-    for name in parts_of(shards):
-        (folder / name).unlink(missing_ok=True)
+        remove_leftovers(folder, pattern, current)
 
 
 def parts_of(shards):

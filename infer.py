@@ -27,8 +27,8 @@ from typing import NamedTuple
 from get_indexing import (
     DATA_DIR, MAX_ID_CHARS, MAX_LINE_BYTES, NUM_WORKERS, WORK_DIR,
     InputError, Tallies, Tally, a_path, a_whole_number, cut_files, file_fingerprint, find_files, fingerprint,
-    input_name, load_index, map_files, parse_clicks, read_json, read_lines, read_names, read_records,
-    remove_leftovers, replacing, run_script, split_click,
+    input_name, load_index, map_files, read_clicks, read_json, read_lines, read_names, remove_leftovers, replacing,
+    run_script, split_click,
 )  # fmt: skip
 from get_tfrecord import ClickEncoder
 
@@ -48,15 +48,10 @@ EXAMPLE = 5  # last clicks and first columns of the user who is printed
 def rules():
     """Return what each constant can be, as in get_indexing.py."""
     return {
-        "CLICKS_DIR": a_path(),
-        "RANKING_DIR": a_path(),
+        **dict.fromkeys(("CLICKS_DIR", "RANKING_DIR"), a_path()),
+        **dict.fromkeys(("RANK_BYTES", "BATCH_USERS", "MEMO_SIZE", "EXAMPLE"), a_whole_number(1)),
+        **dict.fromkeys(("GZIP_LEVEL", "DECIMALS"), a_whole_number(0, 9)),
         "TOP_K": a_whole_number(0),
-        "RANK_BYTES": a_whole_number(1),
-        "BATCH_USERS": a_whole_number(1),
-        "GZIP_LEVEL": a_whole_number(0, 9),
-        "MEMO_SIZE": a_whole_number(1),
-        "DECIMALS": a_whole_number(0, 9),
-        "EXAMPLE": a_whole_number(1),
     }
 
 
@@ -210,15 +205,15 @@ def rank_ranges(ranges, folder, work_dir, made_with, explain=None):
     The example is of the FileRange that is to be explained, if it is one of them.
     """
     ranker, tallies, examples = load_ranker(work_dir, made_with["model"], made_with["index"]), [], []
+    at_once = max(1, min(BATCH_USERS, ranker.scores_at_once // len(ranker.cids)))  # users
     for file_range in ranges:
-        tallies.append(Tally(file_range.path))
-        users = read_records(tallies[-1], parse_clicks, file_range)
+        users = read_clicks([file_range], tallies)
         with (
             replacing(part_of(folder, file_range), durable=False) as temporary,
             open(temporary, "wb") as file,
             gzip.GzipFile("", "wb", GZIP_LEVEL, file, mtime=0) as packed,
         ):
-            while block := list(itertools.islice(users, ranker.users_at_once())):
+            while block := list(itertools.islice(users, at_once)):
                 packed.write("".join(ranker.lines(block, made_with["constants"]["TOP_K"])).encode())
                 if file_range == explain and not examples:
                     uid, clicks = block[0]
@@ -312,10 +307,6 @@ class Ranker:
                 row[: len(numbers)] = numbers
         return padded
 
-    def users_at_once(self):
-        """Return how many users to rank at once."""
-        return max(1, min(BATCH_USERS, self.scores_at_once // len(self.cids)))
-
     def lines(self, users, top_k=TOP_K):
         """Yield the output line of each of users, a list of (uid, clicks)."""
         padded = self.padded([self.encode(clicks) for _, clicks in users])
@@ -385,8 +376,7 @@ def print_example(example, index, data_dir=DATA_DIR):
         if reason.of_towers is not None:
             share = f"(towers {reason.of_towers:.0%}, memory {1 - reason.of_towers:.0%})"
         print(f"  {reason.probability:6.1%}  {names.get(reason.cid, reason.cid)}  {share}")
-        effects = sorted(zip(reason.effects[-len(clicks) :], clicks, strict=True), reverse=True)
-        for effect, click in effects:
+        for effect, click in sorted(zip(reason.effects[-len(clicks) :], clicks, strict=True), reverse=True):
             if effect > 0.05:
                 print(f"          {effect:+.2f}  {click}")
 

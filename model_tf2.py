@@ -15,7 +15,7 @@ from typing import NamedTuple
 from get_dataset import ITEM_MAX_LEN, NUM_NEGATIVES, column_table, read_windows, shards_of
 from get_indexing import (
     FIRST_VIDEO, NUM_WORKERS, PAD, UNKNOWN, WORK_DIR,
-    InputError, a_number, a_whole_number, map_files, one_of, or_none, run_script,
+    InputError, a_number, a_whole_number, map_files, one_of, or_none, put_together, run_script,
 )  # fmt: skip
 from get_tfrecord import USER_MAX_LEN
 
@@ -68,25 +68,19 @@ def rules():
     counts = ("NUM_HEADS", "FFN_RATIO", "MAX_LAG", "MEMORY_WIDTH", "COLUMN_WIDTH", "MEMORY_CLICKS", "COUNT_BYTES",
               "COUNT_BLOCK", "MAX_PAIRS", "COUNT_SLACK", "MATRIX_ROWS", "MATRIX_SIZE", "COLUMNS_AT_ONCE",
               "SCORES_AT_ONCE")  # fmt: skip
+    above_zero = ("INIT_STDDEV", "INIT_SCALE", "VIDEO_BACKOFF", "COLUMN_BACKOFF", "TEMPERATURE")
     return {
         **dict.fromkeys(counts, a_whole_number(1)),
         "EMB_DIM": (
             f"a multiple of NUM_HEADS = {NUM_HEADS}",
             lambda dim: a_whole_number(1)[1](dim) and dim % NUM_HEADS == 0,
         ),
-        "USER_BLOCKS": a_whole_number(0),
-        "ITEM_BLOCKS": a_whole_number(0),
+        **dict.fromkeys(("USER_BLOCKS", "ITEM_BLOCKS"), a_whole_number(0)),
+        **dict.fromkeys(above_zero, a_number("(0, inf)")),
+        **dict.fromkeys(("AUX_WEIGHT", "BACKWARD", "POPULARITY_DISCOUNT"), a_number("[0, inf)")),
         "DROPOUT": or_none(a_number("[0, 0.9]")),
-        "INIT_STDDEV": a_number("(0, inf)"),
-        "INIT_SCALE": a_number("(0, inf)"),
         "AHEAD_DECAY": or_none(a_number("[0, 1]")),
-        "AUX_WEIGHT": a_number("[0, inf)"),
-        "BACKWARD": a_number("[0, inf)"),
         "VIDEO_DECAY": a_number("(0, 1]"),
-        "VIDEO_BACKOFF": a_number("(0, inf)"),
-        "COLUMN_BACKOFF": a_number("(0, inf)"),
-        "POPULARITY_DISCOUNT": a_number("[0, inf)"),
-        "TEMPERATURE": a_number("(0, inf)"),
         "LOSS": one_of(*LOSSES),
     }
 
@@ -264,7 +258,8 @@ class BST_DSSM(keras.Model):
         One beyond the vocabulary has the embedding of an unknown one, and its columns.
         """
         distinct, place = tf.unique(tf.reshape(videos, [-1]))  # of each video its columns are looked up once
-        own = look_up(self.video_embedding, tf.where(distinct < FIRST_VIDEO + self.num_videos, distinct, UNKNOWN))
+        numbers = tf.where(distinct < FIRST_VIDEO + self.num_videos, distinct, UNKNOWN)
+        own = tf.gather(self.video_embedding.value, numbers)  # unlike Keras' Embedding, never copies the whole table
         columns = tf.gather(self.video_columns, tf.where(distinct < len(self.video_columns), distinct, PAD))
         shown_in = tf.maximum(tf.math.count_nonzero(columns, axis=-1, keepdims=True, dtype=own.dtype), 1)
         embedded = own + tf.reduce_sum(self.embed_columns(columns), axis=-2) / shown_in
@@ -273,13 +268,8 @@ class BST_DSSM(keras.Model):
     def embed_columns(self, columns):
         """Column numbers -> embeddings; zeros for no column and for one newer than the model."""
         known = (columns > 0) & (columns <= self.num_columns)
-        embedded = look_up(self.column_embedding, tf.where(known, columns, 0))
+        embedded = tf.gather(self.column_embedding.value, tf.where(known, columns, 0))
         return embedded * tf.cast(known, embedded.dtype)[..., None]
-
-
-def look_up(table, numbers):
-    """Return rows of an embedding table; unlike Keras' Embedding, this never copies the whole table."""
-    return tf.gather(table.value, numbers)
 
 
 def by_rarity(clicks, num_videos):
@@ -326,11 +316,11 @@ def training_loss(model, batch, kind=LOSS, ahead_decay=0.0, aux_weight=AUX_WEIGH
     of_users, of_columns, of_videos = split_seed(seed, 3)
     users = model.user_vectors(windows["user_feature"], windows["user_column"], of_users)
 
-    of_batch = count(batch["target_column"][..., 0] > 0)
+    of_batch = tf.math.count_nonzero(batch["target_column"][..., 0] > 0, dtype=tf.float32)
     columns = tf.math.divide_no_nan(column_loss(model, users, windows, kind, ahead_decay, of_columns), of_batch)
     if batch["item_feature"].shape[1] == 1 or not aux_weight:
         return columns, columns
-    of_batch = count(batch["target_video"] >= FIRST_VIDEO)
+    of_batch = tf.math.count_nonzero(batch["target_video"] >= FIRST_VIDEO, dtype=tf.float32)
     videos = tf.math.divide_no_nan(video_loss(model, users, windows, kind, of_videos), of_batch)
     return columns + aux_weight * videos, columns
 
@@ -369,11 +359,6 @@ def video_loss(model, users, windows, kind, seed):
     others = tf.where(next_video[:, None] == negatives, -1e9, others)
     log_prob = tf.fill([NUM_NEGATIVES], np.float32(np.log(NUM_NEGATIVES / model.num_videos)))
     return candidate_loss(own, tf.ones_like(own), others, log_prob, kind)
-
-
-def count(mask):
-    """Return how many of mask are True, as a float."""
-    return tf.reduce_sum(tf.cast(mask, tf.float32))
 
 
 def candidate_loss(own, weights, others, log_prob, kind=LOSS):
@@ -447,13 +432,8 @@ class Counts(NamedTuple):
 
 def count_windows(manifest, splits, decays, index, work_dir=WORK_DIR, num_workers=NUM_WORKERS):
     """Return the Counts of the windows of splits, computed by map_files()."""
-    paths, tasks, room = [path for split in splits for path in shards_of(manifest, split, work_dir)], [], 0
-    for path in paths:
-        if os.path.getsize(path) > room or not tasks:
-            tasks.append([])
-            room = COUNT_BYTES
-        tasks[-1].append(path)
-        room -= os.path.getsize(path)
+    paths = [path for split in splits for path in shards_of(manifest, split, work_dir)]
+    tasks = put_together(((path, os.path.getsize(path)) for path in paths), COUNT_BYTES)
     size = 1 + len(index.columns)
     max_lag = min(MAX_LAG, manifest["constants"]["WINDOW_OVERLAP"])
     count_task = functools.partial(count_shards, decays=decays, max_lag=max_lag, size=size)
@@ -575,10 +555,6 @@ class Mix(NamedTuple):
     popularity_discount: float = POPULARITY_DISCOUNT
     memory_clicks: int = MEMORY_CLICKS
 
-    def chosen(self):
-        """Return the part that is chosen, {name: value}."""
-        return {"decay": self.decay, "memory_weight": self.memory_weight, "repeat": self.repeat}
-
 
 def to_probabilities(logits, remembered, is_remembered, temperature=TEMPERATURE):
     """Return the probabilities of the towers and those of the memory, two of [n, columns].
@@ -641,18 +617,15 @@ class Memory:
     def scores(self, videos, columns, by):
         """Return float64 [n, columns] for histories [n, h] of videos and columns, latest first, 0 padded, by a Mix."""
         videos = np.where(videos < len(self.video_column), videos, UNKNOWN)
+        columns = np.where(columns <= len(self.popularity), columns, 0)  # 0: newer than the memory
         weights = np.where(videos != PAD, by.video_decay ** np.arange(videos.shape[1]), 0)
         per_count = weights / (self.by_video.totals[videos] + by.video_backoff)
         scores = self.by_video.weighted_rows(videos, per_count)
-        column = np.where(self.video_column[videos] > 0, self.video_column[videos], self.known(columns))
+        column = np.where(self.video_column[videos] > 0, self.video_column[videos], columns)
         per_count *= by.video_backoff / (self.by_column.totals[column] + by.column_backoff)
         scores += self.by_column.weighted_rows(column, per_count)
         popular = (by.column_backoff * per_count - by.popularity_discount * weights).sum(axis=1, keepdims=True)
         return scores + popular * self.popularity
-
-    def known(self, columns):
-        """Column numbers, 0 for those newer than the memory."""
-        return np.where(columns <= len(self.popularity), columns, 0)
 
     def save(self, path):
         """Write the memory as one .npz file."""

@@ -75,15 +75,12 @@ def rules():
     counts = ("EPOCHS", "PATIENCE", "WARM_EPOCHS", "CLUSTER_TIMEOUT", "RESAMPLES", "PROJECTOR_VIDEOS")
     return {
         **dict.fromkeys(counts, a_whole_number(1)),
-        "LEARNING_RATE": a_number("(0, inf)"),
-        "LOWEST_RATE": a_number("[0, 1]"),
-        "WARM_START": one_of(True, False),
-        "WARM_RATE": a_number("(0, inf)"),
-        "SEED": a_whole_number(0, 2**32 - 1),
-        "MEMORY": one_of(True, False),
-        "MEMORY_DECAYS": a_tuple_of(a_number("(0, 1]")),
+        **dict.fromkeys(("LEARNING_RATE", "WARM_RATE"), a_number("(0, inf)")),
+        **dict.fromkeys(("WARM_START", "MEMORY"), one_of(True, False)),
+        **dict.fromkeys(("MEMORY_DECAYS", "REPEATS"), a_tuple_of(a_number("(0, 1]"))),
         "MEMORY_WEIGHTS": a_tuple_of(a_number("[0, 1]")),
-        "REPEATS": a_tuple_of(a_number("(0, 1]")),
+        "LOWEST_RATE": a_number("[0, 1]"),
+        "SEED": a_whole_number(0, 2**32 - 1),
     }
 
 
@@ -485,7 +482,9 @@ def baseline_rankings(scorer, counts, index):
         shape = len(columns), len(scorer.numbers)
         yield "random", rng.random(shape)
         yield "popularity", np.broadcast_to(popularity, shape)
-        recency = recency_of(columns)
+        in_column = columns > 0
+        later = np.cumsum(in_column[:, ::-1], axis=1)[:, ::-1] - in_column  # column clicks that follow
+        recency = np.where(in_column, 0.8**later, 0)
         own = np.zeros([len(columns), size])
         np.add.at(own, (np.arange(len(columns))[:, None], columns), recency)
         yield "own columns", scorer.of_current(own[:, 1:]) + nudge
@@ -493,13 +492,6 @@ def baseline_rankings(scorer, counts, index):
         yield "chain", scorer.of_current(follows) + nudge
 
     return baselines
-
-
-def recency_of(columns):
-    """Return the weight of each click [n, len]: 0.8 to the power of how many column clicks follow it, 0 in no column."""
-    in_column = columns > 0
-    later = np.cumsum(in_column[:, ::-1], axis=1)[:, ::-1] - in_column
-    return np.where(in_column, 0.8**later, 0)
 
 
 # ---------------------------------------------------------------- the table
@@ -569,7 +561,7 @@ def table_lines(table, chosen):
     for row in test:
         gains_of_row = ["-" if gains[row] is None else f"{gains[row]:.4f}" for gains in slices.values()]
         lines.append(f"{row:12}" + "".join(f"{gain:>18}" for gain in gains_of_row))
-    by = ", ".join(f"{name} {value}" for name, value in chosen.chosen().items())
+    by = f"decay {chosen.decay}, memory_weight {chosen.memory_weight}, repeat {chosen.repeat}"
     return [*lines, f"The model ranks by {list(test)[-1]!r}: {by}", *(f"Note: {note}." for note in table["notes"])]
 
 
@@ -773,9 +765,7 @@ def end_publishing(folder, saved):
             os.replace(folder / f"{saved['id']}.{name}", folder / name)
     current = (saved["weights"]["file"], saved["memory"]["file"])
     for kind in ("weights.h5", "memory.npz", "metrics.json", "test.csv"):
-        for path in folder.glob(f"{'[0-9a-f]' * 16}.{kind}"):
-            if path.name not in current and path.is_file():
-                path.unlink(missing_ok=True)
+        remove_leftovers(folder, f"{'[0-9a-f]' * 16}.{kind}", current)
 
 
 def write_test(path, ranks, users, cids):
