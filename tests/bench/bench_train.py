@@ -23,6 +23,7 @@ from get_dataset import (
     BATCH_POSITIONS,
     ITEM_MAX_LEN,
     NUM_NEGATIVES,
+    VIDEO_COLUMNS,
     add_candidates,
     column_table,
     held_out,
@@ -112,7 +113,8 @@ def naive_fit(rng, targets):
 
 def new_step(num_videos, batch):
     """Return a training step of a new model for batches like this one."""
-    model = build_model(num_videos=num_videos, num_columns=COLUMNS)
+    shelves = np.random.default_rng(1).integers(1, COLUMNS + 1, [2 + num_videos, VIDEO_COLUMNS], np.int32)
+    model = build_model(num_videos=num_videos, num_columns=COLUMNS, video_columns=shelves)
     optimizer = LazyAdam(model.trainable_variables, lambda step: LEARNING_RATE)
     spec = {name: tf.TensorSpec.from_tensor(value) for name, value in batch.items()}
     step = make_train_step(tf.distribute.get_strategy(), model, optimizer, spec, 0.5, LOSS)
