@@ -51,7 +51,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-EPOCHS = 8  # at most; the learning rate falls along a cosine over so many
+EPOCHS = 8  # at most; the learning rate falls along a cosine over so many. 12 gain 2 % where columns are thousands
 PATIENCE = 4  # epochs without a better validation NDCG@10 before training ends
 LEARNING_RATE = 3e-3  # of Adam, at the start
 LOWEST_RATE = 0.02  # of the learning rate, at the end
