@@ -29,6 +29,7 @@ from get_dataset import (
     held_out,
     load_manifest,
     make_dataset,
+    video_table,
 )
 from get_tfrecord import USER_MAX_LEN
 from model_tf2 import (
@@ -132,7 +133,7 @@ def epoch_and_evaluation(folder, users):
     batches = make_dataset(manifest, chain / "data/work", seed=1)
     steps = len(batches)
     batches = add_candidates(batches, videos, len(index.videos), seed=1)
-    model = build_model(num_videos=len(index.videos), num_columns=len(index.columns))
+    model = build_model(num_videos=len(index.videos), num_columns=len(index.columns), video_columns=video_table(index))
     optimizer = LazyAdam(model.trainable_variables, lambda step: LEARNING_RATE)
     step = make_train_step(tf.distribute.get_strategy(), model, optimizer, batches.element_spec, 0.5, LOSS)
     times = [seconds(lambda batch=batch: step(batch).numpy()) for batch in batches.take(60)]
