@@ -97,7 +97,6 @@ class Block(layers.Layer):
         self.dim, self.num_heads, self.dropout, self.max_age = dim, num_heads, dropout, max_age
         self.query_key_value, self.output_projection = dense(3 * dim), dense(dim)
         self.expand, self.contract = dense(ffn_ratio * dim, activation="relu"), dense(dim)
-        self.attention_norm, self.ffn_norm = layers.RMSNormalization(), layers.RMSNormalization()
 
     def build(self, input_shape):
         if self.max_age is not None:
@@ -107,8 +106,8 @@ class Block(layers.Layer):
 
     def call(self, states, mask, seed=None):
         """States [batch, len, dim], mask [batch, len] (True = real) -> states [batch, len, dim]."""
-        states = self.attention_norm(states + self.attend(states, mask))
-        return self.ffn_norm(states + drop_out(self.contract(self.expand(states)), self.dropout, seed))
+        states = rms_norm(states + self.attend(states, mask))
+        return rms_norm(states + drop_out(self.contract(self.expand(states)), self.dropout, seed))
 
     def attend(self, states, mask):
         """Multi-head self-attention in which no query sees padding nor, in a sequence, what comes later."""
@@ -131,16 +130,21 @@ class Tower(layers.Layer):
 
     def __init__(self, num_blocks, dropout, **block):
         super().__init__()
-        self.norm, self.dropout = layers.RMSNormalization(), dropout
+        self.dropout = dropout
         self.blocks = [Block(dropout=dropout, **block) for _ in range(num_blocks)]
 
     def call(self, states, mask, seed=None):
         """Embeddings [batch, len, dim], mask [batch, len] -> states [batch, len, dim], zero where there is padding."""
         first, *seeds = split_seed(seed, 1 + len(self.blocks))
-        states = drop_out(self.norm(states), self.dropout, first)
+        states = drop_out(rms_norm(states), self.dropout, first)
         for block, of_block in zip(self.blocks, seeds, strict=True):
             states = block(states, mask, of_block)
         return states * tf.cast(mask, states.dtype)[..., None]
+
+
+def rms_norm(inputs):
+    """Return inputs scaled so that the mean square of the last axis is 1 (Zhang and Sennrich 2019), without a gain."""
+    return inputs * tf.math.rsqrt(tf.reduce_mean(inputs**2, axis=-1, keepdims=True) + 1e-6)
 
 
 def drop_out(inputs, rate, seed):
@@ -261,8 +265,9 @@ class BST_DSSM(keras.Model):
         numbers = tf.where(distinct < FIRST_VIDEO + self.num_videos, distinct, UNKNOWN)
         own = tf.gather(self.video_embedding.value, numbers)  # unlike Keras' Embedding, never copies the whole table
         columns = tf.gather(self.video_columns, tf.where(distinct < len(self.video_columns), distinct, PAD))
-        shown_in = tf.maximum(tf.math.count_nonzero(columns, axis=-1, keepdims=True, dtype=own.dtype), 1)
-        embedded = own + tf.reduce_sum(self.embed_columns(columns), axis=-2) / shown_in
+        shown = tf.where(columns > 0)
+        shelves, shelf = tf.unique(tf.gather_nd(columns, shown))
+        embedded = own + tf.sparse.segment_mean(self.embed_columns(shelves), shelf, shown[:, 0], tf.size(distinct))
         return tf.gather(embedded, tf.reshape(place, tf.shape(videos)))
 
     def embed_columns(self, columns):
@@ -371,9 +376,9 @@ def candidate_loss(own, weights, others, log_prob, kind=LOSS):
     """
     weights /= tf.reduce_sum(weights, axis=1, keepdims=True)
     if kind == "softmax":
-        logits = tf.concat([own[:, :1], others - log_prob], axis=1)
-        losses = tf.nn.sparse_softmax_cross_entropy_with_logits(tf.zeros_like(own[:, 0], tf.int32), logits)
-        losses += own[:, 0] - tf.reduce_sum(weights * own, axis=1)
+        following = own[:, 0]
+        against = tf.reduce_logsumexp(others - log_prob, axis=1)
+        losses = following + tf.nn.softplus(against - following) - tf.reduce_sum(weights * own, axis=1)
     else:
         losses = tf.reduce_sum(weights * tf.nn.softplus(-own), axis=1)
         losses += tf.reduce_sum(tf.nn.softplus(others) * tf.exp(-log_prob), axis=1)

@@ -66,7 +66,7 @@ REPEATS = (1.0, 0.5, 0.001)  # factors for columns that the user clicked before;
 CLUSTER_TIMEOUT = 600  # seconds that a worker waits for the others
 RESAMPLES = 1000  # of the test users, for the intervals
 PROJECTOR_VIDEOS = 10_000  # of the most clicked, whose vectors are written out
-MODEL_FORMAT = 3  # of model.json
+MODEL_FORMAT = 4  # of model.json
 NO_LOSSES = {"loss": None, "column_loss": None, "targets": None}  # of epoch 0
 
 
