@@ -53,8 +53,6 @@ COLUMNS_AT_ONCE = 8192  # columns whose vectors are computed at once
 SCORES_AT_ONCE = 1 << 18  # scores of users for columns in a block: bounds the memory, and fits a processor's
 LOSS = "softmax"  # over the candidates; or "bce": binary cross-entropy of each candidate
 LOSSES = ("softmax", "bce")
-TABLE_ARRAYS = ("totals", "offsets", "columns", "counts")  # of a CountTable
-MEMORY_ARRAYS, MEMORY_TABLES = ("video_clicks", "column_clicks", "video_column"), ("by_video", "by_column")
 MODEL_CONSTANTS = dict(
     INIT_STDDEV=INIT_STDDEV, INIT_SCALE=INIT_SCALE, AUX_WEIGHT=AUX_WEIGHT, MAX_LAG=MAX_LAG, BACKWARD=BACKWARD,
     MEMORY_WIDTH=MEMORY_WIDTH, COLUMN_WIDTH=COLUMN_WIDTH, VIDEO_DECAY=VIDEO_DECAY, VIDEO_BACKOFF=VIDEO_BACKOFF,
@@ -397,20 +395,16 @@ class Pairs(NamedTuple):
     keys: np.ndarray
     values: np.ndarray
 
-    def strongest(self, size, width):
-        """Return which entries are among the `width` largest of their row, bool [n]; size is the number of columns + 1."""
-        rows, columns = np.divmod(self.keys, size)
-        strength = np.where(columns > 0, self.values.sum(axis=1), 0)
-        order = np.lexsort((-strength, rows))
-        kept = np.zeros(len(rows), bool)
-        kept[order] = np.arange(len(rows)) - np.searchsorted(rows, rows) < width  # the place within the row
-        return kept
-
     def cut(self, size, width):
-        """Return the table with the `width` largest columns of each row; what the others held goes to column 0."""
-        kept = self.strongest(size, width)
-        keys = self.keys[~kept]
-        return add_pairs(Pairs(self.keys[kept], self.values[kept]), Pairs(keys - keys % size, self.values[~kept]))
+        """Return the table with the `width` largest columns of each row; what the others held goes to column 0.
+
+        size is the number of columns + 1.
+        """
+        rows, columns = np.divmod(self.keys, size)
+        order = np.lexsort((-np.where(columns > 0, self.values.sum(axis=1), 0), rows))
+        lost = np.zeros(len(rows), bool)
+        lost[order] = np.arange(len(rows)) - np.searchsorted(rows, rows) >= width  # the place within the row
+        return add_pairs(Pairs(np.where(lost, self.keys - columns, self.keys), self.values))
 
 
 def add_pairs(*tables):
@@ -430,9 +424,10 @@ class Counts(NamedTuple):
     next: Pairs  # of each column and the column clicked next
 
     @classmethod
-    def add(cls, *counts):
-        """Return the sum."""
-        return cls(*(add_pairs(*tables) for tables in zip(*counts, strict=True)))
+    def add(cls, *counts, size):
+        """Return the sum; of more than MAX_PAIRS near pairs, each video's strongest, many more than a memory keeps."""
+        clicks, near, follows = (add_pairs(*tables) for tables in zip(*counts, strict=True))
+        return cls(clicks, near if len(near.keys) <= MAX_PAIRS else near.cut(size, COUNT_SLACK * MEMORY_WIDTH), follows)
 
 
 def count_windows(manifest, splits, decays, index, work_dir=WORK_DIR, num_workers=NUM_WORKERS):
@@ -453,15 +448,8 @@ def sum_counts(counts, num_decays, size):
     for more in counts:
         sums.append(more)
         while len(sums) > 1 and len(sums[-2].near.keys) < 2 * len(sums[-1].near.keys):
-            sums[-2:] = [bounded(Counts.add(*sums[-2:]), size)]
-    return bounded(Counts.add(*sums), size)
-
-
-def bounded(counts, size):
-    """Return counts of which a video keeps its strongest columns, many more than a memory does, where there are too many."""
-    if len(counts.near.keys) <= MAX_PAIRS:
-        return counts
-    return counts._replace(near=counts.near.cut(size, COUNT_SLACK * MEMORY_WIDTH))
+            sums[-2:] = [Counts.add(*sums[-2:], size=size)]
+    return Counts.add(*sums, size=size)
 
 
 def count_shards(paths, decays, max_lag, size):
@@ -503,39 +491,31 @@ def next_columns(columns, is_new, size):
 
 
 class CountTable:
-    """A sparse matrix of counts [rows, columns], row by row: `columns` and `counts` from offsets[row] to offsets[row + 1].
+    """A sparse matrix of counts [rows, columns], of Pairs of one value each: those of a row begin at offsets[row].
 
-    Columns count from 0. `totals` [rows] count also what the table dropped. A table of few rows is a plain matrix as well.
+    `totals` [rows] count column 0 too. A table of few rows is a plain matrix as well.
     """
 
-    def __init__(self, totals, offsets, columns, counts, num_columns):
-        self.totals, self.offsets, self.columns, self.counts = totals, offsets, columns, counts
-        self.num_columns, self.matrix = num_columns, None
-        if len(totals) <= MATRIX_ROWS and len(totals) * num_columns <= MATRIX_SIZE:
-            self.matrix = np.zeros([len(totals), num_columns])
-            self.matrix[np.repeat(np.arange(len(totals)), np.diff(offsets)), columns] = counts
-
-    @classmethod
-    def of_pairs(cls, pairs, num_rows, size, width):
-        """Return the table of Pairs of one value each, with the `width` largest columns of each row."""
-        totals = np.bincount(pairs.keys // size, pairs.values[:, 0], num_rows)
-        kept = pairs.strongest(size, width) & (pairs.keys % size > 0)
-        rows, columns = np.divmod(pairs.keys[kept], size)
-        counts = pairs.values[kept, 0].astype(float)
-        return cls(totals, np.searchsorted(rows, np.arange(num_rows + 1)), columns - 1, counts, size - 1)
+    def __init__(self, pairs, num_rows, size):
+        self.pairs, self.size, self.matrix = pairs, size, None
+        self.offsets = np.searchsorted(pairs.keys, size * np.arange(num_rows + 1))
+        self.totals = np.bincount(pairs.keys // size, pairs.values[:, 0], num_rows)
+        if num_rows <= MATRIX_ROWS and num_rows * size <= MATRIX_SIZE:
+            self.matrix = np.bincount(pairs.keys, pairs.values[:, 0], num_rows * size).reshape(num_rows, size)[:, 1:]
 
     def weighted_rows(self, rows, weights):
-        """Return sum_j weights[i, j] * row(rows[i, j]), float64 [n, columns], of rows and weights [n, h]."""
+        """Return sum_j weights[i, j] * row(rows[i, j]) without column 0, float64 [n, columns], of rows and weights [n, h]."""
         if self.matrix is not None and rows.size < len(self.totals):
             return (weights[:, None] @ self.matrix[rows])[:, 0]
         if self.matrix is not None:
             return sum_by_place(rows, weights, len(self.totals)) @ self.matrix
-        starts, lengths = self.offsets[rows].ravel(), (self.offsets[rows + 1] - self.offsets[rows]).ravel()
+        starts = self.offsets[rows].ravel()
+        lengths = ((self.offsets[rows + 1] - self.offsets[rows]) * (weights != 0)).ravel()
         click = np.repeat(np.arange(rows.size), lengths)  # whose row each entry that is added is of
         entry = np.arange(len(click)) + (starts - np.cumsum(lengths) + lengths)[click]
-        values = self.counts[entry] * weights.ravel()[click]
-        places = click // rows.shape[1] * self.num_columns + self.columns[entry]
-        return np.bincount(places, values, len(rows) * self.num_columns).reshape(len(rows), -1).astype(float)
+        values = self.pairs.values[entry, 0] * weights.ravel()[click]
+        places = click // rows.shape[1] * self.size + self.pairs.keys[entry] % self.size
+        return np.bincount(places, values, len(rows) * self.size).reshape(-1, self.size)[:, 1:].astype(float)
 
 
 def sum_by_place(places, values, size):
@@ -592,7 +572,9 @@ class Memory:
     def __init__(self, video_clicks, column_clicks, video_column, by_video, by_column):
         self.video_clicks, self.column_clicks = video_clicks, column_clicks  # [videos], [columns + 1]
         self.video_column = video_column  # int [videos]: the column that each was clicked in most, 0 = in none
-        self.by_video, self.by_column = by_video, by_column  # CountTables: what was clicked near it
+        size = len(column_clicks)
+        self.by_video = CountTable(by_video, len(video_clicks), size)  # what was clicked near it
+        self.by_column = CountTable(by_column, size, size)
         self.popularity = column_clicks[1:] / max(column_clicks.sum(), 1)
 
     @classmethod
@@ -611,19 +593,19 @@ class Memory:
         main = main[np.lexsort((-columns[main], counts.clicks.values[main, 0]))]  # the last one written stays
         video_column[videos[main]] = columns[main]
 
-        near = Pairs(counts.near.keys, counts.near.values[:, decay : decay + 1])
+        near = Pairs(counts.near.keys, counts.near.values[:, decay : decay + 1].astype(float))
         rows, columns = np.divmod(near.keys, size)
         has_column = video_column[rows] > 0
-        of_columns = Pairs((video_column[rows] * size + columns)[has_column], near.values[has_column])
-        by_video = CountTable.of_pairs(near, num_videos, size, MEMORY_WIDTH)
-        by_column = CountTable.of_pairs(add_pairs(of_columns), size, size, COLUMN_WIDTH)
-        return cls(video_clicks, column_clicks, video_column, by_video, by_column)
+        of_columns = add_pairs(Pairs((video_column[rows] * size + columns)[has_column], near.values[has_column]))
+        tables = near.cut(size, MEMORY_WIDTH), of_columns.cut(size, COLUMN_WIDTH)
+        return cls(video_clicks, column_clicks, video_column, *tables)
 
     def scores(self, videos, columns, by):
-        """Return float64 [n, columns] for histories [n, h] of videos and columns, latest first, 0 padded, by a Mix."""
+        """Return float64 [n, columns] for histories [n, len] of videos and columns, padded at the end, by a Mix."""
         videos = np.where(videos < len(self.video_column), videos, UNKNOWN)
         columns = np.where(columns <= len(self.popularity), columns, 0)  # 0: newer than the memory
-        weights = np.where(videos != PAD, by.video_decay ** np.arange(videos.shape[1]), 0)
+        ages = np.count_nonzero(videos, axis=1)[:, None] - 1 - np.arange(videos.shape[1])  # below 0: padding
+        weights = np.where((ages >= 0) & (ages < by.memory_clicks), by.video_decay ** np.abs(ages), 0)
         per_count = weights / (self.by_video.totals[videos] + by.video_backoff)
         scores = self.by_video.weighted_rows(videos, per_count)
         column = np.where(self.video_column[videos] > 0, self.video_column[videos], columns)
@@ -634,27 +616,21 @@ class Memory:
 
     def save(self, path):
         """Write the memory as one .npz file."""
-        arrays = {name: getattr(self, name) for name in MEMORY_ARRAYS}
-        for table in MEMORY_TABLES:
-            arrays |= {f"{table}.{name}": getattr(getattr(self, table), name) for name in TABLE_ARRAYS}
+        tables = {"by_video": self.by_video.pairs, "by_column": self.by_column.pairs}
+        arrays = {
+            f"{table}.{name}": array for table, pairs in tables.items() for name, array in pairs._asdict().items()
+        }
+        clicks = dict(video_clicks=self.video_clicks, column_clicks=self.column_clicks, video_column=self.video_column)
         with open(path, "wb") as file:
-            np.savez(file, **arrays)
+            np.savez(file, **clicks, **arrays)
 
     @classmethod
     def load(cls, path):
         """Return the Memory that save() wrote."""
         with np.load(path) as saved:
-            arrays = [saved[name] for name in MEMORY_ARRAYS]
-            parts = [[saved[f"{table}.{name}"] for name in TABLE_ARRAYS] for table in MEMORY_TABLES]
-            num_columns = len(saved["column_clicks"]) - 1
-        return cls(*arrays, *(CountTable(*of_table, num_columns) for of_table in parts))
-
-
-def latest_first(numbers, lengths, width):
-    """Return the last `width` of the first lengths[i] numbers of each row [n, len], the last one first, 0 padded."""
-    places = lengths[:, None] - 1 - np.arange(width)
-    taken = np.take_along_axis(numbers, np.clip(places, 0, numbers.shape[1] - 1), axis=1)
-    return np.where(places >= 0, taken, 0)
+            arrays = [saved[name] for name in ("video_clicks", "column_clicks", "video_column")]
+            tables = [Pairs(saved[f"{table}.keys"], saved[f"{table}.values"]) for table in ("by_video", "by_column")]
+        return cls(*arrays, *tables)
 
 
 class Scorer:
@@ -691,9 +667,7 @@ class Scorer:
 
     def remembered(self, videos, columns, by, memory=None):
         """Return what the memory, or another one, gives: [n, current columns]."""
-        lengths = np.count_nonzero(videos, axis=1)
-        latest = (latest_first(numbers, lengths, by.memory_clicks) for numbers in (videos, columns))
-        return self.of_current((memory or self.memory).scores(*latest, by))
+        return self.of_current((memory or self.memory).scores(videos, columns, by))
 
     def clicked(self, columns):
         """Return whether each current column is among those clicked, bool [n, current columns]."""

@@ -420,7 +420,8 @@ def finish(scorer, standing, counts, run, manifest, index, work_dir, logs):
         "validation": {row: means(metrics_of(of_row, num_columns)) for row, of_row in of_validation.items()},
         "mix": chosen._asdict(),
     }
-    counts = Counts.add(counts, count_windows(manifest, ["val", "test"], MEMORY_DECAYS, index, work_dir))
+    held_out_counts = count_windows(manifest, ["val", "test"], MEMORY_DECAYS, index, work_dir)
+    counts = Counts.add(counts, held_out_counts, size=1 + len(index.columns))
     memory = Memory.of_counts(counts, MEMORY_DECAYS.index(chosen.decay), index)
     publish(Path(work_dir, "model"), scorer.model, memory, index, run, table, ranks, test)
     lines = table_lines(table, chosen)
@@ -474,7 +475,7 @@ def all_rankings(scorer, counts, chosen, standing, index):
 def baseline_rankings(scorer, counts, index):
     """Return baselines(columns [n, len]), which yields (name, scores [n, current columns]) of four simple rankings."""
     rng, size = np.random.default_rng(0), 1 + len(index.columns)
-    chain = CountTable.of_pairs(counts.next, size, size, width=size)
+    chain = CountTable(counts.next, size, size)
     popularity = scorer.of_current(scorer.memory.popularity[None])
     nudge = 1e-6 * popularity  # of columns that are equal otherwise, the popular one first
 

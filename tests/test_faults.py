@@ -588,7 +588,7 @@ def test_a_score_that_is_not_finite_is_never_written(done, monkeypatch):
     path = next((work_dir / "model").glob("*.memory.npz"))
     with np.load(path) as saved:
         arrays = dict(saved)
-    np.savez(path, **arrays | {"by_video.counts": np.full_like(arrays["by_video.counts"], np.inf)})
+    np.savez(path, **arrays | {"by_video.values": np.full_like(arrays["by_video.values"], np.inf)})
     memory = {"file": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
     edit_json(work_dir / "model/model.json", memory=memory, id="another")
     edit_mix(work_dir / "model/model.json", memory_weight=0.5)

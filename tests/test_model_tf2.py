@@ -25,7 +25,6 @@ from model_tf2 import (
     build_model,
     candidate_loss,
     count_windows,
-    latest_first,
     mix,
     to_probabilities,
     training_loss,
@@ -598,7 +597,7 @@ def test_a_table_gives_its_rows_weighted_and_keeps_the_totals_of_what_it_dropped
     full = rng.integers(1, 9, [6, 5]).astype(float) * (rng.random([6, 5]) < 0.6)  # column 0 is what was lost before
     full[3] = 0
     rows, columns = np.nonzero(full)
-    table = CountTable.of_pairs(Pairs(rows * 5 + columns, full[rows, columns][:, None]), 6, 5, width=2)
+    table = CountTable(Pairs(rows * 5 + columns, full[rows, columns][:, None]).cut(5, width=2), 6, 5)
     assert (table.matrix is not None) == (path == "matrix")
     kept = full[:, 1:].copy()
     for row in kept:
@@ -725,7 +724,7 @@ def test_what_is_counted_over_overlapping_windows_is_what_the_whole_histories_ho
 def test_all_splits_together_count_every_click_of_everybody_those_held_out_included(records, counts):
     manifest, index, work_dir, histories = records
     held_out = count_windows(manifest, ["val", "test"], DECAYS, index, work_dir, num_workers=1)
-    assert agree(Counts.add(counts, held_out), histories.values(), index)
+    assert agree(Counts.add(counts, held_out, size=1 + len(index.columns)), histories.values(), index)
 
 
 @pytest.mark.parametrize(("count_bytes", "count_block", "max_pairs"), [(1, 1024, 40), (1 << 20, 7, 1)])
@@ -792,7 +791,8 @@ def test_a_users_only_click_and_the_order_of_two_clicks_count(tmp_path):
     assert (counts.near.keys.tolist(), counts.near.values.tolist()) == ([3 * 3 + 2], [[1.0]])
     memory = Memory.of_counts(counts, 0, index)
     assert memory.popularity.tolist() == [2 / 3, 1 / 3]
-    every = Counts.add(counts, count_windows(manifest, ["val", "test"], [0.5], index, tmp_path / "work", 1))
+    held_out = count_windows(manifest, ["val", "test"], [0.5], index, tmp_path / "work", 1)
+    every = Counts.add(counts, held_out, size=1 + len(index.columns))
     assert dict(zip(every.clicks.keys.tolist(), every.clicks.values[:, 0], strict=True)) == {
         2 * 3 + 0: 1, 2 * 3 + 1: 1, 2 * 3 + 2: 2, 3 * 3 + 0: 1, 3 * 3 + 1: 2}  # fmt: skip
     near = {2 * 3 + 2: 1.0, 3 * 3 + 1: 1 + BACKWARD, 3 * 3 + 2: 1.0}
@@ -845,11 +845,11 @@ def test_the_memory_counts_clicks_and_the_main_column_of_each_video(records, mem
 
 @pytest.fixture
 def histories_seen(records):
-    """Numbers of videos and columns [n, 30], latest first: known, unknown, short, long and empty ones."""
+    """Numbers of videos and columns [n, 40], padded at the end: known, unknown, short, long and empty ones."""
     index, rng = records[1], np.random.default_rng(13)
-    videos = rng.integers(UNKNOWN, FIRST_VIDEO + len(index.videos), [6, 30])
+    videos = rng.integers(UNKNOWN, FIRST_VIDEO + len(index.videos), [6, 40])
     columns = rng.integers(0, 1 + len(index.columns), videos.shape) * rng.integers(0, 2, videos.shape)
-    for row, length in enumerate([30, 30, 7, 2, 1, 0]):
+    for row, length in enumerate([40, 30, 7, 2, 1, 0]):
         videos[row, length:] = columns[row, length:] = 0
     return videos, columns
 
@@ -865,8 +865,9 @@ def test_memory_scores_follow_the_formula(records, counts, brute_memory, histori
     backed /= of_columns.sum(axis=1)[:, None] + by.column_backoff
     expected = np.zeros([6, len(popularity)])
     for row, history in enumerate(zip(*histories_seen, strict=True)):
-        for age, (video, column) in enumerate(zip(*history, strict=True)):
-            if video:
+        clicks = [(video, column) for video, column in zip(*history, strict=True) if video]
+        for age, (video, column) in enumerate(reversed(clicks)):
+            if age < by.memory_clicks:
                 home = homes.get(video) or column
                 near = of_videos[video, 1:] + by.video_backoff * (backed[home] if home else popularity)
                 near /= of_videos[video].sum() + by.video_backoff
@@ -996,12 +997,6 @@ def test_a_mix_leaves_what_it_is_given_as_it_was(parents):
 # ---------------------------------------------------------------- scoring
 
 
-def test_latest_first_turns_the_last_clicks_round():
-    numbers, lengths = np.array([[5, 6, 7, 0], [8, 0, 0, 0], [0, 0, 0, 0], [1, 2, 3, 4]]), np.array([3, 1, 0, 4])
-    assert latest_first(numbers, lengths, 3).tolist() == [[7, 6, 5], [8, 0, 0], [0, 0, 0], [4, 3, 2]]
-    assert latest_first(numbers, lengths, 5)[3].tolist() == [4, 3, 2, 1, 0]
-
-
 @pytest.fixture(scope="module")
 def grown(records):
     """Today's index: column 2 is retired, columns 7 and 8 are newer than memory and model, and a video is."""
@@ -1041,8 +1036,8 @@ def test_the_current_columns_are_scored_and_no_retired_one(scorer, grown, memori
 
     remembered = np.zeros([4, 6])
     for row, length in enumerate([9, 3, 1, 0]):
-        latest = [numbers[row : row + 1, :length][:, ::-1][:, : BY.memory_clicks] for numbers in seen_today]
-        remembered[row, :4] = memories[0.6].scores(*latest, BY)[0, np.array(CURRENT[:4]) - 1] if length else 0
+        clicks = [numbers[row : row + 1, :length] for numbers in seen_today]
+        remembered[row, :4] = memories[0.6].scores(*clicks, BY)[0, np.array(CURRENT[:4]) - 1] if length else 0
     assert close(scorer.remembered(*seen_today, BY), remembered, 1e-9)
     clicked = np.isin(np.tile(CURRENT, [4, 1]), []) | np.array([[c in row for c in CURRENT] for row in seen_today[1]])
     assert np.array_equal(scorer.clicked(seen_today[1]), clicked)

@@ -93,7 +93,7 @@ def parts_alone(work_dir, clicks_path):
             for uid, clicks in users[:NAIVE_USERS]:
                 history = np.array(ranker.encoder.encode(clicks), np.int32)[:, None, -ranker.user_max_len :]
                 logits = ranker.scorer.model({"user_feature": history[0], "user_column": history[1], **all_columns})
-                remembered = memory.scores(*history[:, :, : -by.memory_clicks - 1 : -1], by)
+                remembered = memory.scores(*history, by)
                 clicked = np.isin(all_columns["item_column"], history[1])[None]
                 (of_user,) = np.log(mix(logits.numpy(), remembered, np.ones(len(cids)), clicked, by))
                 best = sorted(zip(cids.tolist(), of_user.tolist(), strict=True), key=lambda pair: -pair[1])
