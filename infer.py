@@ -242,12 +242,14 @@ class Ranker:
 
         self.index = load_index(work_dir)
         model, memory, self.mix, saved = load_model(work_dir, self.index)
-        self.id, self.user_max_len, self.encoder = saved["id"], saved["user_max_len"], ClickEncoder(self.index)
+        self.id, self.encoder = saved["id"], ClickEncoder(self.index)
+        self.user_max_len = saved["records"]["constants"]["USER_MAX_LEN"]
         if not self.encoder.current:
             raise InputError(
                 "no column holds a video, so there is nothing to rank; run get_indexing.py on today's columns"
             )
-        self.scorer, self.scores_at_once = Scorer(model, memory, self.index, saved["item_max_len"]), SCORES_AT_ONCE
+        self.scorer = Scorer(model, memory, self.index, saved["constants"]["ITEM_MAX_LEN"])
+        self.scores_at_once = SCORES_AT_ONCE
         cids = list(self.index.columns)
         self.cids = [cids[number - 1] for number in self.scorer.numbers]  # of the current columns
         self.texts = list(map(as_json, self.cids)), ScoreTexts()

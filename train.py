@@ -34,8 +34,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from get_dataset import (
-    DATASET_CONSTANTS, ITEM_MAX_LEN, VIDEO_COLUMNS,
-    add_candidates, column_table, held_out, load_manifest, make_dataset, video_table,
+    DATASET_CONSTANTS, add_candidates, column_table, held_out, load_manifest, make_dataset, video_table,
 )  # fmt: skip
 from get_indexing import (
     DATA_DIR, ENDINGS, FIRST_VIDEO, WORK_DIR,
@@ -44,7 +43,8 @@ from get_indexing import (
 )  # fmt: skip
 from model_tf2 import (
     LOSS, LOSSES, MODEL_CONSTANTS, SCORES_AT_ONCE,
-    Counts, CountTable, Memory, Mix, Scorer, build_model, by_rarity, count_windows, mix, training_loss,
+    Counts, CountTable, Memory, Mix, Scorer, build_model, by_rarity, count_windows, mix, sum_by_place,
+    training_loss,
 )  # fmt: skip
 
 import keras
@@ -124,7 +124,8 @@ def describe_run(constants, model, manifest, index):
         "constants": constants,
         "arguments": model.arguments,
         "records": {name: manifest[name] for name in ("format", "constants", "limits", "held_out_share", "input")},
-        "index": {**index.fingerprint(), "columns_hold": fingerprint(index.columns)},
+        "index": index.fingerprint(),
+        "columns_hold": fingerprint(index.columns),
         "versions": {"python": platform.python_version()}
         | {module.__name__: module.__version__ for module in (tf, keras, np)},
     }
@@ -139,20 +140,19 @@ def replace_model(strategy, model, run, manifest, index, work_dir):
     folder = Path(work_dir, "model")
     if is_first():
         remove_leftovers(folder)
-    saved = standing_model(folder)
-    if saved:
-        end_publishing(folder, saved)  # of a run that was killed then
-    if saved and saved["run"] == run:
+    standing, reason = what_stands(work_dir, index, run)
+    if standing and run.items() <= standing.saved.items():
         print(f"nothing to train: {folder / 'model.json'} was made of these records with these constants")
         (folder / "checkpoint.npz").unlink(missing_ok=True)
-        return saved["test"]
+        return standing.saved["test"]
+    start = f"from nothing: {reason}" if reason else f"from the weights of the model of {standing.saved['date']}"
+    print(f"training starts {start}; {run['constants']['EPOCHS' if reason else 'WARM_EPOCHS']:,} epochs at most")
     with tensorflow_errors_named():
         counts = count_windows(manifest, ["train"], MEMORY_DECAYS, index, work_dir)
-        standing, is_warm = load_standing(saved, run, index, work_dir)
-        if is_warm:
+        if not reason:
             grow(standing.model, model, index)
         scorer = Scorer(model, Memory.of_counts(counts, 0, index), index)
-        run_from = run | {"from": saved["weights"] if is_warm else None}
+        run_from = run | {"from": None if reason else standing.saved["weights"]}
         weights, logs = fit(strategy, scorer, manifest, index, work_dir, run_from)
         if not is_first():
             return None
@@ -197,8 +197,8 @@ def fit(strategy, scorer, manifest, index, work_dir, run):
     model, folder, constants, is_warm = scorer.model, Path(work_dir, "model"), run["constants"], bool(run["from"])
     epochs = constants["WARM_EPOCHS" if is_warm else "EPOCHS"]
     rate = constants["LEARNING_RATE"] * (constants["WARM_RATE"] if is_warm else 1)
-    batches_of = epoch_batches(manifest, index, work_dir, scorer.memory.video_clicks, constants["SEED"])
-    first = batches_of(0)
+    of_data = manifest, index, work_dir, column_table(index, scorer.memory.video_clicks), constants["SEED"]
+    first = epoch_batches(0, *of_data)
     with strategy.scope():
         schedule = keras.optimizers.schedules.CosineDecay(rate, epochs * len(first), LOWEST_RATE)
         optimizer = LazyAdam(model.trainable_variables, schedule)
@@ -211,29 +211,23 @@ def fit(strategy, scorer, manifest, index, work_dir, run):
         if epoch > best_epoch(history) + constants["PATIENCE"]:
             break
         clock = time.time()
-        losses = train_epoch(train_step, batches_of(epoch), epoch, optimizer) if epoch else NO_LOSSES
+        losses = train_epoch(train_step, epoch_batches(epoch, *of_data), epoch, optimizer) if epoch else NO_LOSSES
         metrics = agreed(strategy, validate(scorer, validation))
         history.append({"epoch": epoch, **losses, **metrics, "seconds": round(time.time() - clock, 1)})
         if best_epoch(history) == epoch:
             best = model.get_weights()
         if is_first():
-            write_history(folder, history)
+            write_csv(folder / "history.csv", history[0], [row.values() for row in history])
             log(folder / "logs" / log_name, epoch, history[-1])
             save_checkpoint(folder, model, optimizer, run, log_name, history, best)
         print_epoch(history)
     return best, folder / "logs" / log_name
 
 
-def epoch_batches(manifest, index, work_dir, video_clicks, seed):
-    """Return batches_of(epoch): its training batches, in an order and with candidates of its own."""
-    column_videos = column_table(index, video_clicks)
-
-    def batches_of(epoch):
-        draw = seed * 1_000_000 + epoch
-        windows = make_dataset(manifest, work_dir, seed=draw)
-        return add_candidates(windows, column_videos, len(index.videos), seed=draw)
-
-    return batches_of
+def epoch_batches(epoch, manifest, index, work_dir, column_videos, seed):
+    """Return the training batches of an epoch, in an order and with candidates of its own."""
+    draw = seed * 1_000_000 + epoch
+    return add_candidates(make_dataset(manifest, work_dir, seed=draw), column_videos, len(index.videos), seed=draw)
 
 
 def validate(scorer, users):
@@ -456,12 +450,25 @@ def choose_mix(users, scorer, memories):
 
 
 def all_rankings(scorer, counts, chosen, standing, index):
-    """Return what ranks the test users: baselines, the model that stands, the parts of the new one, and their mix."""
-    baselines = baseline_rankings(scorer, counts, index)
-    stood = standing and Scorer(standing.model, scorer.memory, index, standing.saved["item_max_len"])
+    """Return rankings(videos [n, len], columns [n, len]), which yields (name, scores [n, current columns]).
+
+    They are of four simple baselines, of the model that stands, of the parts of the new one, and of their mix.
+    """
+    rng, size = np.random.default_rng(0), 1 + len(index.columns)
+    chain = CountTable(counts.next, size, size)
+    popularity = scorer.of_current(scorer.memory.popularity[None])
+    nudge = 1e-6 * popularity  # of columns that are equal otherwise, the popular one first
+    stood = standing and Scorer(standing.model, scorer.memory, index, standing.saved["constants"]["ITEM_MAX_LEN"])
 
     def rankings(videos, columns):
-        yield from baselines(columns)
+        shape, in_column = (len(columns), len(scorer.numbers)), columns > 0
+        yield "random", rng.random(shape)
+        yield "popularity", np.broadcast_to(popularity, shape)
+        later = np.cumsum(in_column[:, ::-1], axis=1)[:, ::-1] - in_column  # column clicks that follow
+        recency = np.where(in_column, 0.8**later, 0)
+        yield "own columns", scorer.of_current(sum_by_place(columns, recency, size)[:, 1:]) + nudge
+        follows = chain.weighted_rows(columns, recency / np.maximum(chain.totals[columns], 1))
+        yield "chain", scorer.of_current(follows) + nudge
         if standing:
             yield "standing", stood.probabilities(videos, columns, standing.mix)
         yield "towers", scorer.towers(videos, columns)
@@ -470,29 +477,6 @@ def all_rankings(scorer, counts, chosen, standing, index):
             yield "mix", scorer.probabilities(videos, columns, chosen)
 
     return rankings
-
-
-def baseline_rankings(scorer, counts, index):
-    """Return baselines(columns [n, len]), which yields (name, scores [n, current columns]) of four simple rankings."""
-    rng, size = np.random.default_rng(0), 1 + len(index.columns)
-    chain = CountTable(counts.next, size, size)
-    popularity = scorer.of_current(scorer.memory.popularity[None])
-    nudge = 1e-6 * popularity  # of columns that are equal otherwise, the popular one first
-
-    def baselines(columns):
-        shape = len(columns), len(scorer.numbers)
-        yield "random", rng.random(shape)
-        yield "popularity", np.broadcast_to(popularity, shape)
-        in_column = columns > 0
-        later = np.cumsum(in_column[:, ::-1], axis=1)[:, ::-1] - in_column  # column clicks that follow
-        recency = np.where(in_column, 0.8**later, 0)
-        own = np.zeros([len(columns), size])
-        np.add.at(own, (np.arange(len(columns))[:, None], columns), recency)
-        yield "own columns", scorer.of_current(own[:, 1:]) + nudge
-        follows = chain.weighted_rows(columns, recency / np.maximum(chain.totals[columns], 1))
-        yield "chain", scorer.of_current(follows) + nudge
-
-    return baselines
 
 
 # ---------------------------------------------------------------- the table
@@ -585,7 +569,10 @@ def write_projector(work_dir, index, data_dir):
         text = f"# model {saved['id']}, {PROJECTOR_VIDEOS} videos\n{entries}"
         if config.exists() and config.read_text() == text:
             return
-        scorer, clicks = Scorer(model, memory, index, saved["item_max_len"]), memory.video_clicks[FIRST_VIDEO:]
+        scorer, clicks = (
+            Scorer(model, memory, index, saved["constants"]["ITEM_MAX_LEN"]),
+            memory.video_clicks[FIRST_VIDEO:],
+        )
         videos = np.sort(np.argsort(-clicks, kind="stable")[:PROJECTOR_VIDEOS])
         vectors = model.column_vectors(FIRST_VIDEO + videos[:, None], np.zeros_like(videos))
         remove_leftovers(folder / "projector")
@@ -623,29 +610,22 @@ class Standing(NamedTuple):
 
 
 def load_model(work_dir=WORK_DIR, index=None):
-    """Return the Standing model, after checking that its files and the index belong together."""
+    """Return the Standing model, after checking that its format is today's, and that its files and the index belong together."""
     folder, index = Path(work_dir, "model").absolute(), index or load_index(work_dir)
-    saved = load_saved(folder)
-    index.check(saved["index"], folder / "model.json", "get_tfrecord.py and train.py")
+    path = folder / "model.json"
+    saved = read_json(path, "train.py")
+    check_same(path, saved, {"format": MODEL_FORMAT}, "train.py")
     weights, memory = (folder / saved[part]["file"] for part in ("weights", "memory"))
+    for file, part in ((weights, "weights"), (memory, "memory")):
+        if not file.exists() or file_fingerprint(file) != saved[part]["sha256"]:
+            raise InputError(f"{file}: gone or damaged, not what {path} was written with; run train.py again")
+    index.check(saved["index"], path, "get_tfrecord.py and train.py")
     with damage_named(weights):
-        table = video_table(index, saved["video_columns"], saved["arguments"]["num_columns"])
+        table = video_table(index, saved["constants"]["VIDEO_COLUMNS"], saved["arguments"]["num_columns"])
         model = build_model(**saved["arguments"], video_columns=table)
         model.load_weights(weights)
     with damage_named(memory):
         return Standing(model, Memory.load(memory), Mix(**saved["mix"]), saved)
-
-
-def load_saved(folder):
-    """Return what model.json says, after checking that its format is today's and that the files it names are whole."""
-    path = folder / "model.json"
-    saved = read_json(path, "train.py")
-    check_same(path, saved, {"format": MODEL_FORMAT}, "train.py")
-    for part in (saved["weights"], saved["memory"]):
-        file = folder / part["file"]
-        if not file.exists() or file_fingerprint(file) != part["sha256"]:
-            raise InputError(f"{file}: gone or damaged, not what {path} was written with; run train.py again")
-    return saved
 
 
 @contextlib.contextmanager
@@ -657,51 +637,30 @@ def damage_named(path):
         raise InputError(f"{path}: damaged ({error}); remove it and run train.py again") from error
 
 
-def standing_model(folder):
-    """Return what model.json says, None where no whole model of today's format stands."""
+def what_stands(work_dir, index, run):
+    """Return (the Standing model that is compared with the new one, None without; why training cannot start from its weights).
+
+    The reason is None where it can.
+    """
     try:
-        return load_saved(folder)
+        standing = load_model(work_dir, index)
     except FileNotFoundError:
-        return None
+        return None, "no model stands"
     except InputError as error:
         print(error, file=sys.stderr)
-        return None
-
-
-def load_standing(saved, run, index, work_dir):
-    """Return (the Standing model that is compared with the new one, None without; whether training starts from its weights).
-
-    Say what training starts from, and why.
-    """
-    reason = why_not_comparable(saved, run, index)
-    standing = None if reason else load_model(work_dir, index)
-    reason = reason or why_not_warm(saved, run)
-    start = f"from nothing: {reason}" if reason else f"from the weights of the model of {saved['date']}"
-    print(f"training starts {start}; {run['constants']['EPOCHS' if reason else 'WARM_EPOCHS']:,} epochs at most")
-    return standing, not reason
-
-
-def why_not_comparable(saved, run, index):
-    """Return why the saved model, if any, cannot stand beside the new one in the table, None where it can."""
-    if not saved:
-        return "no model stands"
-    if not index.continues(saved["index"]):
-        return "the model that stands was made with another index"
-    was, now = (made_of["records"]["held_out_share"] for made_of in (saved["run"], run))
+        return None, "the model that stands cannot be used"
+    saved = standing.saved
+    end_publishing(Path(work_dir, "model"), saved)  # of a run that was killed then
+    was, now = saved["records"]["held_out_share"], run["records"]["held_out_share"]
     if now > was:
-        return f"{now:.2%} of the users are held out, {was:.2%} when the model that stands was trained"
-    return None
-
-
-def why_not_warm(saved, run):
-    """Return why a run cannot start from the weights of the saved model, which is comparable; None where it can."""
+        return None, f"{now:.2%} of the users are held out, {was:.2%} when the model that stands was trained"
     if not run["constants"]["WARM_START"]:
-        return "WARM_START is False"
+        return standing, "WARM_START is False"
     for name, value in run["arguments"].items():
         was = saved["arguments"].get(name)
         if was != value and name not in ("num_videos", "num_columns", "dropout"):
-            return f"the model that stands has {name} = {was}, now it is {value}"
-    return None
+            return standing, f"the model that stands has {name} = {was}, now it is {value}"
+    return standing, None
 
 
 def grow(old, new, index):
@@ -735,22 +694,16 @@ def publish(folder, model, memory, index, run, table, ranks, users):
     with open(folder / f".room.{'0' * 32}.tmp", "wb") as room:
         room.writelines([*(weight.tobytes() for weight in model.get_weights()), bytes(1 << 20)])
     remove_leftovers(folder)
-    saved = {
-        "format": MODEL_FORMAT,
-        "weights": save_by_hash(folder, ".weights.h5", model.save_weights),
-        "memory": save_by_hash(folder, ".memory.npz", memory.save),
-        "mix": table["mix"],
-        "arguments": model.arguments,
-        "user_max_len": run["records"]["constants"]["USER_MAX_LEN"],
-        "item_max_len": ITEM_MAX_LEN,
-        "video_columns": VIDEO_COLUMNS,
-        "index": index.fingerprint(),
-        "run": run,
-        "validation": table["validation"],
-        "test": table["test"],
-        "versions": run["versions"],
-        "date": time.strftime("%Y-%m-%d %H:%M:%S"),
-    }
+    saved = (
+        run
+        | table
+        | {
+            "format": MODEL_FORMAT,
+            "weights": save_by_hash(folder, ".weights.h5", model.save_weights),
+            "memory": save_by_hash(folder, ".memory.npz", memory.save),
+            "date": time.strftime("%Y-%m-%d %H:%M:%S"),
+        }
+    )
     saved["id"] = fingerprint(saved)[:16]
     write_json(folder / f"{saved['id']}.metrics.json", table)
     write_test(folder / f"{saved['id']}.test.csv", ranks, users, list(index.columns))
@@ -778,10 +731,13 @@ def write_test(path, ranks, users, cids):
         users["clicked_before"].astype(int).tolist(),
         *(of_row.tolist() for of_row in ranks.values()),
     ]
+    write_csv(path, ["uid", "history", "target", "clicked_before", *ranks], zip(*columns, strict=True))
+
+
+def write_csv(path, head, rows):
+    """Replace path by a table."""
     with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["uid", "history", "target", "clicked_before", *ranks])
-        writer.writerows(zip(*columns, strict=True))
+        csv.writer(file).writerows([head, *rows])
 
 
 def save_by_hash(folder, suffix, write):
@@ -820,14 +776,6 @@ def restore_checkpoint(folder, model, optimizer, run):
                 print(f"going on after epoch {state['history'][-1]['epoch']} of {path}")
                 return state["log_name"], state["history"], best
     return time.strftime("%Y%m%d-%H%M%S"), [], None
-
-
-def write_history(folder, history):
-    """Write history.csv, a line for each epoch."""
-    with replacing(folder / "history.csv") as temporary, open(temporary, "w", newline="") as file:
-        writer = csv.DictWriter(file, history[0])
-        writer.writeheader()
-        writer.writerows(history)
 
 
 def print_epoch(history):

@@ -291,7 +291,7 @@ def test_what_shapes_the_held_out_users_and_the_test_file_is_said_as_the_scripts
     assert {"uid", "history", "target", "clicked_before"} <= set(names(columns))
     for name, script in (("tfrecord/manifest.json", "get_tfrecord.py"), ("model/model.json", "train.py")):
         entries = re.search(rf"^{name} +(.*)$", README, re.MULTILINE)[1]
-        entries = re.sub(r"\([^)]*\)", "", entries).replace("lengths", "user_max_len, item_max_len")
+        entries = re.sub(r"\([^)]*\)", "", entries)
         assert not [entry for entry in entries.split(", ") if f'"{entry.strip()}"' not in source[script]]
 
 

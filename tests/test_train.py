@@ -460,13 +460,11 @@ def test_the_model_file_vouches_for_its_files_and_names_every_constant_and_its_v
         assert [found.name for found in folder.glob(f"*{end}")] == [path.name] and path.name.endswith(end)
     assert saved["arguments"]["emb_dim"] == 8
     assert (saved["arguments"]["num_videos"], saved["arguments"]["num_columns"]) == (60, 12)
-    assert saved["user_max_len"] == SETTINGS["USER_MAX_LEN"] and saved["item_max_len"] == get_dataset.ITEM_MAX_LEN
-    assert saved["video_columns"] == get_dataset.VIDEO_COLUMNS
     assert {"tensorflow", "keras", "numpy", "python"} <= set(saved["versions"])
-    constants = saved["run"]["constants"]
+    constants = saved["constants"]
     assert constants.items() >= {**DATASET_CONSTANTS, **MODEL_CONSTANTS}.items()
     assert (constants["EPOCHS"], constants["WARM_EPOCHS"], constants["SEED"]) == (3, 2, train_module.SEED)
-    assert tuple(constants["MEMORY_WEIGHTS"]) == MEMORY_WEIGHTS and saved["run"]["records"]["constants"] == SETTINGS
+    assert tuple(constants["MEMORY_WEIGHTS"]) == MEMORY_WEIGHTS and saved["records"]["constants"] == SETTINGS
     for table, module in ((DATASET_CONSTANTS, get_dataset), (MODEL_CONSTANTS, model_tf2)):
         assert {name: value for name, value in table.items() if name != "MIN_STEPS"} == {
             name: getattr(module, name) for name in table if name != "MIN_STEPS"
@@ -753,9 +751,9 @@ def test_a_run_that_cannot_be_warm_starts_from_nothing_and_says_why(own, monkeyp
     printed, stands = start_of(own, monkeypatch, seed=2)
     assert "from the weights of the model of" in printed and same(stands.get_weights(), towers_of(own))
     edit_json(path, lambda saved: saved | {"index": saved["index"] | {"sha256": "other"}})
-    assert "from nothing: the model that stands was made with another index" in start_of(own, monkeypatch, seed=2)[0]
+    assert "from nothing: the model that stands cannot be used" in start_of(own, monkeypatch, seed=2)[0]
     saved = json.loads(text)
-    saved["run"]["records"]["held_out_share"] = 0.2
+    saved["records"]["held_out_share"] = 0.2
     path.write_text(json.dumps(saved), encoding="utf-8")
     printed, _ = start_of(own, monkeypatch)
     assert "from nothing: 26.67% of the users are held out, 20.00% when the model that stands was trained" in printed
@@ -765,7 +763,7 @@ def test_a_run_that_cannot_be_warm_starts_from_nothing_and_says_why(own, monkeyp
 def test_where_the_files_of_what_stands_are_damaged_training_starts_from_nothing(own, monkeypatch, part, capsys):
     (own / "model" / saved_in(own)[part]["file"]).write_bytes(b"damaged")
     printed, _ = start_of(own, monkeypatch)
-    assert "training starts from nothing: no model stands" in printed
+    assert "training starts from nothing: the model that stands cannot be used" in printed
     assert re.search(rf"\.{part}\..*: gone or damaged, not what .*model.json was written with", capsys.readouterr().err)
 
 
@@ -803,7 +801,7 @@ def test_what_goes_by_the_data_unless_it_is_set_is_kept_with_the_model(trained, 
     saved = saved_in(trained[0])
     clicks = sum(len(clicks) for _, clicks in _clicks_like_real(USERS, seed=21)["users"])
     expected = model_tf2.by_rarity(clicks, 60)
-    assert (saved["arguments"]["dropout"], saved["run"]["constants"]["AHEAD_DECAY"]) == expected
+    assert (saved["arguments"]["dropout"], saved["constants"]["AHEAD_DECAY"]) == expected
     monkeypatch.setattr(model_tf2, "DROPOUT", 0.25)
     assert start_of(fresh, monkeypatch)[1].arguments["dropout"] == 0.25
     assert start_of(fresh, monkeypatch, dropout=0.125)[1].arguments["dropout"] == 0.125
