@@ -19,12 +19,11 @@ import hashlib
 import heapq
 import itertools
 import math
-import os
 import sys
 from pathlib import Path
 
 from get_indexing import (
-    DATA_DIR, MAX_ID_CHARS, MAX_LINE_BYTES, NUM_WORKERS, UNKNOWN, WORK_DIR,
+    DATA_DIR, MAX_ID_CHARS, MAX_LINE_BYTES, NUM_WORKERS, RANGE_BYTES, UNKNOWN, WORK_DIR,
     InputError, Tallies, Tally, a_whole_number, cut_files, file_fingerprint, find_files, fingerprint, load_index, map_files,
     read_clicks, read_json, remove_leftovers, replacing, run_script, split_click, write_json,
 )  # fmt: skip
@@ -51,35 +50,42 @@ def get_tfrecord(data_dir=DATA_DIR, work_dir=WORK_DIR, num_workers=NUM_WORKERS, 
 
     constants are those of record_constants().
     """
-    settings, work_dir = record_constants(**constants), Path(work_dir).absolute()
-    index, folder = load_index(work_dir), work_dir / "tfrecord"
-    tasks = cut_files(find_files(Path(data_dir, "click_seq")))
-    tallies, users = survey(tasks, num_workers)
+    settings, index, folder = record_constants(**constants), load_index(work_dir), Path(work_dir, "tfrecord").absolute()
+    files, range_bytes, former = find_files(Path(data_dir, "click_seq")), RANGE_BYTES, {}
+    tallies, sketch = survey(cut_files(files, range_bytes), num_workers)
     made_with = {
         "format": FORMAT,
         "index": index.fingerprint(),
-        "current_columns": current_columns(index),
+        "current_columns": fingerprint([cid for cid, videos in index.columns.items() if videos]),  # these are held out
         "constants": settings,
         "limits": {"MAX_LINE_BYTES": MAX_LINE_BYTES, "MAX_ID_CHARS": MAX_ID_CHARS},
-        "held_out_share": min(settings["HELD_OUT_USERS"] / max(users.users(), 1), 0.5),
+        "held_out_share": min(settings["HELD_OUT_USERS"] / max(count_users(sketch), 1), 0.5),
         "input": tallies.digests(),
     }
-    manifest = standing_manifest(folder, made_with, num_workers)
-    if manifest:
-        os.utime(folder / "manifest.json")  # train.py: the clicks are no newer
-    else:
-        folder.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(folder)
-        write = functools.partial(write_shards, folder=folder, work_dir=work_dir, made_with=made_with)
-        with map_files(write, list(enumerate(tasks)), "write records", num_workers) as parts:
-            of_parts, tallies_of_parts = add_parts(parts)
-        if tallies_of_parts.digests() != made_with["input"]:
-            for name in parts_of(of_parts["shards"]):  # so they are written anew
-                (folder / name).unlink(missing_ok=True)
-            raise InputError(f"{data_dir}: the clicks were changed while they were read; run get_tfrecord.py again")
-        manifest = {**made_with, **of_parts, "report": {**tally_report(tallies, users), **of_parts["report"]}}
-        check_enough(manifest)
-        write_json(folder / "manifest.json", manifest)
+    with contextlib.suppress(InputError, FileNotFoundError):
+        former = read_json(folder / "manifest.json", "get_tfrecord.py")
+    if made_with.items() <= former.items():
+        range_bytes = former["range_bytes"]  # the same records stay as they were cut
+    tasks = cut_files(files, range_bytes)
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(folder)
+    write = functools.partial(write_shards, folder=folder, index=index, made_with=made_with)
+    with map_files(write, list(enumerate(tasks)), "write records", num_workers) as parts:
+        of_parts, tallies_of_parts = add_parts(parts)
+    if tallies_of_parts.digests() != made_with["input"]:
+        for name in parts_of(of_parts["shards"]):  # so they are written anew
+            (folder / name).unlink(missing_ok=True)
+        raise InputError(f"{data_dir}: the clicks were changed while they were read; run get_tfrecord.py again")
+    manifest = {
+        **made_with,
+        "range_bytes": range_bytes,
+        **of_parts,
+        "report": {**tally_report(tallies, sketch), **of_parts["report"]},
+    }
+    check_enough(manifest)
+    write_json(
+        folder / "manifest.json", manifest
+    )  # also where it says the same: train.py sees that the clicks are no newer
     remove_others(folder, manifest["shards"])
     print_report(manifest)
     hint_at_ids(manifest["report"], tasks, index)
@@ -102,72 +108,39 @@ def record_constants(user_max_len=USER_MAX_LEN, window_overlap=WINDOW_OVERLAP, m
 
 
 def survey(tasks, num_workers=None):
-    """Return (Tallies, UserSketch) of the click files; too many bad lines, or histories of one click, are refused."""
-    tallies, users, longest = Tallies(), UserSketch(), 0
+    """Return (Tallies, sketch of the users) of the click files; too many bad lines are refused."""
+    tallies, sketch = Tallies(), collections.Counter()
     with map_files(survey_ranges, tasks, "read clicks", num_workers) as results:
-        for of_ranges, some_users, most_clicks in results:
+        for of_ranges, some_users in results:
             tallies.extend(of_ranges)
-            users.update(some_users)
-            longest = max(longest, most_clicks)
+            sketch = lowest_draws(sketch + some_users)
     tallies.check()
-    if longest == 1:
-        raise InputError("every history is of one click; write one line for each user: all their clicks, oldest first")
-    if users.repeated():
-        print(
-            f"about {users.users():,.0f} users are on {users.lines:,} lines, {users.repeated():.1%} of them on several: "
-            "each line is trained on and ranked by itself; put all clicks of a user on one line",
-            file=sys.stderr,
-        )
-    return tallies, users
+    return tallies, sketch
 
 
 def survey_ranges(ranges):
-    """Return ([Tally, ...], UserSketch, clicks of the longest history) of FileRanges."""
-    tallies, users, longest = [], UserSketch(), 0
-    for uid, clicks in read_clicks(ranges, tallies):
-        users.add(draw_of(uid))
-        longest = max(longest, len(clicks))
-    return tallies, users, longest
+    """Return ([Tally, ...], sketch of the users) of FileRanges."""
+    tallies, sketch = [], collections.Counter()
+    for uid, _ in read_clicks(ranges, tallies):
+        sketch[draw_of(uid)] += 1
+        if len(sketch) > 2 * SKETCH_SIZE:
+            sketch = lowest_draws(sketch)
+    return tallies, lowest_draws(sketch)
 
 
-class UserSketch:
-    """Counts the lines of the users with the SKETCH_SIZE lowest draws, which tells how many users there are.
+def lowest_draws(sketch):
+    """Return a sketch of users, {draw: lines of that user}, cut to its lowest draws: one more than SKETCH_SIZE."""
+    return collections.Counter({draw: sketch[draw] for draw in heapq.nsmallest(SKETCH_SIZE + 1, sketch)})
+
+
+def count_users(sketch):
+    """Return about how many users there are; exactly, up to SKETCH_SIZE. Of more users it is never fewer.
 
     The k-th lowest of n even draws from [0, 1) is about k / n (Bar-Yossef et al. 2002), however often each is seen.
     """
-
-    def __init__(self):
-        self.lines, self.of_user, self.highest = 0, collections.Counter(), 1.0  # draws above the highest are forgotten
-
-    def add(self, draw):
-        """Count a line of the user of that draw."""
-        self.lines += 1
-        if draw <= self.highest:
-            self.of_user[draw] += 1
-        if len(self.of_user) >= 2 * SKETCH_SIZE:
-            self.cut()
-
-    def update(self, other):
-        """Add the lines that another sketch counted."""
-        self.lines += other.lines
-        self.highest = min(self.highest, other.highest)
-        self.of_user.update(other.of_user)
-        self.cut()
-
-    def cut(self):
-        """Forget all but the lowest draws."""
-        if len(self.of_user) > SKETCH_SIZE:
-            lowest = heapq.nsmallest(SKETCH_SIZE, self.of_user)
-            self.of_user, self.highest = collections.Counter({d: self.of_user[d] for d in lowest}), lowest[-1]
-
-    def users(self):
-        """Return about how many users there are; exactly, up to SKETCH_SIZE. Of more users it is never fewer."""
-        self.cut()
-        return max(len(self.of_user), (len(self.of_user) - 1) / self.highest)
-
-    def repeated(self):
-        """Return about which share of the users is on several lines."""
-        return sum(lines > 1 for lines in self.of_user.values()) / max(len(self.of_user), 1)
+    if len(sketch) <= SKETCH_SIZE:
+        return len(sketch)
+    return max(SKETCH_SIZE, (SKETCH_SIZE - 1) / sorted(sketch)[SKETCH_SIZE - 1])
 
 
 def draw_of(uid):
@@ -178,7 +151,7 @@ def draw_of(uid):
 # ---------------------------------------------------------------- the second pass: windows
 
 
-def write_shards(numbered, folder, work_dir, made_with):
+def write_shards(numbered, folder, index, made_with):
     """Write the shards of one task, (number, FileRanges), then their part file, and return what it says.
 
     What stands is kept. Shards that no manifest lists yet are no one's, so they may stand beside the former ones.
@@ -190,13 +163,14 @@ def write_shards(numbered, folder, work_dir, made_with):
     part_file, shards = folder / f"part-{name}.json", {split: folder / f"{split}-{name}.tfrecord" for split in SPLITS}
     if part_file.exists():
         part = read_json(part_file, "get_tfrecord.py")
-        if all_stand(part["shards"].items(), folder):
+        if all(
+            path.exists() and file_fingerprint(path) == part["shards"][path.name]["sha256"] for path in shards.values()
+        ):
             return part
     from tensorflow.errors import OpError
 
-    encoder = load_encoder(work_dir, made_with["index"]["sha256"], made_with["current_columns"])
     try:
-        part = write_windows(ranges, shards, encoder, made_with)
+        part = write_windows(ranges, shards, ClickEncoder(index), made_with)
     except OpError as error:  # TensorFlow's own, of a full disk say
         raise OSError(f"{folder}: {error.message}") from None
     part["shards"] = {
@@ -208,11 +182,15 @@ def write_shards(numbered, folder, work_dir, made_with):
 
 def write_windows(ranges, shards, encoder, made_with):
     """Write the windows of FileRanges into shards {split: path}; return the counts for their part file."""
+    from tensorflow.io import TFRecordWriter
+
     settings, share = made_with["constants"], made_with["held_out_share"]
     splits = {split: empty_counts(split, settings["USER_MAX_LEN"]) for split in SPLITS}
     report, lengths = collections.Counter(clicks=0, unknown_videos=0, column_clicks=0), collections.Counter()
-    unknown_before, serialize, tallies = encoder.unknown_columns, window_serializer(), []
-    with open_shards(shards) as writers:
+    serialize, tallies = window_serializer(), []
+    with contextlib.ExitStack() as stack:  # the writers close first, then the shards take their names
+        temporary = {split: stack.enter_context(replacing(path)) for split, path in shards.items()}
+        writers = {split: stack.enter_context(TFRecordWriter(str(path))) for split, path in temporary.items()}
         for uid, clicks in read_clicks(ranges, tallies):
             videos, columns = encoder.encode(clicks)
             lengths[len(clicks)] += 1
@@ -225,38 +203,14 @@ def write_windows(ranges, shards, encoder, made_with):
                     splits[split]["targets"] += window["label"].count(1.0)
                     splits[split]["windows"][len(window["label"])] += 1
                     writers[split].write(serialize(window))
-    report["unknown_columns"] = encoder.unknown_columns - unknown_before
+    report["unknown_columns"] = encoder.unknown_columns
     read = [(Path(tally.path).name, tally.digest) for tally in tallies]
     return {"report": report, "lengths": sorted(lengths.items()), "splits": splits, "read": read}
-
-
-@contextlib.contextmanager
-def open_shards(shards):
-    """Give {split: TFRecordWriter} for shards {split: path}, which all stand where the block ends well."""
-    from tensorflow.io import TFRecordWriter
-
-    with contextlib.ExitStack() as stack:
-        temporary = {split: stack.enter_context(replacing(path)) for split, path in shards.items()}
-        yield {split: stack.enter_context(TFRecordWriter(str(path))) for split, path in temporary.items()}
 
 
 def empty_counts(split, max_len):
     """Return a split's counts of users, of targets, and of windows by their length, a list; held-out ones are longer."""
     return {"users": 0, "targets": 0, "windows": [0] * ((max_len if split == "train" else 2 * max_len) + 1)}
-
-
-@functools.lru_cache(maxsize=1)
-def load_encoder(work_dir, sha256, of_current):
-    """Return the ClickEncoder of work_dir's index, once for a process; another index than the run began with ends it."""
-    index = load_index(work_dir)
-    if (index.fingerprint()["sha256"], current_columns(index)) != (sha256, of_current):
-        raise InputError(f"{work_dir}/indexing was changed while get_tfrecord.py was at work; run it again")
-    return ClickEncoder(index)
-
-
-def current_columns(index):
-    """Return the fingerprint of the columns that hold videos, which are those that can be held out."""
-    return fingerprint([cid for cid, videos in index.columns.items() if videos])
 
 
 class ClickEncoder:
@@ -283,53 +237,36 @@ def split_windows(uid, videos, columns, current, share, settings):
     """Return {split: [window, ...]} of one user; of a held-out user, also what "val" or "test" holds of them.
 
     Validation takes the lowest draws and the test the highest. As the share falls, users only leave either: nobody
-    ever enters who was trained on before.
+    ever enters who was trained on before. A target was clicked in a column and has MIN_HISTORY clicks before it, at least.
+    Of a held-out record there is one, after what a user tower reads; the clicks after it are there to be counted.
     """
-    draw, target = draw_of(uid), None
+    draw, first, place = draw_of(uid), settings["MIN_HISTORY"], None
     split = "val" if draw < share else "test" if draw >= 1 - share else "train"
     if split != "train":
-        places = range(len(columns) - 1, settings["MIN_HISTORY"] - 1, -1)
-        target = next((place for place in places if columns[place] in current), None)
-    windows = {"train": list(cut_windows(uid, videos[:target], columns[:target], settings))}
-    if target is not None:
-        windows[split] = list(held_out_windows(uid, videos, columns, target, settings))
+        places = range(len(columns) - 1, first - 1, -1)
+        place = next((place for place in places if columns[place] in current), None)
+    targets = [float(at >= first and column > 0) for at, column in enumerate(columns[:place])]
+    windows = {"train": list(cut_windows(uid, videos[:place], columns[:place], targets, settings))}
+    if place is not None:
+        targets, start = [float(at == place) for at in range(len(columns))], max(place - settings["USER_MAX_LEN"], 0)
+        windows[split] = list(cut_windows(uid, videos, columns, targets, settings, start, place - start))
     return windows
 
 
-def cut_windows(uid, videos, columns, settings):
+def cut_windows(uid, videos, columns, targets, settings, start=0, repeated=0):
     """Yield a user's windows as {"uid", "start", "repeated", "user_feature" [n], "user_column" [n], "label" [n]}.
 
-    `start` is the window's place in the history, `repeated` how many of its first clicks are in an earlier window too.
-    label is 1.0 where the next click of the window is a target: made in a column, with at least MIN_HISTORY clicks
-    before it, and not in an earlier window.
+    `start` is the window's place in the history, `repeated` how many of its first clicks are not new: those given, for
+    the first one; those of the window before, for others. label is 1.0 where the next click is new and, by targets
+    [clicks], a target.
     """
     max_len, overlap = settings["USER_MAX_LEN"], settings["WINDOW_OVERLAP"]
-    new_up_to = max(len(videos) - overlap, min(len(videos), 1))  # a window that starts later repeats all of its clicks
-    for start in range(0, new_up_to, max_len - overlap):
-        repeated, end = overlap if start else 0, start + max_len
-        first = max(repeated, settings["MIN_HISTORY"])
-        label = [0.0] * (first - 1) + [float(column > 0) for column in columns[start + first : end]]
-        yield make_window(uid, start, repeated, videos[start:end], columns[start:end], label)
-
-
-def held_out_windows(uid, videos, columns, place, settings):
-    """Yield the window whose one target is the click at `place`, after what a user tower reads of the clicks before it.
-
-    The clicks after it are there to be counted, for a model that is published; many of them take more windows.
-    """
-    max_len, overlap = settings["USER_MAX_LEN"], settings["WINDOW_OVERLAP"]
-    start, end = max(place - max_len, 0), place + max_len
-    label = [0.0] * (place - start - 1) + [1.0]
-    yield make_window(uid, start, place - start, videos[start:end], columns[start:end], label)
-    while end < len(videos):
-        start, end = end - overlap, end - overlap + max_len
-        yield make_window(uid, start, overlap, videos[start:end], columns[start:end], [])
-
-
-def make_window(uid, start, repeated, videos, columns, label):
-    """Return a window; a label that is too short or too long gets as many zeros as it lacks, or is cut."""
-    label = (label + [0.0] * len(videos))[: len(videos)]
-    return dict(uid=uid, start=start, repeated=repeated, user_feature=videos, user_column=columns, label=label)
+    end = start + repeated + max_len
+    while start + repeated < len(videos):
+        label = [0.0] * (repeated - 1) + targets[start + max(repeated, 1) : end] + [0.0]
+        yield dict(uid=uid, start=start, repeated=repeated, user_feature=videos[start:end],
+                   user_column=columns[start:end], label=label)  # fmt: skip
+        start, repeated, end = end - overlap, overlap, end - overlap + max_len
 
 
 def window_serializer():
@@ -361,26 +298,6 @@ def window_serializer():
 # ---------------------------------------------------------------- the manifest
 
 
-def standing_manifest(folder, made_with, num_workers=None):
-    """Return the manifest that stands in folder if it was made with the same and its shards are intact, else None."""
-    path = folder / "manifest.json"
-    try:
-        manifest = read_json(path, "get_tfrecord.py")
-    except (InputError, FileNotFoundError):
-        return None
-    if any(manifest.get(name) != value for name, value in made_with.items()):
-        return None
-    shards = list(manifest["shards"].items())
-    tasks = [shards[start : start + 48] for start in range(0, len(shards), 48)]
-    with map_files(functools.partial(all_stand, folder=folder), tasks, "check records", num_workers) as intact:
-        return manifest if all(intact) else None
-
-
-def all_stand(shards, folder):
-    """Return whether each of the shards, (name, {"sha256"}), stands in folder as it was written."""
-    return all((folder / name).exists() and file_fingerprint(folder / name) == of["sha256"] for name, of in shards)
-
-
 def add_parts(parts):
     """Add up what the part files say: ({"shards", "splits", "report"} of the manifest, Tallies of what was read)."""
     shards, splits, report, lengths, tallies = {}, {}, collections.Counter(), collections.Counter(), Tallies()
@@ -409,16 +326,22 @@ def quantile(counts, share):
     return 0
 
 
-def tally_report(tallies, users):
+def tally_report(tallies, sketch):
     """Return what the first pass says for the report."""
     skipped = sum((tally.skipped for tally in tallies.values()), collections.Counter())
-    lines = sum(tally.lines for tally in tallies.values())
-    return {"lines": lines, "skipped": skipped, "users": round(users.users()), "on_several_lines": users.repeated()}
+    return {
+        "lines": sum(tally.lines for tally in tallies.values()),
+        "skipped": skipped,
+        "users": round(count_users(sketch)),
+        "on_several_lines": sum(lines > 1 for lines in sketch.values()) / max(len(sketch), 1),
+    }
 
 
 def check_enough(manifest):
     """Refuse records that cannot train: no click in any column, or no target for training, validation or the test."""
     report, share = manifest["report"], manifest["held_out_share"]
+    if report["history"]["max"] == 1:
+        raise InputError("every history is of one click; write one line for each user: all their clicks, oldest first")
     if not report["column_clicks"]:
         raise InputError(
             "no click was made in a known column; clicks look like <vid>_<cid>, the cid as in cid2vids*.json"
@@ -456,6 +379,13 @@ def print_report(manifest):
     for split, counts in manifest["splits"].items():
         windows = sum(counts["windows"])
         print(f"{split}: {counts['users']:,} users -> {counts['targets']:,} targets in {windows:,} windows")
+    if report["on_several_lines"]:
+        lines = report["lines"] - sum(report["skipped"].values())
+        print(
+            f"about {report['users']:,} users are on {lines:,} lines, {report['on_several_lines']:.1%} of them on several: "
+            "each line is trained on and ranked by itself; put all clicks of a user on one line",
+            file=sys.stderr,
+        )
 
 
 def hint_at_ids(report, tasks, index):

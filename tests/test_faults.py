@@ -21,7 +21,7 @@ import get_dataset
 import get_tfrecord as get_tfrecord_module
 import train as train_module
 from get_dataset import load_manifest
-from get_indexing import InputError, cut_files, get_indexing
+from get_indexing import InputError, get_indexing
 from get_tfrecord import get_tfrecord, record_constants
 from infer import infer
 from train import load_model, publish, say_if_clicks_changed, train
@@ -452,7 +452,7 @@ def test_finished_shards_are_kept_until_a_constant_their_input_or_the_index_chan
         return stamps(done, "get_tfrecord", "*.tfrecord")
 
     monkeypatch.chdir(done)
-    monkeypatch.setattr(get_tfrecord_module, "cut_files", functools.partial(cut_files, range_bytes=16_000))
+    monkeypatch.setattr(get_tfrecord_module, "RANGE_BYTES", 16_000)
     made = stamps(done, "get_tfrecord", "*.tfrecord")
     assert records() == made
     edited = records(window_overlap=17)
@@ -508,7 +508,7 @@ def test_a_shard_cut_or_missing_is_named(done, damage):
 @pytest.mark.parametrize("damage", [flip_a_bit, cut, Path.unlink])
 def test_a_damaged_shard_is_made_again(done, monkeypatch, damage):
     monkeypatch.chdir(done)
-    monkeypatch.setattr(get_tfrecord_module, "cut_files", functools.partial(cut_files, range_bytes=16_000))
+    monkeypatch.setattr(get_tfrecord_module, "RANGE_BYTES", 16_000)
     before = standing(done, "get_tfrecord")
     damage(a_shard(done))
     assert standing(done, "get_tfrecord") != before

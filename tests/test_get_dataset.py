@@ -4,7 +4,7 @@ import hashlib
 import shutil
 
 import get_dataset as script
-import get_indexing as toolbox
+import get_tfrecord as get_tfrecord_module
 from get_dataset import (
     add_candidates,
     bucket_windows,
@@ -49,7 +49,7 @@ def chain(tmp_path, raw):
 @pytest.fixture
 def many_shards(monkeypatch):
     """Cut the input into ranges of 2000 bytes."""
-    monkeypatch.setattr(toolbox, "RANGE_BYTES", 2000)
+    monkeypatch.setattr(get_tfrecord_module, "RANGE_BYTES", 2000)
 
 
 @pytest.fixture

@@ -11,10 +11,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import get_indexing as toolbox
 import get_tfrecord as script
-from get_indexing import InputError, cut_files, get_indexing
-from get_tfrecord import ClickEncoder, UserSketch, cut_windows, get_tfrecord, split_windows, survey
+from get_indexing import FileRange, InputError, get_indexing
+from get_tfrecord import ClickEncoder, count_users, get_tfrecord, lowest_draws, split_windows, survey, tally_report
 
 import pytest
 from tensorflow.train import SequenceExample
@@ -91,7 +90,7 @@ def records(tmp_path, raw, rerun):
 @pytest.fixture
 def tiny_ranges(monkeypatch):
     """Cut the input into ranges of 200 bytes."""
-    monkeypatch.setattr(toolbox, "RANGE_BYTES", 200)
+    monkeypatch.setattr(script, "RANGE_BYTES", 200)
 
 
 def decoded(folder, split=""):
@@ -212,19 +211,21 @@ def test_a_target_of_a_later_window_has_at_least_the_overlap_before_it(tmp_path,
 
 
 def test_windows_and_labels_of_a_small_history_by_hand():
-    constants = dict(USER_MAX_LEN=5, WINDOW_OVERLAP=2, MIN_HISTORY=2)
-    windows = list(cut_windows("u", [2, 3, 4, 5, 6, 7, 8], [1, 1, 1, 0, 1, 1, 0], constants))
-    assert windows == [
+    def windows_of(videos, columns, **changes):
+        constants = dict(USER_MAX_LEN=5, WINDOW_OVERLAP=2, MIN_HISTORY=2) | changes
+        return split_windows("u", videos, columns, {1}, 0.0, constants)["train"]
+
+    assert windows_of([2, 3, 4, 5, 6, 7, 8], [1, 1, 1, 0, 1, 1, 0]) == [
         dict(uid="u", start=0, repeated=0, user_feature=[2, 3, 4, 5, 6], user_column=[1, 1, 1, 0, 1],
              label=[0, 1, 0, 1, 0]),  # the clicks 4 and 6; 3 has only one click before it
         dict(uid="u", start=3, repeated=2, user_feature=[5, 6, 7, 8], user_column=[0, 1, 1, 0],
              label=[0, 1, 0, 0]),  # the click 7; 6 is a target of the window before
     ]  # fmt: skip
-    (short,) = cut_windows("u", [2, 3], [1, 1], constants | dict(WINDOW_OVERLAP=4, MIN_HISTORY=4))
+    (short,) = windows_of([2, 3], [1, 1], WINDOW_OVERLAP=4, MIN_HISTORY=4)
     assert short["label"] == [0, 0]  # no click has four before it
-    (single,) = cut_windows("u", [2], [1], constants)
+    (single,) = windows_of([2], [1])
     assert (single["user_feature"], single["label"]) == ([2], [0])
-    assert list(cut_windows("u", [], [], constants)) == []
+    assert windows_of([], []) == []
 
 
 def test_an_unknown_video_clicked_in_a_known_column_is_a_target(tmp_path, records):
@@ -377,18 +378,19 @@ def test_a_share_is_held_out_as_large_as_it_says():
 
 
 def sketch_of(draws):
-    sketch = UserSketch()
-    for value in draws:
-        sketch.add(value)
-    return sketch
+    return lowest_draws(collections.Counter(draws))
+
+
+def several_lines(sketch):
+    return tally_report({}, sketch)["on_several_lines"]
 
 
 def test_the_sketch_is_exact_while_users_are_few(monkeypatch):
     monkeypatch.setattr(script, "SKETCH_SIZE", 64)
     draws = [i / 64 for i in range(64)]
     sketch = sketch_of([*draws, *draws[:16], *draws[:8]])
-    assert (sketch.users(), sketch.lines, sketch.repeated()) == (64, 88, 0.25)
-    assert (UserSketch().users(), UserSketch().repeated()) == (0, 0)
+    assert (count_users(sketch), sketch.total(), several_lines(sketch)) == (64, 88, 0.25)
+    assert (count_users(sketch_of([])), several_lines(sketch_of([]))) == (0, 0)
 
 
 def test_the_sketch_of_many_users_is_right_within_a_few_percent_and_small(monkeypatch):
@@ -396,9 +398,9 @@ def test_the_sketch_of_many_users_is_right_within_a_few_percent_and_small(monkey
     draws = [draw(f"user{i}") for i in range(20_000)]
     sketch = sketch_of(draws + draws[::4])
     # The k-th lowest of n has a relative deviation of 1 / sqrt(k), 3 %; a share of 1/4 of k one of sqrt(3 / k) / 4.
-    assert abs(sketch.users() / 20_000 - 1) < 0.1
-    assert abs(sketch.repeated() - 0.25) < 0.05
-    assert sketch.lines == 25_000 and len(sketch.of_user) == 1024
+    assert abs(count_users(sketch) / 20_000 - 1) < 0.1
+    assert abs(several_lines(sketch) - 0.25) < 0.05
+    assert len(sketch) == 1025
 
 
 def test_more_users_are_never_taken_for_fewer(monkeypatch):
@@ -406,20 +408,24 @@ def test_more_users_are_never_taken_for_fewer(monkeypatch):
     for seed in range(30):
         rng = random.Random(seed)
         draws = [rng.random() for _ in range(60)]
-        estimates = [sketch_of(draws[:number]).users() for number in range(1, 61)]
+        estimates = [count_users(sketch_of(draws[:number])) for number in range(1, 61)]
         assert estimates[:8] == list(range(1, 9)) and estimates == sorted(estimates)
 
 
-def test_sketches_add_up_to_the_same_however_the_users_were_cut(monkeypatch):
+def test_the_sketch_is_the_same_however_the_users_were_cut(tmp_path, raw, monkeypatch):
     monkeypatch.setattr(script, "SKETCH_SIZE", 32)
-    rng = random.Random(1)
-    draws = [rng.random() for _ in range(300)]
-    draws += draws[:100]
-    for number, size in itertools.product((20, 32, 64, 65, 400), (1, 7, 33, 64, 150, 400)):
-        whole, total = sketch_of(draws[:number]), UserSketch()
+    uids = [f"u{i}" for i in range(300)]
+    uids += uids[:100]
+    for number, size in itertools.product((20, 32, 33, 64, 65, 400), (1, 7, 33, 64, 150, 400)):
+        whole, parts = collections.Counter(map(draw, uids[:number])), []
         for start in range(0, number, size):
-            total.update(sketch_of(draws[start : min(start + size, number)]))
-        assert (total.users(), total.lines, total.of_user) == (whole.users(), number, whole.of_user)
+            users = [(uid, ["v1"]) for uid in uids[start : min(start + size, number)]]
+            path = (
+                raw(tmp_path / f"{number}-{size}", users=users, click_file=f"{start:03}") / f"click_seq/{start:03}.json"
+            )
+            parts.append([FileRange(str(path))])
+        _, sketch = survey(parts, num_workers=1)
+        assert sketch == {place: whole[place] for place in sorted(whole)[:33]}
 
 
 def test_users_on_several_lines_are_noticed(tmp_path, raw, clicks_like_real, capsys):
@@ -441,13 +447,13 @@ def test_one_line_a_user_is_nothing_to_say(records, capsys):
 
 
 @pytest.mark.parametrize("long_format", [True, False], ids=["one click a line", "one click a user"])
-def test_histories_that_are_all_of_one_click_are_refused(tmp_path, raw, clicks_like_real, long_format):
+def test_histories_that_are_all_of_one_click_are_refused(tmp_path, records, clicks_like_real, long_format):
     users = clicks_like_real(200, seed=1)["users"]
     users = [(uid, [click]) for uid, clicks in users for click in (clicks if long_format else clicks[:1])]
-    path = raw(tmp_path, users=users) / "click_seq/clicks.json"
     assert len(users) == (3544 if long_format else 200)
     with pytest.raises(InputError, match="every history is of one click.*one line for each user"):
-        survey(cut_files([str(path)]), num_workers=1)
+        records(users)
+    assert not (tmp_path / "work/tfrecord/manifest.json").exists()
 
 
 def test_clicks_keep_their_meaning_whenever_their_column_comes_goes_or_returns(tmp_path, raw, clicks_like_real):
@@ -476,20 +482,20 @@ def test_one_and_two_workers_write_the_same_bytes(tmp_path, records, rerun, tiny
 
 def test_small_ranges_give_the_same_records_and_counts_as_one(tmp_path, records, rerun, monkeypatch):
     whole = records(work="whole")
-    monkeypatch.setattr(toolbox, "RANGE_BYTES", 200)
+    monkeypatch.setattr(script, "RANGE_BYTES", 200)
     cut = rerun("cut")
     assert decoded(tmp_path / "cut/tfrecord") == decoded(tmp_path / "whole/tfrecord")
     before = stamps(tmp_path / "whole/tfrecord")
     assert rerun("whole") == whole  # finished work stands, however the input would be cut today
     assert stamps(tmp_path / "whole/tfrecord") == before
     assert len(whole["shards"]) == 3 and len(cut["shards"]) > 30
-    assert {**cut, "shards": 0} == {**whole, "shards": 0}
+    assert cut | {"shards": 0, "range_bytes": 0} == whole | {"shards": 0, "range_bytes": 0}
 
 
 def test_bad_lines_are_reported_by_their_place_in_the_file_whatever_the_ranges(
     tmp_path, raw, write_lines, monkeypatch, capsys
 ):
-    monkeypatch.setattr(toolbox, "RANGE_BYTES", 2000)
+    monkeypatch.setattr(script, "RANGE_BYTES", 2000)
     raw(tmp_path / "raw", columns=COLUMNS, titles={"v1": "One"})
     good = [{"uid": f"u{i}", "click_seq": ["v1", "v2_c1"]} for i in range(300)]
     lines = [*good[:123], "{", *good[123:250], b"\xff", *good[250:]]
@@ -500,35 +506,29 @@ def test_bad_lines_are_reported_by_their_place_in_the_file_whatever_the_ranges(
     assert manifest["report"]["skipped"] == {"not JSON": 1, "not UTF-8": 1}
 
 
-def test_the_index_is_read_once_for_all_ranges_of_a_worker(tmp_path, records, tiny_ranges, monkeypatch):
+def test_the_index_is_read_once(records, tiny_ranges, monkeypatch):
     loads = []
     load_index = script.load_index
     monkeypatch.setattr(script, "load_index", lambda work_dir: loads.append(work_dir) or load_index(work_dir))
     manifest = records()
-    assert len(manifest["shards"]) > 30
-    assert len(loads) == 2  # by the entry function, and by its one worker
+    assert len(manifest["shards"]) > 30 and len(loads) == 1
 
 
-@pytest.mark.parametrize("change", ["a new column", "a retired column", "another index"])
-def test_an_index_that_changes_while_records_are_written_ends_the_run(tmp_path, raw, records, monkeypatch, change):
-    first_pass = script.survey
+@pytest.mark.parametrize(
+    "columns", [{**COLUMNS, "c4": ["v1"]}, {"c1": ["v1"]}], ids=["a new column", "a retired column"]
+)
+def test_an_index_that_changes_while_records_are_written_shapes_none_of_them(
+    tmp_path, raw, records, monkeypatch, columns
+):
+    first_pass, undisturbed = script.survey, records(work="undisturbed")
 
     def change_the_index(*arguments):
-        columns = {
-            "a new column": {**COLUMNS, "c4": ["v1"]},
-            "a retired column": {"c1": ["v1"]},
-            "another index": {"x": "y"},
-        }
-        if change == "another index":
-            for path in (tmp_path / "work/indexing").iterdir():
-                path.unlink()
-        get_indexing(raw(tmp_path / "raw", columns=columns[change]), tmp_path / "work")
+        get_indexing(raw(tmp_path / "raw", columns=columns), tmp_path / "work")
         return first_pass(*arguments)
 
     monkeypatch.setattr(script, "survey", change_the_index)
-    with pytest.raises(InputError, match=r"indexing was changed while get_tfrecord\.py was at work; run it again"):
-        records()
-    assert not (tmp_path / "work/tfrecord/manifest.json").exists()
+    assert records() == undisturbed
+    assert folder_bytes(tmp_path / "work/tfrecord") == folder_bytes(tmp_path / "undisturbed/tfrecord")
 
 
 # ---------------------------------------------------------------- manifest
@@ -536,7 +536,7 @@ def test_an_index_that_changes_while_records_are_written_ends_the_run(tmp_path, 
 
 def test_the_manifest_s_numbers_equal_a_count_by_hand(tmp_path, raw, write_lines, monkeypatch):
     raw(tmp_path / "raw", columns=COLUMNS, titles={"v1": "One"})
-    monkeypatch.setattr(toolbox, "RANGE_BYTES", 2000)
+    monkeypatch.setattr(script, "RANGE_BYTES", 2000)
     users = histories(*[(7 * i * i) % 23 for i in range(400)])
     lines = [{"uid": uid, "click_seq": clicks} for uid, clicks in users]
     lines[100:100] = ["", "{"]
@@ -814,7 +814,7 @@ def test_a_shard_that_was_cut_short_is_made_again(tmp_path, records):
 
 def test_changed_input_remakes_its_shards_alone_and_removes_the_stale_ones(tmp_path, raw, records, monkeypatch):
     raw(tmp_path / "raw", users=[(uid + "a", clicks) for uid, clicks in USERS], click_file="a")
-    monkeypatch.setattr(toolbox, "RANGE_BYTES", (tmp_path / "raw/click_seq/a.json").stat().st_size)  # a task for each
+    monkeypatch.setattr(script, "RANGE_BYTES", (tmp_path / "raw/click_seq/a.json").stat().st_size)  # a task for each
     records()  # clicks.json comes after a.json
     before = stamps(tmp_path / "work/tfrecord")
     raw(tmp_path / "raw", users=[*USERS[:-1], (USERS[-1][0], ["v1"])])  # as many users, so the same share is held out

@@ -6,7 +6,7 @@ import random
 from collections import Counter, defaultdict
 
 import get_dataset
-import get_indexing as toolbox
+import get_tfrecord as get_tfrecord_module
 import model_tf2
 from get_dataset import NUM_NEGATIVES, add_candidates
 from get_indexing import FIRST_VIDEO, PAD, UNKNOWN, Index, get_indexing
@@ -650,7 +650,7 @@ def records(tmp_path_factory):
     _raw(raw, columns={cid: vids for cid, vids in columns.items() if cid != "gone"})
     index = get_indexing(raw, folder / "work")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(toolbox, "RANGE_BYTES", 4000)
+        patch.setattr(get_tfrecord_module, "RANGE_BYTES", 4000)
         constants = dict(user_max_len=MAX_LEN, window_overlap=OVERLAP, held_out_users=HELD_OUT)
         manifest = get_tfrecord(raw, folder / "work", num_workers=1, **constants)
     assert len(manifest["shards"]) >= 3 * 3 and index.columns["gone"] == []
