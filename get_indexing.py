@@ -255,17 +255,10 @@ class Index(NamedTuple):
         videos, columns = list(self.videos)[:num_videos], list(self.columns)[:num_columns]
         return {"videos": len(videos), "columns": len(columns), "sha256": fingerprint(videos, columns)}
 
-    def continues(self, made_with):
-        """Return whether this index is the one of that fingerprint, grown perhaps."""
-        return self.fingerprint(made_with["videos"], made_with["columns"]) == made_with
-
     def check(self, made_with, path, script):
-        """Refuse the file at path, made with the index of that fingerprint, unless this index continues it."""
-        if not self.continues(made_with):
-            now = self.fingerprint()
-            raise InputError(
-                f"{path} was made with another index ({made_with}) than indexing/vid2idx.json ({now}); run {script} again"
-            )
+        """Refuse the file at path, made with the index of that fingerprint, unless this index is that one, grown perhaps."""
+        now = self.fingerprint(made_with["videos"], made_with["columns"])
+        check_same(path, {"indexing/vid2idx.json": made_with}, {"indexing/vid2idx.json": now}, script)
 
 
 def load_index(work_dir=WORK_DIR, new=False):
@@ -473,26 +466,16 @@ def read_lines(file_range):
         raise InputError(f"{path}: an empty gzip file; copy it again")
     try:
         with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as file:
+            at, begins = start, True  # whether a line begins here
             if start:  # the line under way at `start` belongs to the range before
-                file.seek(start - 1)
-                start += skip_line(file, end) - 1
-            while start < end and (line := file.readline(MAX_LINE_BYTES + 1)):
-                yield line, start
-                start += len(line)
-                if len(line) > MAX_LINE_BYTES and not line.endswith(b"\n"):
-                    start += skip_line(file, end)
+                at, begins = file.seek(start - 1), False
+            while at < end and (part := file.readline(MAX_LINE_BYTES + 1 if begins else 1 << 20)):
+                if begins:
+                    yield part, at
+                at += len(part)
+                begins = part.endswith(b"\n")
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise InputError(f"{path}: not a whole gzip file ({error}); copy it again") from error
-
-
-def skip_line(file, end):
-    """Read to the end of the line, or beyond byte `end` if that comes first, and return how many bytes that was."""
-    skipped, left = 0, end - file.tell()
-    while skipped <= left and (part := file.readline(1 << 20)):
-        skipped += len(part)
-        if part.endswith(b"\n"):
-            break
-    return skipped
 
 
 # ---------------------------------------------------------------- toolbox: writing

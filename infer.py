@@ -63,7 +63,7 @@ def infer(clicks_dir=CLICKS_DIR, work_dir=WORK_DIR, ranking_dir=RANKING_DIR, top
     folder, work_dir = Path(ranking_dir).absolute(), Path(work_dir).absolute()
     folder.mkdir(parents=True, exist_ok=True)
     clicks_from = os.path.relpath(Path(clicks_dir).resolve(), folder.resolve())  # the same where all is moved
-    remove_parts(folder)
+    remove_leftovers(folder)
     index, model = load_index(work_dir), read_json(work_dir / "model/model.json", "train.py")
     made_with = {
         "model": model.get("id"),
@@ -87,13 +87,13 @@ def infer(clicks_dir=CLICKS_DIR, work_dir=WORK_DIR, ranking_dir=RANKING_DIR, top
             made_from = made_with | {"clicks": clicks_from}
             tally, manifest[outputs[path].name] = join_parts(outputs[path], of_file, made_from)
             users += tally.lines - tally.skipped.total()
-    remove_parts(folder)  # of a task that was tried twice
+    remove_leftovers(folder)  # of a task that was tried twice
     name_the_gone(folder, manifest, outputs, clicks_from)
     print(
         f"{users:,} users ranked in {len(outputs) - len(stands):,} files, {len(outputs):,} files stand in {ranking_dir}"
     )
     for example in examples:
-        print_example(example, index)
+        print_example(*example, index)
     return list(outputs.values())
 
 
@@ -189,20 +189,14 @@ def read_digests(ranges):
 
 
 def part_of(folder, file_range):
-    """Return the path of the ranking of one FileRange, until it is joined with the others of its file."""
-    return folder / f".{input_name(file_range.path)}.json.gz.{file_range.start}.part"
-
-
-def remove_parts(folder):
-    """Remove what a killed run left in folder."""
-    remove_leftovers(folder)
-    remove_leftovers(folder, ".*.json.gz.*.part")
+    """Return the path of the ranking of one FileRange, a leftover unless it is joined with the others of its file."""
+    return folder / f".{input_name(file_range.path)}.json.gz.{file_range.start:032x}.tmp"
 
 
 def rank_ranges(ranges, folder, work_dir, made_with, explain=None):
-    """Rank the users of FileRanges, each into its part file; return ([Tally, ...], [Example of its first user]).
+    """Rank the users of FileRanges, each into its part file; return ([Tally, ...], [(uid, last clicks, Reasons)]).
 
-    The example is of the FileRange that is to be explained, if it is one of them.
+    The example is the first user of the FileRange that is to be explained, if it is one of them.
     """
     ranker, tallies, examples = load_ranker(work_dir, made_with["model"], made_with["index"]), [], []
     at_once = max(1, min(BATCH_USERS, ranker.scores_at_once // len(ranker.cids)))  # users
@@ -217,7 +211,7 @@ def rank_ranges(ranges, folder, work_dir, made_with, explain=None):
                 packed.write("".join(ranker.lines(block, made_with["constants"]["TOP_K"])).encode())
                 if file_range == explain and not examples:
                     uid, clicks = block[0]
-                    examples = [Example(uid, clicks[-EXAMPLE:], ranker.why(clicks, EXAMPLE))]
+                    examples = [(uid, clicks[-EXAMPLE:], ranker.why(clicks, EXAMPLE))]
     return tallies, examples
 
 
@@ -252,7 +246,10 @@ class Ranker:
         self.scores_at_once = SCORES_AT_ONCE
         cids = list(self.index.columns)
         self.cids = [cids[number - 1] for number in self.scorer.numbers]  # of the current columns
-        self.texts = list(map(as_json, self.cids)), ScoreTexts()
+        text_of_cost = functools.lru_cache(MEMO_SIZE)(
+            lambda cost: as_json(-cost / 10**DECIMALS)
+        )  # users share most scores
+        self.texts = list(map(as_json, self.cids)).__getitem__, text_of_cost
 
     def rank(self, clicks, top_k=TOP_K):
         """Return [(cid, probability), ...] for a user's clicks, oldest first: the best column first, top_k of them or all.
@@ -314,9 +311,7 @@ class Ranker:
         padded = self.padded([self.encode(clicks) for _, clicks in users])
         best, known = best_first(self.scores(*padded), top_k), self.scorer.is_known(*padded)
         for (uid, _), is_known, *of_user in zip(users, known, *best, strict=True):
-            columns, scores = (
-                ", ".join(map(texts.__getitem__, of)) for texts, of in zip(self.texts, of_user, strict=True)
-            )
+            columns, scores = (", ".join(map(text_of, of)) for text_of, of in zip(self.texts, of_user, strict=True))
             source = "model" if is_known else "popular"
             yield (f'{{"uid": {as_json(uid)}, "columns": [{columns}], "scores": [{scores}], "source": "{source}"}}\n')
 
@@ -328,14 +323,6 @@ class Reason(NamedTuple):
     probability: float
     of_towers: float | None  # share of the probability that the towers give, the rest is the memory's; None: popularity
     effects: list  # of each of the user's clicks: above 0 it speaks for the column, 0 without it nothing changes
-
-
-class Example(NamedTuple):
-    """A user to print."""
-
-    uid: str
-    clicks: list  # the last few
-    reasons: list  # Reasons of the first columns
 
 
 def best_first(scores, top_k=0):
@@ -352,33 +339,23 @@ def best_first(scores, top_k=0):
     return (keys & (1 << bits) - 1).tolist(), (keys >> bits).tolist()
 
 
-class ScoreTexts(dict):
-    """The JSON text of each cost, remembered: users share most scores, and a float takes long to print."""
-
-    def __missing__(self, cost):
-        if len(self) >= MEMO_SIZE:
-            self.clear()
-        text = self[cost] = as_json(-cost / 10**DECIMALS)
-        return text
-
-
-def print_example(example, index, data_dir=DATA_DIR):
+def print_example(uid, clicks, reasons, index, data_dir=DATA_DIR):
     """Print in words what a user clicked last, the columns that come first for them, and the clicks that speak for each."""
     titles, names = {}, {}
     with contextlib.suppress(InputError, OSError):  # they may be missing or damaged
         titles, names = read_names(data_dir)
-    clicks = []
-    for click in example.clicks:
+    named = []
+    for click in clicks:
         vid, cid = split_click(click, index.videos, index.columns)
-        clicks.append(titles.get(vid, vid) + (f"  in {names.get(cid, cid)}" if cid else ""))
-    print(f"user {example.uid} clicked last:", *clicks, sep="\n  ")
+        named.append(titles.get(vid, vid) + (f"  in {names.get(cid, cid)}" if cid else ""))
+    print(f"user {uid} clicked last:", *named, sep="\n  ")
     print("and is shown first, by these of the clicks:")
-    for reason in example.reasons:
+    for reason in reasons:
         share = "(popular)"
         if reason.of_towers is not None:
             share = f"(towers {reason.of_towers:.0%}, memory {1 - reason.of_towers:.0%})"
         print(f"  {reason.probability:6.1%}  {names.get(reason.cid, reason.cid)}  {share}")
-        for effect, click in sorted(zip(reason.effects[-len(clicks) :], clicks, strict=True), reverse=True):
+        for effect, click in sorted(zip(reason.effects[-len(named) :], named, strict=True), reverse=True):
             if effect > 0.05:
                 print(f"          {effect:+.2f}  {click}")
 

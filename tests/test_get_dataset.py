@@ -400,7 +400,7 @@ def test_columns_in_another_order_are_another_index(tmp_path, made):
     path = tmp_path / "indexing/cid2vidx.json"
     text = path.read_text()
     path.write_text(text.replace("t0a", "t0X").replace("t0b", "t0a").replace("t0X", "t0b"))
-    with pytest.raises(InputError, match=r"manifest\.json was made with another index"):
+    with pytest.raises(InputError, match=r"manifest\.json: made with indexing/vid2idx.json = "):
         load_manifest(tmp_path, CONSTANTS)
 
 

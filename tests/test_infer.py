@@ -16,7 +16,7 @@ import train as train_module
 from get_dataset import column_table, dataset_from_clicks, load_manifest
 from get_indexing import InputError, cut_files, get_indexing, load_index
 from get_tfrecord import get_tfrecord
-from infer import Example, Ranker, Reason, infer, print_example
+from infer import Ranker, Reason, infer, print_example
 from model_tf2 import Memory, Scorer, count_windows
 from train import MEMORY_DECAYS, train
 
@@ -518,7 +518,7 @@ def test_a_truncated_gzip_file_stops_and_leaves_no_output(own):
 
 
 def test_what_a_killed_run_left_is_removed(two):
-    for name in (".one.json.gz.0.part", f".one.json.gz.{'0' * 32}.tmp", f".one.json.gz.0.part.{'f' * 32}.tmp"):
+    for name in (f".one.json.gz.{'0' * 32}.tmp", f"..one.json.gz.{'0' * 32}.tmp.{'f' * 32}.tmp"):
         (two / "ranking" / name).write_bytes(b"half")
     rank_own(two)
     assert not list((two / "ranking").glob(".*"))
@@ -597,7 +597,7 @@ def test_the_clicks_of_a_theme_speak_for_its_column(ranker):
 def test_the_example_names_what_was_clicked_what_is_shown_and_why_as_far_as_titles_are_known(own, capsys):
     index = load_index(own / "work")
     reasons = [Reason("t0a", 0.5, 0.25, [0.31, 0.9, 0.01]), Reason("t0b", 0.1, None, [-0.5, 0.0, 0.2])]
-    example = Example("u", ["t0b-2", "t0a-1_t0a", "x"], reasons)
+    example = "u", ["t0b-2", "t0a-1_t0a", "x"], reasons
     named = _raw(own / "named", columns={"t0a": ["t0a-1"]}, names={"t0a": "The best"}, titles={"t0b-2": "A title"})
     damaged = _raw(own / "damaged", columns={"t0a": ["t0a-1"]})
     (damaged / "cid2vids2.json.gz").write_bytes(b"no gzip")
@@ -606,7 +606,7 @@ def test_the_example_names_what_was_clicked_what_is_shown_and_why_as_far_as_titl
         (own / "none", "t0b-2", "t0a"),
         (damaged, "t0b-2", "t0a"),
     ):
-        print_example(example, index, data_dir)
+        print_example(*example, index, data_dir)
         assert capsys.readouterr().out.splitlines() == [
             "user u clicked last:",
             f"  {title}",
