@@ -150,6 +150,8 @@ def epoch_and_evaluation(folder, users):
 
 
 def main(rounds=20, users=USERS):
+    keras.utils.set_random_seed(1)
+    tf.config.experimental.enable_op_determinism()  # as train.py does
     rng = np.random.default_rng(0)
     batches = {number: random_batch(rng, number) for number in (FEW, MANY)}
     few, many = (new_step(number, batch) for number, batch in batches.items())
