@@ -339,7 +339,7 @@ def column_loss(model, users, windows, kind, ahead_decay, seed):
     ages = tf.cast(targets[:, 1:], tf.int32) - tf.range(tf.shape(before)[1])  # [n, len]
     vectors = model.column_vectors(windows["item_feature"], windows["item_column"], seed)
     drawn = tf.size(windows["item_log_prob"])
-    candidates = windows["item_column"][-drawn:]
+    candidates, log_prob = windows["item_column"][-drawn:], windows["item_log_prob"][0]
 
     again = (before[:, None] == numbers[..., None]) & (ages >= 0)[:, None]  # [n, ahead, len]
     own = model.scale * tf.einsum("nd,nad->na", of_target, tf.gather(vectors, items))
@@ -347,7 +347,7 @@ def column_loss(model, users, windows, kind, ahead_decay, seed):
     others = model.add_repeats(model.logits(of_target, vectors[-drawn:]), candidates, before, ages)
     others = tf.where(numbers[:, :1] == candidates, -1e9, others)
     weights = tf.where(numbers > 0, ahead_decay ** tf.range(numbers.shape[1], dtype=tf.float32), 0.0)
-    return candidate_loss(own, weights, others, windows["item_log_prob"], kind)
+    return candidate_loss(own, weights, others, log_prob, kind)
 
 
 def video_loss(model, users, windows, kind, seed):
@@ -360,26 +360,26 @@ def video_loss(model, users, windows, kind, seed):
     own = model.scale * tf.reduce_sum(of_target * tf.gather(vectors, place), axis=1, keepdims=True)
     others = model.logits(of_target, vectors[tf.size(distinct) :])
     others = tf.where(next_video[:, None] == negatives, -1e9, others)
-    log_prob = tf.fill([NUM_NEGATIVES], np.float32(np.log(NUM_NEGATIVES / model.num_videos)))
+    log_prob = np.float32(np.log(NUM_NEGATIVES / model.num_videos))
     return candidate_loss(own, tf.ones_like(own), others, log_prob, kind)
 
 
 def candidate_loss(own, weights, others, log_prob, kind=LOSS):
     """Return the sum of the losses of targets, a scalar: own [n, ahead] are their logits, others [n, m] the candidates'.
 
-    A target is what is clicked next and, by their weights [n, ahead], what is clicked after that. log_prob [m] is the log of
-    how often a candidate is drawn. Each is weighted by the inverse of that, so that a sample stands for all (Bengio and
-    Senecal 2008). "softmax" is the cross-entropy over the next and the others, "bce" the sum of their binary
+    A target is what is clicked next and, by their weights [n, ahead], what is clicked after that. log_prob is the log of how
+    often each candidate is drawn: it is weighted by the inverse of that, so that a sample stands for all (Bengio and Senecal
+    2008). "softmax" is the cross-entropy over the next and the others, "bce" the sum of their binary
     cross-entropies. A logit of -1e9 leaves a candidate out.
     """
     weights /= tf.reduce_sum(weights, axis=1, keepdims=True)
     if kind == "softmax":
         following = own[:, 0]
-        against = tf.reduce_logsumexp(others - log_prob, axis=1)
+        against = tf.reduce_logsumexp(others, axis=1) - log_prob
         losses = following + tf.nn.softplus(against - following) - tf.reduce_sum(weights * own, axis=1)
     else:
         losses = tf.reduce_sum(weights * tf.nn.softplus(-own), axis=1)
-        losses += tf.reduce_sum(tf.nn.softplus(others) * tf.exp(-log_prob), axis=1)
+        losses += tf.reduce_sum(tf.nn.softplus(others), axis=1) * tf.exp(-log_prob)
     return tf.reduce_sum(losses)
 
 

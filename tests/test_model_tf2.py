@@ -303,40 +303,33 @@ def loss_by_hand(own, shares, others, log_prob, kind):
 
 @pytest.fixture
 def scored():
-    """Logits of targets [5, 3], their shares [5, 3], others [5, 4], log probabilities [4]."""
+    """Logits of targets [5, 3], their shares [5, 3], others [5, 4]."""
     rng = np.random.default_rng(9)
     shares = np.array([[1, 0.5, 0.25], [1, 0.5, 0], [1, 0, 0.25], [1, 0, 0], [1, 0.5, 0.25]])
-    values = rng.normal(0, 2, [5, 3]), shares, rng.normal(0, 2, [5, 4]), np.log(rng.uniform(0.1, 1, 4))
+    values = rng.normal(0, 2, [5, 3]), shares, rng.normal(0, 2, [5, 4])
     return [value.astype(np.float32) for value in values]
 
 
 @KINDS
-@pytest.mark.parametrize("drawn", ["all", "some"])
-def test_the_loss_is_the_sum_over_targets_with_the_clicks_after_the_next_by_their_shares(scored, kind, drawn):
-    own, shares, others, log_prob = scored
-    log_prob = log_prob if drawn == "some" else np.zeros_like(log_prob)
-    by_hand = [loss_by_hand(*of, log_prob, kind) for of in zip(own, shares, others, strict=True)]
+@pytest.mark.parametrize("log_prob", [0.0, -1.3], ids=["all are drawn", "some are drawn"])
+def test_the_loss_is_the_sum_over_targets_with_the_clicks_after_the_next_by_their_shares(scored, kind, log_prob):
+    own, shares, others = scored
+    by_hand = [loss_by_hand(*of, np.full(4, log_prob), kind) for of in zip(own, shares, others, strict=True)]
     assert float(candidate_loss(own, shares, others, log_prob, kind)) == pytest.approx(sum(by_hand), rel=1e-5)
 
 
 @KINDS
 def test_a_candidate_drawn_less_often_counts_more_and_one_left_out_counts_nothing(scored, kind):
-    own, shares, others, _ = scored
-
-    def loss(*log_prob):
-        return float(candidate_loss(own, shares, others, np.array(log_prob, np.float32), kind))
-
-    assert loss(0, 0, 0, 0) < loss(0, -1, 0, 0) < loss(0, -3, 0, 0)
-    without, others[:, 2] = (
-        float(candidate_loss(own, shares, others[:, [0, 1, 3]], np.zeros(3, np.float32), kind)),
-        -1e9,
-    )
-    assert loss(0, 0, -2, 0) == pytest.approx(without)
+    own, shares, others = scored
+    losses = [float(candidate_loss(own, shares, others, log_prob, kind)) for log_prob in (0.0, -1.0, -3.0)]
+    assert losses == sorted(losses) and len(set(losses)) == 3
+    without, others[:, 2] = float(candidate_loss(own, shares, others[:, [0, 1, 3]], -1.0, kind)), -1e9
+    assert float(candidate_loss(own, shares, others, -1.0, kind)) == pytest.approx(without)
 
 
 @KINDS
 def test_the_loss_of_no_target_is_zero(kind):
-    nothing = tf.zeros([0, 2]), tf.zeros([0, 2]), tf.zeros([0, 4]), tf.zeros([4])
+    nothing = tf.zeros([0, 2]), tf.zeros([0, 2]), tf.zeros([0, 4]), 0.0
     assert float(candidate_loss(*nothing, kind)) == 0
 
 

@@ -932,7 +932,9 @@ def test_an_index_with_other_numbers_is_refused(own, name):
     edit_json(own / "indexing" / name, swap_first_two)
     with pytest.raises(InputError, match=r"model\.json: made with indexing/vid2idx.json = .*, now it is .*train\.py"):
         load_model(own)
-    with pytest.raises(InputError, match=r"manifest\.json: made with indexing/vid2idx.json = .*, now it is .*get_tfrecord\.py"):
+    with pytest.raises(
+        InputError, match=r"manifest\.json: made with indexing/vid2idx.json = .*, now it is .*get_tfrecord\.py"
+    ):
         train(own, **TINY)
 
 
