@@ -692,7 +692,8 @@ def publish(folder, model, memory, index, run, table, ranks, users):
     """Write weights, memory and tables under names of their own; then model.json, whose rename publishes all."""
     # h5py does not survive a full disk, so ask for the room before.
     with open(folder / f".room.{'0' * 32}.tmp", "wb") as room:
-        room.writelines([*(weight.tobytes() for weight in model.get_weights()), bytes(1 << 20)])
+        room.writelines(weight.tobytes() for weight in model.get_weights())
+        room.write(bytes(1 << 20))
     remove_leftovers(folder)
     saved = (
         run
