@@ -112,8 +112,8 @@ def read_windows(paths, block=PARSE_BLOCK):
 def held_out(manifest, split, work_dir=WORK_DIR):
     """Return {"uid" [n], "user_feature" [n, len], "user_column" [n, len], "target_column" [n], "history" [n]}.
 
-    One row for each user of "val" or "test". The clicks are those before the target, as many as infer.py would read,
-    padded at the end; "history" says how many there were.
+    One row for each user of "val" or "test", short histories first: so blocks of users hold little padding. The clicks are
+    those before the target, as many as infer.py would read, padded at the end; "history" says how many there were.
     """
     longest, users = manifest["constants"]["USER_MAX_LEN"], []
     for block in read_windows(shards_of(manifest, split, work_dir)):
@@ -128,7 +128,9 @@ def held_out(manifest, split, work_dir=WORK_DIR):
             }
             | {name: np.where(visible, values[:, :longest], 0) for name, values in padded.items()}
         )
-    return {name: np.concatenate([block[name] for block in users]) for name in users[0]}
+    users = {name: np.concatenate([block[name] for block in users]) for name in users[0]}
+    order = np.argsort(users["history"], kind="stable")
+    return {name: values[order] for name, values in users.items()}
 
 
 def parse_block(serialized):

@@ -363,9 +363,12 @@ def ranks_of(users, scorer, rankings):
     """Return {name: ranks [n]} of the targets of users, as of Scorer.rankable(), by (name, scores) of rankings(clicks)."""
     ranks, at_once = {}, max(1, SCORES_AT_ONCE // len(scorer.numbers))
     for start in range(0, len(users["place"]), at_once):
-        block = {name: values[start : start + at_once] for name, values in users.items()}
-        for name, scores in rankings(block["user_feature"], block["user_column"]):
-            ranks.setdefault(name, []).append(rank_of(scores, block["place"]))
+        videos, columns, places = (
+            users[name][start : start + at_once] for name in ("user_feature", "user_column", "place")
+        )
+        longest = np.count_nonzero(videos, axis=1).max()
+        for name, scores in rankings(videos[:, :longest], columns[:, :longest]):
+            ranks.setdefault(name, []).append(rank_of(scores, places))
     return {name: np.concatenate(blocks) for name, blocks in ranks.items()}
 
 
