@@ -16,7 +16,7 @@ A batch is a dict of
     uid             string  [batch]
 and for training the column side, drawn fresh for each batch:
     item_column     int32   [items]            column numbers
-    item_feature    int32   [items, item_len]  the videos that stand for each, 0 = padding
+    item_feature    int32   [items, item_len]  some of the videos that stand for each, 0 = padding
     item_log_prob   float32 [candidates]       the last so many items are candidates: log of how often each is drawn
     target_item     int32   [batch, len, AHEAD]  which items the targets are
     negative_video  int32   [NUM_NEGATIVES]    random videos, for the auxiliary loss
@@ -39,6 +39,7 @@ MIN_STEPS = 150  # batches in an epoch: small data gets smaller batches
 SHUFFLE_BUFFER = 20_000  # windows
 PARSE_BLOCK = 256  # records parsed in one go
 ITEM_MAX_LEN = 16  # videos that stand for a column: its most clicked
+ITEM_SAMPLE = 8  # of them, that a training step reads: the first and random others; all gave nothing more
 VIDEO_COLUMNS = 4  # columns that a video is known by, of those that show it: the ones of fewest videos
 AHEAD = 4  # next clicks whose columns are targets, in one
 MAX_CANDIDATES = 4096  # columns to train against; of more, NUM_NEGATIVES random ones
@@ -46,7 +47,8 @@ NUM_NEGATIVES = 512  # random columns, and random videos, of a batch
 
 DATASET_CONSTANTS = dict(
     BATCH_POSITIONS=BATCH_POSITIONS, MIN_STEPS=MIN_STEPS, SHUFFLE_BUFFER=SHUFFLE_BUFFER, ITEM_MAX_LEN=ITEM_MAX_LEN,
-    VIDEO_COLUMNS=VIDEO_COLUMNS, AHEAD=AHEAD, MAX_CANDIDATES=MAX_CANDIDATES, NUM_NEGATIVES=NUM_NEGATIVES,
+    ITEM_SAMPLE=ITEM_SAMPLE, VIDEO_COLUMNS=VIDEO_COLUMNS, AHEAD=AHEAD, MAX_CANDIDATES=MAX_CANDIDATES,
+    NUM_NEGATIVES=NUM_NEGATIVES,
 )  # fmt: skip
 LISTS = {"user_feature": tf.int32, "user_column": tf.int32, "label": tf.float32}
 WINDOW_SPEC = {name: tf.TensorSpec([None], dtype) for name, dtype in LISTS.items()}
@@ -57,8 +59,8 @@ PADDED_SHAPES = {name: spec.shape for name, spec in WINDOW_SPEC.items()}
 
 def rules():
     """Return what each constant can be, as in get_indexing.py."""
-    names = ("BATCH_POSITIONS", "MIN_STEPS", "SHUFFLE_BUFFER", "PARSE_BLOCK", "ITEM_MAX_LEN", "VIDEO_COLUMNS", "AHEAD",
-             "NUM_NEGATIVES")  # fmt: skip
+    names = ("BATCH_POSITIONS", "MIN_STEPS", "SHUFFLE_BUFFER", "PARSE_BLOCK", "ITEM_MAX_LEN", "ITEM_SAMPLE", "VIDEO_COLUMNS",
+             "AHEAD", "NUM_NEGATIVES")  # fmt: skip
     return {"MAX_CANDIDATES": a_whole_number(0), **dict.fromkeys(names, a_whole_number(1))}
 
 
@@ -202,21 +204,29 @@ def add_candidates(dataset, column_videos, num_videos, seed):
     Up to MAX_CANDIDATES columns all are candidates. Of more, NUM_NEGATIVES draws without replacement are, each column
     as likely as any other: that is known exactly, whatever a user clicks, which is not so of the batch's own targets.
     """
-    num_columns, column_videos = len(column_videos) - 1, tf.constant(column_videos, tf.int32)
+    num_columns, width, column_videos = (
+        len(column_videos) - 1,
+        column_videos.shape[1],
+        tf.constant(column_videos, tf.int32),
+    )
     number = min(NUM_NEGATIVES, num_columns)
     log_prob = np.log(number / num_columns, dtype=np.float32)
 
     def add(batch, draw):
-        of_dropout, of_columns, of_videos = tf.unstack(tf.random.split(draw, 3))
+        of_dropout, of_columns, of_videos, of_places = tf.unstack(tf.random.split(draw, 4))
         if num_columns <= MAX_CANDIDATES:
             items, place, log_probs = tf.range(1, num_columns + 1), batch["target_column"] - 1, tf.zeros([num_columns])
         else:
             own, place = tf.unique(tf.reshape(batch["target_column"], [-1]))
             drawn = tf.random.experimental.index_shuffle(tf.range(number), of_columns, num_columns - 1)
             items, log_probs = tf.concat([own, 1 + tf.sort(drawn)], 0), tf.fill([number], log_prob)
+        places = tf.range(width)
+        if width > ITEM_SAMPLE:
+            others = tf.random.experimental.index_shuffle(tf.range(ITEM_SAMPLE - 1), of_places, width - 2)
+            places = tf.concat([[0], 1 + others], 0)
         return batch | {
             "item_column": items,
-            "item_feature": tf.gather(column_videos, items),
+            "item_feature": tf.gather(tf.gather(column_videos, items), places, axis=1),
             "item_log_prob": log_probs,
             "target_item": tf.reshape(tf.maximum(place, 0), tf.shape(batch["target_column"])),
             "negative_video": FIRST_VIDEO

@@ -488,6 +488,23 @@ def test_candidates_are_all_columns_or_draws_without_replacement_that_are_equall
     assert max(abs(number - 300 * 3 / 7) for number in drawn.values()) < 4 * deviation
 
 
+def test_a_step_reads_the_first_video_of_each_column_and_random_others(monkeypatch):
+    """Of shelves of 9 places, 4 in each of 300 batches: the same places for all columns, each but the first as often."""
+    monkeypatch.setattr(get_dataset, "ITEM_SAMPLE", 4)
+    shelf, target = np.arange(27).reshape(3, 9), tf.constant([[[1, 2]]], tf.int32)
+    dataset, drawn = tf.data.Dataset.from_tensors({"target_column": target}).repeat(300), Counter()
+    for batch in add_candidates(dataset, shelf, NUM_VIDEOS, seed=5).as_numpy_iterator():
+        first, second = batch["item_feature"]
+        assert first[0] == 9 and len(set(first)) == 4 and np.array_equal(second, first + 9)
+        drawn.update((first - 9).tolist())
+    assert sorted(drawn) == list(range(9)) and drawn.pop(0) == 300
+    deviation = (300 * 3 / 8 * 5 / 8) ** 0.5
+    assert max(abs(number - 300 * 3 / 8) for number in drawn.values()) < 4 * deviation
+    monkeypatch.setattr(get_dataset, "ITEM_SAMPLE", 9)
+    (batch,) = add_candidates(dataset.take(1), shelf, NUM_VIDEOS, seed=5).as_numpy_iterator()
+    assert np.array_equal(batch["item_feature"], shelf[1:])
+
+
 def gradients_of(model, batch, kind, **part):
     with tf.GradientTape() as tape:
         losses = losses_of(model, batch, kind, **part)

@@ -22,6 +22,7 @@ from get_dataset import (
     AHEAD,
     BATCH_POSITIONS,
     ITEM_MAX_LEN,
+    ITEM_SAMPLE,
     NUM_NEGATIVES,
     VIDEO_COLUMNS,
     add_candidates,
@@ -65,7 +66,7 @@ def random_batch(rng, num_videos, columns=COLUMNS, windows=BATCH_POSITIONS // US
         "target_column": targets,
         "target_item": np.maximum(targets - 1, 0),
         "item_column": np.arange(1, columns + 1),
-        "item_feature": rng.integers(2, num_videos, [columns, ITEM_MAX_LEN]),
+        "item_feature": rng.integers(2, num_videos, [columns, ITEM_SAMPLE]),
         "negative_video": rng.integers(2, num_videos, [NUM_NEGATIVES]),
     }
     batch = {name: tf.constant(value, tf.int32) for name, value in batch.items()}
@@ -77,8 +78,8 @@ def needed_flops(batch):
     """Return the floating point operations of a step's matrix products; backward costs twice forward."""
     targets, positions = float(tf.reduce_sum(batch["label"])), tf.size(batch["label"]).numpy()
     alone = len(np.unique(batch["target_video"])) + NUM_NEGATIVES
-    of_users, of_columns = positions * USER_BLOCKS, COLUMNS * ITEM_MAX_LEN * ITEM_BLOCKS
-    attention = 4 * EMB_DIM * (of_users * USER_MAX_LEN + of_columns * ITEM_MAX_LEN)
+    of_users, of_columns = positions * USER_BLOCKS, COLUMNS * ITEM_SAMPLE * ITEM_BLOCKS
+    attention = 4 * EMB_DIM * (of_users * USER_MAX_LEN + of_columns * ITEM_SAMPLE)
     blocks = 2 * (of_users + of_columns + alone * ITEM_BLOCKS) * EMB_DIM**2 * (4 + 2 * FFN_RATIO)
     logits = 2 * EMB_DIM * (targets * (COLUMNS + AHEAD) + positions * NUM_NEGATIVES)
     return 3 * (attention + blocks + logits)
