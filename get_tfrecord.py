@@ -65,27 +65,14 @@ def get_tfrecord(data_dir=DATA_DIR, work_dir=WORK_DIR, num_workers=NUM_WORKERS, 
     with contextlib.suppress(InputError, FileNotFoundError):
         former = read_json(folder / "manifest.json", "get_tfrecord.py")
     if made_with.items() <= former.items():
-        range_bytes = former["range_bytes"]  # the same records stay as they were cut
+        range_bytes = former.get("range_bytes", RANGE_BYTES)  # the same records stay as they were cut
     tasks = cut_files(files, range_bytes)
-    folder.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(folder)
-    write = functools.partial(write_shards, folder=folder, index=index, made_with=made_with)
-    with map_files(write, list(enumerate(tasks)), "write records", num_workers) as parts:
-        of_parts, tallies_of_parts = add_parts(parts)
-    if tallies_of_parts.digests() != made_with["input"]:
-        for name in parts_of(of_parts["shards"]):  # so they are written anew
-            (folder / name).unlink(missing_ok=True)
-        raise InputError(f"{data_dir}: the clicks were changed while they were read; run get_tfrecord.py again")
-    manifest = {
-        **made_with,
-        "range_bytes": range_bytes,
-        **of_parts,
-        "report": {**tally_report(tallies, sketch), **of_parts["report"]},
-    }
+    of_parts = write_records(tasks, folder, index, made_with, num_workers)
+    of_parts["report"] = tally_report(tallies, sketch) | of_parts["report"]
+    manifest = made_with | {"range_bytes": range_bytes} | of_parts
     check_enough(manifest)
-    write_json(
-        folder / "manifest.json", manifest
-    )  # also where it says the same: train.py sees that the clicks are no newer
+    # Where it says the same it is written all the same: it is as new then as the clicks that it was compared with.
+    write_json(folder / "manifest.json", manifest)
     remove_others(folder, manifest["shards"])
     print_report(manifest)
     hint_at_ids(manifest["report"], tasks, index)
@@ -149,6 +136,20 @@ def draw_of(uid):
 
 
 # ---------------------------------------------------------------- the second pass: windows
+
+
+def write_records(tasks, folder, index, made_with, num_workers=None):
+    """Write the shards of all tasks; return {"shards", "splits", "report"} of them. Other clicks than surveyed are refused."""
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(folder)
+    write = functools.partial(write_shards, folder=folder, index=index, made_with=made_with)
+    with map_files(write, list(enumerate(tasks)), "write records", num_workers) as parts:
+        of_parts, tallies = add_parts(parts)
+    if tallies.digests() != made_with["input"]:
+        for name in parts_of(of_parts["shards"]):  # so they are written anew
+            (folder / name).unlink(missing_ok=True)
+        raise InputError("the clicks were changed while they were read; run get_tfrecord.py again")
+    return of_parts
 
 
 def write_shards(numbered, folder, index, made_with):

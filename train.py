@@ -572,10 +572,8 @@ def write_projector(work_dir, index, data_dir):
         text = f"# model {saved['id']}, {PROJECTOR_VIDEOS} videos\n{entries}"
         if config.exists() and config.read_text() == text:
             return
-        scorer, clicks = (
-            Scorer(model, memory, index, saved["constants"]["ITEM_MAX_LEN"]),
-            memory.video_clicks[FIRST_VIDEO:],
-        )
+        scorer = Scorer(model, memory, index, saved["constants"]["ITEM_MAX_LEN"])
+        clicks = memory.video_clicks[FIRST_VIDEO:]
         videos = np.sort(np.argsort(-clicks, kind="stable")[:PROJECTOR_VIDEOS])
         vectors = model.column_vectors(FIRST_VIDEO + videos[:, None], np.zeros_like(videos))
         remove_leftovers(folder / "projector")
@@ -641,10 +639,7 @@ def damage_named(path):
 
 
 def what_stands(work_dir, index, run):
-    """Return (the Standing model that is compared with the new one, None without; why training cannot start from its weights).
-
-    The reason is None where it can.
-    """
+    """Return (the Standing model to compare with, None without; why training starts from nothing, None where it does not)."""
     try:
         standing = load_model(work_dir, index)
     except FileNotFoundError:
@@ -698,16 +693,11 @@ def publish(folder, model, memory, index, run, table, ranks, users):
         room.writelines(weight.tobytes() for weight in model.get_weights())
         room.write(bytes(1 << 20))
     remove_leftovers(folder)
-    saved = (
-        run
-        | table
-        | {
-            "format": MODEL_FORMAT,
-            "weights": save_by_hash(folder, ".weights.h5", model.save_weights),
-            "memory": save_by_hash(folder, ".memory.npz", memory.save),
-            "date": time.strftime("%Y-%m-%d %H:%M:%S"),
-        }
-    )
+    files = {
+        "weights": save_by_hash(folder, ".weights.h5", model.save_weights),
+        "memory": save_by_hash(folder, ".memory.npz", memory.save),
+    }
+    saved = {"format": MODEL_FORMAT, "date": time.strftime("%Y-%m-%d %H:%M:%S"), **files, **run, **table}
     saved["id"] = fingerprint(saved)[:16]
     write_json(folder / f"{saved['id']}.metrics.json", table)
     write_test(folder / f"{saved['id']}.test.csv", ranks, users, list(index.columns))
