@@ -39,7 +39,7 @@ MIN_STEPS = 150  # batches in an epoch: small data gets smaller batches
 SHUFFLE_BUFFER = 20_000  # windows
 PARSE_BLOCK = 256  # records parsed in one go
 ITEM_MAX_LEN = 16  # videos that stand for a column: its most clicked
-ITEM_SAMPLE = 8  # of them, that a training step reads: the first and random others; all gave nothing more
+ITEM_SAMPLE = 8  # of them, that a step reads where all are more than a batch's clicks: the first and random others
 VIDEO_COLUMNS = 4  # columns that a video is known by, of those that show it: the ones of fewest videos
 AHEAD = 4  # next clicks whose columns are targets, in one
 MAX_CANDIDATES = 4096  # columns to train against; of more, NUM_NEGATIVES random ones
@@ -221,7 +221,7 @@ def add_candidates(dataset, column_videos, num_videos, seed):
             drawn = tf.random.experimental.index_shuffle(tf.range(number), of_columns, num_columns - 1)
             items, log_probs = tf.concat([own, 1 + tf.sort(drawn)], 0), tf.fill([number], log_prob)
         places = tf.range(width)
-        if width > ITEM_SAMPLE:
+        if width > ITEM_SAMPLE and num_columns * width > BATCH_POSITIONS:
             others = tf.random.experimental.index_shuffle(tf.range(ITEM_SAMPLE - 1), of_places, width - 2)
             places = tf.concat([[0], 1 + others], 0)
         return batch | {

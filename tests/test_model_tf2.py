@@ -491,6 +491,7 @@ def test_candidates_are_all_columns_or_draws_without_replacement_that_are_equall
 def test_a_step_reads_the_first_video_of_each_column_and_random_others(monkeypatch):
     """Of shelves of 9 places, 4 in each of 300 batches: the same places for all columns, each but the first as often."""
     monkeypatch.setattr(get_dataset, "ITEM_SAMPLE", 4)
+    monkeypatch.setattr(get_dataset, "BATCH_POSITIONS", 17)
     shelf, target = np.arange(27).reshape(3, 9), tf.constant([[[1, 2]]], tf.int32)
     dataset, drawn = tf.data.Dataset.from_tensors({"target_column": target}).repeat(300), Counter()
     for batch in add_candidates(dataset, shelf, NUM_VIDEOS, seed=5).as_numpy_iterator():
@@ -500,9 +501,11 @@ def test_a_step_reads_the_first_video_of_each_column_and_random_others(monkeypat
     assert sorted(drawn) == list(range(9)) and drawn.pop(0) == 300
     deviation = (300 * 3 / 8 * 5 / 8) ** 0.5
     assert max(abs(number - 300 * 3 / 8) for number in drawn.values()) < 4 * deviation
-    monkeypatch.setattr(get_dataset, "ITEM_SAMPLE", 9)
-    (batch,) = add_candidates(dataset.take(1), shelf, NUM_VIDEOS, seed=5).as_numpy_iterator()
-    assert np.array_equal(batch["item_feature"], shelf[1:])
+    for sample, positions in ((9, 17), (4, 18)):  # no more places than that, no more videos than clicks
+        monkeypatch.setattr(get_dataset, "ITEM_SAMPLE", sample)
+        monkeypatch.setattr(get_dataset, "BATCH_POSITIONS", positions)
+        (batch,) = add_candidates(dataset.take(1), shelf, NUM_VIDEOS, seed=5).as_numpy_iterator()
+        assert np.array_equal(batch["item_feature"], shelf[1:])
 
 
 def gradients_of(model, batch, kind, **part):
