@@ -16,7 +16,7 @@ A batch is a dict of
     uid             string  [batch]
 and for training the column side, drawn fresh for each batch:
     item_column     int32   [items]            column numbers
-    item_feature    int32   [items, item_len]  some of the videos that stand for each, 0 = padding
+    item_feature    int32   [items, item_len]  videos that stand for each, 0 = padding
     item_log_prob   float32 [candidates]       the last so many items are candidates: log of how often each is drawn
     target_item     int32   [batch, len, AHEAD]  which items the targets are
     negative_video  int32   [NUM_NEGATIVES]    random videos, for the auxiliary loss
@@ -204,11 +204,8 @@ def add_candidates(dataset, column_videos, num_videos, seed):
     Up to MAX_CANDIDATES columns all are candidates. Of more, NUM_NEGATIVES draws without replacement are, each column
     as likely as any other: that is known exactly, whatever a user clicks, which is not so of the batch's own targets.
     """
-    num_columns, width, column_videos = (
-        len(column_videos) - 1,
-        column_videos.shape[1],
-        tf.constant(column_videos, tf.int32),
-    )
+    num_columns, width = len(column_videos) - 1, column_videos.shape[1]
+    column_videos = tf.constant(column_videos, tf.int32)
     number = min(NUM_NEGATIVES, num_columns)
     log_prob = np.log(number / num_columns, dtype=np.float32)
 

@@ -162,7 +162,7 @@ def write_shards(numbered, folder, index, made_with):
     of_files = [(Path(path).name, made_with["input"][Path(path).name], *cut) for path, *cut in ranges]
     name = f"{number:05}-{fingerprint(of_all, of_files)[:16]}"
     part_file, shards = folder / f"part-{name}.json", {split: folder / f"{split}-{name}.tfrecord" for split in SPLITS}
-    if part_file.exists():
+    with contextlib.suppress(FileNotFoundError, InputError, KeyError):  # gone or damaged: it is made again
         part = read_json(part_file, "get_tfrecord.py")
         if all(
             path.exists() and file_fingerprint(path) == part["shards"][path.name]["sha256"] for path in shards.values()

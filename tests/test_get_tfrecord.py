@@ -802,6 +802,14 @@ def test_a_killed_run_goes_on_with_the_shards_that_it_lacks(tmp_path, records, t
     assert {name.split("-")[1] for name in made} == numbers
 
 
+@pytest.mark.parametrize("content", ["{", "{}"], ids=["cut short", "empty"])
+def test_a_damaged_part_file_is_made_again(tmp_path, records, rerun, content):
+    first, (part,) = records(), (tmp_path / "work/tfrecord").glob("part-*")
+    files = folder_bytes(part.parent)
+    part.write_text(content)
+    assert rerun() == first and folder_bytes(part.parent) == files
+
+
 def test_a_shard_that_was_cut_short_is_made_again(tmp_path, records):
     records()
     folder = tmp_path / "work/tfrecord"
