@@ -12,7 +12,7 @@ import functools
 import os
 from typing import NamedTuple
 
-from get_dataset import ITEM_MAX_LEN, NUM_NEGATIVES, column_table, read_windows, shards_of
+from get_dataset import AUX_NEGATIVES, ITEM_MAX_LEN, column_table, read_windows, shards_of
 from get_indexing import (
     FIRST_VIDEO, NUM_WORKERS, PAD, UNKNOWN, WORK_DIR,
     InputError, a_number, a_whole_number, map_files, one_of, or_none, put_together, run_script,
@@ -341,10 +341,13 @@ def column_loss(model, users, windows, kind, ahead_decay, seed):
     drawn = tf.size(windows["item_log_prob"])
     candidates, log_prob = windows["item_column"][-drawn:], windows["item_log_prob"][0]
 
-    again = (before[:, None] == numbers[..., None]) & (ages >= 0)[:, None]  # [n, ahead, len]
-    own = model.scale * tf.einsum("nd,nad->na", of_target, tf.gather(vectors, items))
-    own += tf.reduce_sum(tf.where(again, model.repeat_of(ages)[:, None], 0.0), axis=2)
     others = model.add_repeats(model.logits(of_target, vectors[-drawn:]), candidates, before, ages)
+    if windows["item_column"].shape == windows["item_log_prob"].shape:  # every column is a candidate
+        own = tf.gather(others, items, batch_dims=1)
+    else:
+        again = (before[:, None] == numbers[..., None]) & (ages >= 0)[:, None]  # [n, ahead, len]
+        own = model.scale * tf.einsum("nd,nad->na", of_target, tf.gather(vectors, items))
+        own += tf.reduce_sum(tf.where(again, model.repeat_of(ages)[:, None], 0.0), axis=2)
     others = tf.where(numbers[:, :1] == candidates, -1e9, others)
     weights = tf.where(numbers > 0, ahead_decay ** tf.range(numbers.shape[1], dtype=tf.float32), 0.0)
     return candidate_loss(own, weights, others, log_prob, kind)
@@ -360,7 +363,7 @@ def video_loss(model, users, windows, kind, seed):
     own = model.scale * tf.reduce_sum(of_target * tf.gather(vectors, place), axis=1, keepdims=True)
     others = model.logits(of_target, vectors[tf.size(distinct) :])
     others = tf.where(next_video[:, None] == negatives, -1e9, others)
-    log_prob = np.float32(np.log(NUM_NEGATIVES / model.num_videos))
+    log_prob = np.float32(np.log(AUX_NEGATIVES / model.num_videos))
     return candidate_loss(own, tf.ones_like(own), others, log_prob, kind)
 
 

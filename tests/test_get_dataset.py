@@ -360,7 +360,7 @@ def test_the_sum_over_the_candidates_is_that_over_all_columns_also_where_users_r
 
 
 def test_random_videos_are_real_ones_and_all_come_up(monkeypatch):
-    monkeypatch.setattr(script, "NUM_NEGATIVES", 64)
+    monkeypatch.setattr(script, "AUX_NEGATIVES", 64)
     batches, _ = drawn_batches(40, num_columns=10)
     drawn = np.array([batch["negative_video"] for batch in batches])
     assert drawn.shape == (40, 64)

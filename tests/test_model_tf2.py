@@ -8,7 +8,7 @@ from collections import Counter, defaultdict
 import get_dataset
 import get_tfrecord as get_tfrecord_module
 import model_tf2
-from get_dataset import NUM_NEGATIVES, add_candidates
+from get_dataset import AUX_NEGATIVES, add_candidates
 from get_indexing import FIRST_VIDEO, PAD, UNKNOWN, Index, get_indexing
 from get_tfrecord import get_tfrecord
 from model_tf2 import (
@@ -357,7 +357,7 @@ def batch():
     integers = {"user_feature": videos, "user_column": columns, "target_video": after(videos[:, 1:], 1),
                 "target_column": next_columns, "target_item": np.maximum(next_columns - 1, 0),
                 "item_column": np.arange(1, NUM_COLUMNS + 1), "item_feature": shelf,
-                "negative_video": rng.integers(FIRST_VIDEO, LAST_VIDEO, NUM_NEGATIVES)}  # fmt: skip
+                "negative_video": rng.integers(FIRST_VIDEO, LAST_VIDEO, AUX_NEGATIVES)}  # fmt: skip
     return {name: tf.constant(value, tf.int32) for name, value in integers.items()} | {
         "label": tf.constant(next_columns[..., 0] > 0, tf.float32),
         "item_log_prob": tf.zeros([NUM_COLUMNS]),
@@ -424,7 +424,7 @@ def test_the_auxiliary_loss_is_the_next_video_among_the_random_ones_that_are_not
         own, user = int(batch["target_video"][row, place]), users[row, place]
         score = {v: np.exp(float(model.scale) * user @ vector) for v, vector in vectors.items()}
         # so many draws of 30 videos: each draw stands for 30 / draws of a video
-        others = sum(score[v] for v in negatives if v != own) * NUM_VIDEOS / NUM_NEGATIVES
+        others = sum(score[v] for v in negatives if v != own) * NUM_VIDEOS / AUX_NEGATIVES
         expected.append(-np.log(score[own] / (score[own] + others)))
     assert float(total - of_columns) == pytest.approx(np.mean(expected), rel=1e-3)
 
