@@ -54,6 +54,7 @@ import tensorflow as tf
 EPOCHS = 8  # at most; the learning rate falls along a cosine over so many. 12 gain 2 % where columns are thousands
 PATIENCE = 4  # epochs without a better validation NDCG@10 before training ends
 LEARNING_RATE = 3e-3  # of Adam, at the start
+KERNEL_RATE = 3.0  # of the learning rate, for the kernels
 LOWEST_RATE = 0.02  # of the learning rate, at the end
 WARM_START = True  # False trains from nothing also where a model stands
 WARM_EPOCHS = 3  # instead of EPOCHS where training starts from the weights of a model
@@ -75,7 +76,7 @@ def rules():
     counts = ("EPOCHS", "PATIENCE", "WARM_EPOCHS", "CLUSTER_TIMEOUT", "RESAMPLES", "PROJECTOR_VIDEOS")
     return {
         **dict.fromkeys(counts, a_whole_number(1)),
-        **dict.fromkeys(("LEARNING_RATE", "WARM_RATE"), a_number("(0, inf)")),
+        **dict.fromkeys(("LEARNING_RATE", "KERNEL_RATE", "WARM_RATE"), a_number("(0, inf)")),
         **dict.fromkeys(("WARM_START", "MEMORY"), one_of(True, False)),
         **dict.fromkeys(("MEMORY_DECAYS", "REPEATS"), a_tuple_of(a_number("(0, 1]"))),
         "MEMORY_WEIGHTS": a_tuple_of(a_number("[0, 1]")),
@@ -108,9 +109,10 @@ def train(work_dir=WORK_DIR, record_constants=None, epochs=EPOCHS, patience=PATI
     with strategy.scope():
         model = build_model(**of_data | arguments, video_columns=video_columns)
     constants = dict(
-        EPOCHS=epochs, PATIENCE=patience, LEARNING_RATE=learning_rate, LOWEST_RATE=LOWEST_RATE, WARM_START=warm_start,
-        WARM_EPOCHS=warm_epochs, WARM_RATE=WARM_RATE, LOSS=loss, AHEAD_DECAY=ahead_decay, SEED=seed, MEMORY=use_memory,
-        MEMORY_DECAYS=MEMORY_DECAYS, MEMORY_WEIGHTS=MEMORY_WEIGHTS, REPEATS=REPEATS, **DATASET_CONSTANTS, **MODEL_CONSTANTS,
+        EPOCHS=epochs, PATIENCE=patience, LEARNING_RATE=learning_rate, KERNEL_RATE=KERNEL_RATE, LOWEST_RATE=LOWEST_RATE,
+        WARM_START=warm_start, WARM_EPOCHS=warm_epochs, WARM_RATE=WARM_RATE, LOSS=loss, AHEAD_DECAY=ahead_decay, SEED=seed,
+        MEMORY=use_memory, MEMORY_DECAYS=MEMORY_DECAYS, MEMORY_WEIGHTS=MEMORY_WEIGHTS, REPEATS=REPEATS,
+        **DATASET_CONSTANTS, **MODEL_CONSTANTS,
     )  # fmt: skip
     metrics = replace_model(strategy, model, describe_run(constants, model, manifest, index), manifest, index, work_dir)
     if is_first():
@@ -201,7 +203,7 @@ def fit(strategy, scorer, manifest, index, work_dir, run):
     first = epoch_batches(0, *of_data)
     with strategy.scope():
         schedule = keras.optimizers.schedules.CosineDecay(rate, epochs * len(first), LOWEST_RATE)
-        optimizer = LazyAdam(model.trainable_variables, schedule)
+        optimizer = MuonAdam(model.trainable_variables, schedule)
     settings = constants["AHEAD_DECAY"], constants["LOSS"]
     train_step = make_train_step(strategy, model, optimizer, first.element_spec, *settings)
     validation = scorer.rankable(held_out(manifest, "val", work_dir))
@@ -240,29 +242,55 @@ def validate(scorer, users):
 # ---------------------------------------------------------------- one epoch
 
 
-class LazyAdam:
-    """Adam (Kingma and Ba 2015) that updates only those rows of an embedding that the batch touched.
+class MuonAdam:
+    """Muon (Jordan et al. 2024) for the kernels, and for all else Adam (Kingma and Ba 2015).
 
-    On these rows it does what Keras' Adam does; the others, and their moments, stand still. So a step costs the same
-    however many videos there are, where Keras' Adam goes through the whole table in every step.
+    Muon moves a kernel by an orthogonal matrix, so in all directions by as much, however rarely one is used; a kernel is cut
+    into squares, each moved by itself. Of an embedding Adam updates only those rows that the batch touched; the others, and
+    their moments, stand still. So a step costs the same however many videos there are, where Keras' Adam goes through the
+    whole table in every step.
     """
 
-    def __init__(self, parameters, schedule, beta_1=0.9, beta_2=0.999, epsilon=1e-7):
-        self.parameters = [parameter.value for parameter in parameters]
-        self.schedule, self.beta_1, self.beta_2, self.epsilon = schedule, beta_1, beta_2, epsilon
+    def __init__(self, parameters, schedule, kernel_rate=KERNEL_RATE, momentum=0.95, beta_1=0.9, beta_2=0.999,
+                 epsilon=1e-7):  # fmt: skip
+        self.kernels = [parameter.value for parameter in parameters if parameter.name == "kernel"]
+        self.others = [parameter.value for parameter in parameters if parameter.name != "kernel"]
+        self.schedule, self.kernel_rate, self.momentum = schedule, kernel_rate, momentum
+        self.beta_1, self.beta_2, self.epsilon = beta_1, beta_2, epsilon
+        self.side = min((min(kernel.shape) for kernel in self.kernels), default=1)  # of the squares
         self.step = tf.Variable(0.0, trainable=False)
-        self.means = [tf.Variable(tf.zeros_like(parameter), trainable=False) for parameter in self.parameters]
-        self.squares = [tf.Variable(tf.zeros_like(parameter), trainable=False) for parameter in self.parameters]
-        self.variables = [self.step, *self.means, *self.squares]
+        number = sum(kernel.shape.num_elements() for kernel in self.kernels) // self.side**2
+        self.of_kernels = tf.Variable(tf.zeros([number, self.side, self.side]), trainable=False)
+        self.means = [tf.Variable(tf.zeros_like(parameter), trainable=False) for parameter in self.others]
+        self.squares = [tf.Variable(tf.zeros_like(parameter), trainable=False) for parameter in self.others]
+        self.variables = [self.step, self.of_kernels, *self.means, *self.squares]
 
-    def apply(self, gradients):
-        """Update the parameters by their gradients, dense or tf.IndexedSlices, summed over the replicas."""
-        gradients = tf.distribute.get_replica_context().all_reduce("SUM", gradients)
+    def apply(self, of_kernels, of_others):
+        """Update the parameters by the gradients of kernels and others, dense or tf.IndexedSlices, summed over the replicas."""
+        of_kernels, of_others = tf.distribute.get_replica_context().all_reduce("SUM", (of_kernels, of_others))
         rate, step = self.schedule(self.step.read_value()), self.step.read_value() + 1
         tf.raw_ops.AssignVariableOp(resource=self.step.handle, value=step)
+        if self.kernels:
+            self.update_kernels(of_kernels, self.kernel_rate * rate)
         rate *= tf.sqrt(1 - self.beta_2**step) / (1 - self.beta_1**step)
-        for variables in zip(self.parameters, self.means, self.squares, gradients, strict=True):
+        for variables in zip(self.others, self.means, self.squares, of_others, strict=True):
             self.update(*variables, rate)
+
+    def update_kernels(self, gradients, rate):
+        """Update the kernels by Nesterov's momentum, made orthogonal."""
+        gradient = self.cut(gradients)
+        mean = gradient + self.momentum * (self.of_kernels.read_value() - gradient)
+        tf.raw_ops.AssignVariableOp(resource=self.of_kernels.handle, value=mean)
+        change = tf.reshape(rate * orthogonal(gradient + self.momentum * (mean - gradient)), [-1, self.side])
+        changes = tf.split(change, [kernel.shape.num_elements() // self.side for kernel in self.kernels])
+        for kernel, change in zip(self.kernels, changes, strict=True):
+            change = tf.concat(tf.split(change, kernel.shape[1] // self.side), axis=1)
+            tf.raw_ops.AssignVariableOp(resource=kernel.handle, value=kernel.read_value() - change)
+
+    def cut(self, kernels):
+        """Kernels [rows, columns] -> their squares [n, side, side], those of the same columns together."""
+        strips = [strip for kernel in kernels for strip in tf.split(kernel, kernel.shape[1] // self.side, axis=1)]
+        return tf.reshape(tf.concat(strips, axis=0), [-1, self.side, self.side])
 
     def update(self, parameter, mean, square, gradient, rate):
         """Update one parameter. Each replica writes its own copy, the same as all others: so by the raw operations."""
@@ -282,6 +310,17 @@ class LazyAdam:
         write(parameter, read(parameter) - rate * new_mean / (tf.sqrt(new_square) + self.epsilon))
 
 
+def orthogonal(matrices):
+    """Return the orthogonal matrix next to each of [n, side, side], roughly: of singular values between .7 and 1.2."""
+    matrices /= tf.norm(matrices, axis=(1, 2), keepdims=True) + 1e-12
+    for _ in range(
+        5
+    ):  # Newton-Schulz, with Muon's coefficients: five steps bring what is above .01 of the largest there
+        squared = tf.matmul(matrices, matrices, transpose_b=True)
+        matrices = 3.4445 * matrices + tf.matmul(2.0315 * tf.matmul(squared, squared) - 4.775 * squared, matrices)
+    return matrices
+
+
 def make_train_step(strategy, model, optimizer, batch_spec, ahead_decay, loss):
     """Return train_step(batch) -> [loss, loss of the columns, number of targets], which updates the model once.
 
@@ -294,7 +333,7 @@ def make_train_step(strategy, model, optimizer, batch_spec, ahead_decay, loss):
             losses = training_loss(
                 model, batch, loss, ahead_decay, replica=replica, num_replicas=strategy.num_replicas_in_sync
             )
-        optimizer.apply(tape.gradient(losses[0], model.trainable_variables))
+        optimizer.apply(*tape.gradient(losses[0], (optimizer.kernels, optimizer.others)))
         return tf.stack(losses)
 
     @tf.function(input_signature=[batch_spec], autograph=False)  # no Python branches on tensors; a third of the tracing
@@ -428,10 +467,10 @@ def finish(scorer, standing, counts, run, manifest, index, work_dir, logs):
 
 
 def choose_mix(users, scorer, memories):
-    """Return the Mix with the best NDCG@10 of users; memories are {decay: Memory}.
+    """Return the Mix for users, by their NDCG@10; memories are {decay: Memory}.
 
-    A factor for repeats must be worth more than a standard error (Breiman et al. 1984): where it is not, the best
-    without one is taken.
+    Of those that are less than a standard error behind the best (Breiman et al. 1984) it is the plainest: without a factor
+    for repeats, then half and half, then of the first decay. The best of many on a few hundred users is often there by luck.
     """
 
     def mixes(*clicks):
@@ -444,12 +483,10 @@ def choose_mix(users, scorer, memories):
 
     ranks = ranks_of(users, scorer, mixes)
     gains = {choice: metrics_of(of_choice, len(scorer.numbers))["NDCG@10"] for choice, of_choice in ranks.items()}
-    best = max(gains, key=lambda choice: gains[choice].mean())
-    plain = max(
-        (choice for choice in gains if choice.repeat == 1), key=lambda choice: gains[choice].mean(), default=best
-    )
-    ahead = gains[best] - gains[plain]
-    return best if ahead.mean() > ahead.std() / len(ahead) ** 0.5 else plain
+    best = max(gains.values(), key=np.mean)
+    behind = {choice: best - of_choice for choice, of_choice in gains.items()}
+    as_good = [choice for choice, by in behind.items() if by.mean() <= by.std() / len(by) ** 0.5]
+    return min(as_good, key=lambda choice: (-choice.repeat, abs(choice.memory_weight - 0.5)))
 
 
 def all_rankings(scorer, counts, chosen, standing, index):

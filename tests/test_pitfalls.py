@@ -7,7 +7,7 @@ import math
 import sys
 import warnings
 
-from train import LazyAdam
+from train import MuonAdam
 
 import keras
 import numpy as np
@@ -115,7 +115,7 @@ def test_fit_miscounts():
 
 
 def test_adam_moves_every_row():
-    """Row 1 of a table, used in the first step alone, moves in the second with Keras' Adam, and not with LazyAdam."""
+    """Row 1 of a table, used in the first step alone, moves in the second with Keras' Adam, and not with MuonAdam."""
 
     def moved(make_step):
         table = keras.layers.Embedding(4, 2)
@@ -129,8 +129,8 @@ def test_adam_moves_every_row():
         return (table.embeddings.numpy() != before).any(axis=1).tolist()
 
     def lazy(variables):
-        optimizer = LazyAdam(variables, lambda step: 0.1)
-        return lambda gradients: tf.distribute.get_strategy().run(optimizer.apply, args=(gradients,))
+        optimizer = MuonAdam(variables, lambda step: 0.1)
+        return lambda gradients: tf.distribute.get_strategy().run(optimizer.apply, args=([], gradients))
 
     def of_keras(variables):
         optimizer = keras.optimizers.Adam(0.1)

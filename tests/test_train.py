@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+import types
 from collections import Counter
 from pathlib import Path
 
@@ -389,7 +390,7 @@ def test_the_baselines_are_counted_on_the_training_clicks(records, scoring, trai
         assert np.allclose(ranked["chain"][row], chain, atol=1e-12)
 
 
-def test_the_chosen_mix_is_the_best_on_validation_of_those_there_are(trained, scoring, records):
+def test_the_chosen_mix_is_the_plainest_of_those_that_are_about_the_best_on_validation(trained, scoring, records):
     """By the ranks of scores written down here, of the towers and of the training clicks' memory."""
     _, counts, manifest, index = scoring
     model, _, chosen, saved = load_model(trained[0])
@@ -407,11 +408,38 @@ def test_the_chosen_mix_is_the_best_on_validation_of_those_there_are(trained, sc
             for repeat in REPEATS:
                 mixed = ((1 - weight) * towers + weight * memory) * np.where(scorer.clicked(clicks[1]), repeat, 1)
                 ranks = [brute_rank(scores, place) for scores, place in zip(mixed, users["place"], strict=True)]
-                ndcg[decay, weight, repeat] = np.mean([gain(rank) for rank in ranks])
-    assert ndcg[chosen.decay, chosen.memory_weight, chosen.repeat] == pytest.approx(
-        max(ndcg.values()), abs=2e-3
-    )  # ranks of columns as good as equal
-    assert saved["validation"]["mix"]["NDCG@10"] == pytest.approx(max(ndcg.values()), abs=2e-3)
+                ndcg[decay, weight, repeat] = np.array([gain(rank) for rank in ranks])
+    best = max(ndcg.values(), key=np.mean)
+    error = {choice: np.std(best - of_choice) / np.sqrt(len(best)) for choice, of_choice in ndcg.items()}
+    # 2e-3: ranks of columns as good as equal
+    near = {choice for choice in ndcg if np.mean(best - ndcg[choice]) < error[choice] + 2e-3}
+    sure = {choice for choice in ndcg if np.mean(best - ndcg[choice]) < error[choice] - 2e-3}
+    taken = chosen.decay, chosen.memory_weight, chosen.repeat
+    assert taken in near and len(near) < len(ndcg)
+    assert all((-repeat, abs(weight - 0.5)) >= (-taken[2], abs(taken[1] - 0.5)) for _, weight, repeat in sure)
+    assert saved["validation"]["mix"]["NDCG@10"] == pytest.approx(np.mean(ndcg[taken]), abs=2e-3)
+
+
+@pytest.mark.parametrize(
+    "repeated, expected",
+    [
+        (0.0, (0.7, 0.5, 1.0)),  # nothing differs: half and half, of the first decay, without a factor
+        (0.5, (0.7, 0.5, 0.001)),  # one of ten users a half better with the factor for repeats: ten errors
+    ],
+)
+def test_what_is_chosen_must_be_worth_more_than_a_standard_error(monkeypatch, repeated, expected):
+    """Ranks are given: those of 400 users, of whom a tenth gain where repeats are put last."""
+    few = np.arange(400) % 10 == 0
+
+    def ranks_of(users, scorer, rankings):
+        return {
+            Mix(decay, weight, repeat): np.where(few & (repeat == 0.001) & (repeated > 0), 1, 3)
+            for decay in MEMORY_DECAYS for weight in MEMORY_WEIGHTS for repeat in REPEATS
+        }  # fmt: skip
+
+    monkeypatch.setattr(train_module, "ranks_of", ranks_of)
+    scorer = types.SimpleNamespace(numbers=np.arange(20))
+    assert train_module.choose_mix({}, scorer, {})[:3] == expected
 
 
 # ---------------------------------------------------------------- a whole run
@@ -859,7 +887,7 @@ def test_a_warm_run_killed_anywhere_leaves_what_stood_and_goes_on_to_the_same_we
 
 def test_a_checkpoint_gives_back_the_state_and_the_best_weights_to_the_same_run_alone(tmp_path):
     model = build_model(num_videos=3, num_columns=2, emb_dim=4)
-    optimizer = train_module.LazyAdam(model.trainable_variables, lambda step: 0.1)
+    optimizer = train_module.MuonAdam(model.trainable_variables, lambda step: 0.1)
     rng, run, history = np.random.default_rng(28), {"seed": 1}, [{"epoch": 0}, {"epoch": 1}]
     variables = model.variables + optimizer.variables
     for variable in variables:
@@ -1002,9 +1030,9 @@ def test_lazy_adam_does_what_adam_does_on_touched_rows_and_leaves_the_others():
     values = tf.constant([[1.0, -2.0, 0.5], [3.0, 0.0, -1.0], [0.5, 0.5, 0.5]])
     lazy, dense = keras.Variable(start), keras.Variable(start)
     constant = keras.optimizers.schedules.CosineDecay(0.1, 1000, 1.0)
-    ours, reference = train_module.LazyAdam([lazy], constant), keras.optimizers.Adam(0.1)
+    ours, reference = train_module.MuonAdam([lazy], constant), keras.optimizers.Adam(0.1)
     for _ in range(3):
-        ours.apply([tf.IndexedSlices(values, indices, tf.constant([4, 3]))])
+        ours.apply([], [tf.IndexedSlices(values, indices, tf.constant([4, 3]))])
         reference.apply([tf.math.unsorted_segment_sum(values, indices, 4)], [dense])
     np.testing.assert_allclose(lazy.numpy()[touched], dense.numpy()[touched], rtol=1e-5)
     np.testing.assert_array_equal(lazy.numpy()[[1, 3]], start[[1, 3]])
@@ -1013,12 +1041,44 @@ def test_lazy_adam_does_what_adam_does_on_touched_rows_and_leaves_the_others():
 def test_lazy_adam_treats_dense_gradients_as_adam_does():
     start = np.array([1.0, -2.0, 3.0], np.float32)
     lazy, dense = keras.Variable(start), keras.Variable(start)
-    ours = train_module.LazyAdam([lazy], keras.optimizers.schedules.CosineDecay(0.1, 1000, 1.0))
+    ours = train_module.MuonAdam([lazy], keras.optimizers.schedules.CosineDecay(0.1, 1000, 1.0))
     reference = keras.optimizers.Adam(0.1)
     for gradient in ([1.0, 0.0, -1.0], [0.5, 2.0, 0.0]):
-        ours.apply([tf.constant(gradient)])
+        ours.apply([], [tf.constant(gradient)])
         reference.apply([tf.constant(gradient)], [dense])
     np.testing.assert_allclose(lazy.numpy(), dense.numpy(), rtol=1e-5)
+
+
+def test_muon_turns_kernels_by_orthogonal_steps_of_one_length_whatever_the_gradient():
+    """Of a gradient with singular values from 1e-3 to 1, the first step moves by about the same in all directions."""
+    rng = np.random.default_rng(4)
+    left, right = (np.linalg.qr(rng.normal(size=[8, 8]))[0] for _ in range(2))
+    gradient = (left * np.geomspace(1e-3, 1, 8)) @ right.T
+    kernel = keras.Variable(np.zeros([8, 24], np.float32), name="kernel")
+    ours = train_module.MuonAdam([kernel], lambda step: 0.1)
+    blocks = [gradient, 1e6 * gradient, gradient.T]
+    ours.apply([tf.constant(np.hstack(blocks), tf.float32)], [])
+    moved = [-kernel.numpy()[:, part : part + 8] / (0.1 * train_module.KERNEL_RATE) for part in (0, 8, 16)]
+    np.testing.assert_allclose(moved[0], moved[1], atol=1e-3)  # the length of the gradient says nothing
+    np.testing.assert_allclose(moved[0], moved[2].T, atol=1e-3)
+    lengths = np.diag(left.T @ moved[0] @ right)
+    assert np.allclose(left.T @ moved[0] @ right, np.diag(lengths), atol=1e-3)  # the same directions
+    assert lengths[4:].min() > 0.6 and lengths.max() < 1.3  # of a hundredth and more of the largest
+
+
+def test_muon_goes_by_the_mean_of_the_gradients_and_leaves_all_that_is_no_kernel_to_adam():
+    kernel, table = (keras.Variable(np.zeros([4, 2], np.float32), name=name) for name in ("kernel", "age_bias"))
+    steps = []
+    for gradients in ([1.0, -1.0], [1.0, 1.0]):
+        for variable in (kernel, table):
+            variable.assign(np.zeros([4, 2], np.float32))
+        ours = train_module.MuonAdam([table, kernel], lambda step: 0.1)
+        for gradient in gradients:
+            before = kernel.numpy()
+            ours.apply([gradient * tf.constant(np.eye(4, 2), tf.float32)], [gradient * tf.ones([4, 2])])
+        steps.append((kernel.numpy() - before)[0, 0])
+    assert steps[0] > 0 > steps[1]  # it has turned after one gradient the other way
+    np.testing.assert_allclose(table.numpy(), -0.2, rtol=1e-4)  # Adam: the rate in each step
 
 
 # ---------------------------------------------------------------- constants

@@ -44,7 +44,7 @@ def main(users=20_000, rounds=3):
 
         from get_dataset import add_candidates, column_table, load_manifest, make_dataset
         from model_tf2 import LOSS, build_model
-        from train import LEARNING_RATE, LazyAdam, make_train_step
+        from train import LEARNING_RATE, MuonAdam, make_train_step
 
         import numpy as np
         import tensorflow as tf
@@ -78,7 +78,7 @@ def main(users=20_000, rounds=3):
         print(f"naive, {NEGATIVES} negatives: {few:,.0f} targets/s; ours is {ours / few:.0f} times as fast")
 
         model = build_model(num_videos=len(index.videos), num_columns=len(index.columns))
-        optimizer = LazyAdam(model.trainable_variables, lambda step: LEARNING_RATE)
+        optimizer = MuonAdam(model.trainable_variables, lambda step: LEARNING_RATE)
         source = batches(2)
         step, iterator, waited = (
             make_train_step(tf.distribute.get_strategy(), model, optimizer, source.element_spec, 0.5, LOSS),

@@ -20,10 +20,10 @@ from measure import cost_of, house, in_turn, seconds, write_clicks
 
 from get_dataset import (
     AHEAD,
+    AUX_NEGATIVES,
     BATCH_POSITIONS,
     ITEM_MAX_LEN,
     ITEM_SAMPLE,
-    NUM_NEGATIVES,
     VIDEO_COLUMNS,
     add_candidates,
     column_table,
@@ -44,7 +44,7 @@ from model_tf2 import (
     build_model,
     count_windows,
 )
-from train import LEARNING_RATE, MEMORY_DECAYS, LazyAdam, make_train_step, ranks_of
+from train import LEARNING_RATE, MEMORY_DECAYS, MuonAdam, make_train_step, ranks_of
 
 COLUMNS = 1000
 FEW, MANY = 50_000, 1_000_000
@@ -67,7 +67,7 @@ def random_batch(rng, num_videos, columns=COLUMNS, windows=BATCH_POSITIONS // US
         "target_item": np.maximum(targets - 1, 0),
         "item_column": np.arange(1, columns + 1),
         "item_feature": rng.integers(2, num_videos, [columns, ITEM_SAMPLE]),
-        "negative_video": rng.integers(2, num_videos, [NUM_NEGATIVES]),
+        "negative_video": rng.integers(2, num_videos, [AUX_NEGATIVES]),
     }
     batch = {name: tf.constant(value, tf.int32) for name, value in batch.items()}
     label = tf.cast(batch["target_column"][..., 0] > 0, tf.float32)
@@ -77,11 +77,11 @@ def random_batch(rng, num_videos, columns=COLUMNS, windows=BATCH_POSITIONS // US
 def needed_flops(batch):
     """Return the floating point operations of a step's matrix products; backward costs twice forward."""
     targets, positions = float(tf.reduce_sum(batch["label"])), tf.size(batch["label"]).numpy()
-    alone = len(np.unique(batch["target_video"])) + NUM_NEGATIVES
+    alone = len(np.unique(batch["target_video"])) + AUX_NEGATIVES
     of_users, of_columns = positions * USER_BLOCKS, COLUMNS * ITEM_SAMPLE * ITEM_BLOCKS
     attention = 4 * EMB_DIM * (of_users * USER_MAX_LEN + of_columns * ITEM_SAMPLE)
     blocks = 2 * (of_users + of_columns + alone * ITEM_BLOCKS) * EMB_DIM**2 * (4 + 2 * FFN_RATIO)
-    logits = 2 * EMB_DIM * (targets * (COLUMNS + AHEAD) + positions * NUM_NEGATIVES)
+    logits = 2 * EMB_DIM * (targets * (COLUMNS + AHEAD) + positions * AUX_NEGATIVES)
     return 3 * (attention + blocks + logits)
 
 
@@ -117,7 +117,7 @@ def new_step(num_videos, batch):
     """Return a training step of a new model for batches like this one."""
     shelves = np.random.default_rng(1).integers(1, COLUMNS + 1, [2 + num_videos, VIDEO_COLUMNS], np.int32)
     model = build_model(num_videos=num_videos, num_columns=COLUMNS, video_columns=shelves)
-    optimizer = LazyAdam(model.trainable_variables, lambda step: LEARNING_RATE)
+    optimizer = MuonAdam(model.trainable_variables, lambda step: LEARNING_RATE)
     spec = {name: tf.TensorSpec.from_tensor(value) for name, value in batch.items()}
     step = make_train_step(tf.distribute.get_strategy(), model, optimizer, spec, 0.5, LOSS)
     return lambda: step(batch).numpy()
@@ -135,7 +135,7 @@ def epoch_and_evaluation(folder, users):
     steps = len(batches)
     batches = add_candidates(batches, videos, len(index.videos), seed=1)
     model = build_model(num_videos=len(index.videos), num_columns=len(index.columns), video_columns=video_table(index))
-    optimizer = LazyAdam(model.trainable_variables, lambda step: LEARNING_RATE)
+    optimizer = MuonAdam(model.trainable_variables, lambda step: LEARNING_RATE)
     step = make_train_step(tf.distribute.get_strategy(), model, optimizer, batches.element_spec, 0.5, LOSS)
     times = [seconds(lambda batch=batch: step(batch).numpy()) for batch in batches.take(60)]
     counts = count_windows(manifest, ["train"], MEMORY_DECAYS, index, chain / "data/work")
