@@ -51,13 +51,13 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-EPOCHS = 8  # at most; the learning rate falls along a cosine over so many. 12 gain 2 % where columns are thousands
+EPOCHS = 6  # at most; the learning rate falls along a cosine over so many
 PATIENCE = 4  # epochs without a better validation NDCG@10 before training ends
 LEARNING_RATE = 3e-3  # of Adam, at the start
-KERNEL_RATE = 3.0  # of the learning rate, for the kernels
+KERNEL_RATE = 3.0  # of Muon for the kernels, in learning rates of Adam
 LOWEST_RATE = 0.02  # of the learning rate, at the end
 WARM_START = True  # False trains from nothing also where a model stands
-WARM_EPOCHS = 3  # instead of EPOCHS where training starts from the weights of a model
+WARM_EPOCHS = 2  # instead of EPOCHS where training starts from the weights of a model
 WARM_RATE = 0.5  # of LEARNING_RATE, then
 SEED = 1  # of weights, dropout, shuffling and negatives
 MEMORY = True  # False leaves the plain two towers
@@ -245,10 +245,10 @@ def validate(scorer, users):
 class MuonAdam:
     """Muon (Jordan et al. 2024) for the kernels, and for all else Adam (Kingma and Ba 2015).
 
-    Muon moves a kernel by an orthogonal matrix, so in all directions by as much, however rarely one is used; a kernel is cut
-    into squares, each moved by itself. Of an embedding Adam updates only those rows that the batch touched; the others, and
-    their moments, stand still. So a step costs the same however many videos there are, where Keras' Adam goes through the
-    whole table in every step.
+    Muon moves a kernel by an orthogonal matrix, so in all directions by as much, however rarely one is used; a kernel is
+    cut into square tiles, each moved by itself. Of an embedding Adam updates only those rows that the batch touched; the
+    others, and their moments, stand still. So a step costs the same however many videos there are, where Keras' Adam goes
+    through the whole table in every step.
     """
 
     def __init__(self, parameters, schedule, kernel_rate=KERNEL_RATE, momentum=0.95, beta_1=0.9, beta_2=0.999,
@@ -257,30 +257,31 @@ class MuonAdam:
         self.others = [parameter.value for parameter in parameters if parameter.name != "kernel"]
         self.schedule, self.kernel_rate, self.momentum = schedule, kernel_rate, momentum
         self.beta_1, self.beta_2, self.epsilon = beta_1, beta_2, epsilon
-        self.side = min((min(kernel.shape) for kernel in self.kernels), default=1)  # of the squares
+        self.side = min((min(kernel.shape) for kernel in self.kernels), default=1)  # of the tiles
         self.step = tf.Variable(0.0, trainable=False)
         number = sum(kernel.shape.num_elements() for kernel in self.kernels) // self.side**2
-        self.of_kernels = tf.Variable(tf.zeros([number, self.side, self.side]), trainable=False)
+        self.kernel_mean = tf.Variable(tf.zeros([number, self.side, self.side]), trainable=False)
         self.means = [tf.Variable(tf.zeros_like(parameter), trainable=False) for parameter in self.others]
         self.squares = [tf.Variable(tf.zeros_like(parameter), trainable=False) for parameter in self.others]
-        self.variables = [self.step, self.of_kernels, *self.means, *self.squares]
+        self.variables = [self.step, self.kernel_mean, *self.means, *self.squares]
 
-    def apply(self, of_kernels, of_others):
-        """Update the parameters by the gradients of kernels and others, dense or tf.IndexedSlices, summed over the replicas."""
-        of_kernels, of_others = tf.distribute.get_replica_context().all_reduce("SUM", (of_kernels, of_others))
+    def apply(self, kernel_gradients, other_gradients):
+        """Update the parameters by their gradients, summed over the replicas; those of others are dense or tf.IndexedSlices."""
+        gradients = tf.distribute.get_replica_context().all_reduce("SUM", (kernel_gradients, other_gradients))
+        kernel_gradients, other_gradients = gradients
         rate, step = self.schedule(self.step.read_value()), self.step.read_value() + 1
         tf.raw_ops.AssignVariableOp(resource=self.step.handle, value=step)
         if self.kernels:
-            self.update_kernels(of_kernels, self.kernel_rate * rate)
+            self.update_kernels(kernel_gradients, self.kernel_rate * rate)
         rate *= tf.sqrt(1 - self.beta_2**step) / (1 - self.beta_1**step)
-        for variables in zip(self.others, self.means, self.squares, of_others, strict=True):
+        for variables in zip(self.others, self.means, self.squares, other_gradients, strict=True):
             self.update(*variables, rate)
 
     def update_kernels(self, gradients, rate):
         """Update the kernels by Nesterov's momentum, made orthogonal."""
         gradient = self.cut(gradients)
-        mean = gradient + self.momentum * (self.of_kernels.read_value() - gradient)
-        tf.raw_ops.AssignVariableOp(resource=self.of_kernels.handle, value=mean)
+        mean = gradient + self.momentum * (self.kernel_mean.read_value() - gradient)
+        tf.raw_ops.AssignVariableOp(resource=self.kernel_mean.handle, value=mean)
         change = tf.reshape(rate * orthogonal(gradient + self.momentum * (mean - gradient)), [-1, self.side])
         changes = tf.split(change, [kernel.shape.num_elements() // self.side for kernel in self.kernels])
         for kernel, change in zip(self.kernels, changes, strict=True):
@@ -288,7 +289,7 @@ class MuonAdam:
             tf.raw_ops.AssignVariableOp(resource=kernel.handle, value=kernel.read_value() - change)
 
     def cut(self, kernels):
-        """Kernels [rows, columns] -> their squares [n, side, side], those of the same columns together."""
+        """Kernels [rows, columns] -> their tiles [n, side, side]."""
         strips = [strip for kernel in kernels for strip in tf.split(kernel, kernel.shape[1] // self.side, axis=1)]
         return tf.reshape(tf.concat(strips, axis=0), [-1, self.side, self.side])
 
@@ -313,9 +314,7 @@ class MuonAdam:
 def orthogonal(matrices):
     """Return the orthogonal matrix next to each of [n, side, side], roughly: of singular values between .7 and 1.2."""
     matrices /= tf.norm(matrices, axis=(1, 2), keepdims=True) + 1e-12
-    for _ in range(
-        5
-    ):  # Newton-Schulz, with Muon's coefficients: five steps bring what is above .01 of the largest there
+    for _ in range(5):  # Newton-Schulz, with Muon's coefficients, brings what was above .01 of the largest there
         squared = tf.matmul(matrices, matrices, transpose_b=True)
         matrices = 3.4445 * matrices + tf.matmul(2.0315 * tf.matmul(squared, squared) - 4.775 * squared, matrices)
     return matrices
