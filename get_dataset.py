@@ -188,7 +188,6 @@ def batch_windows(windows, lengths):
     return batches.map(add_targets, tf.data.AUTOTUNE).apply(tf.data.experimental.assert_cardinality(steps))
 
 
-@tf.function(autograph=False)
 def add_targets(batch):
     """Cut the padding that no window needs, and add what is clicked next at each position, as the page's top says."""
     longest = tf.reduce_max(tf.math.count_nonzero(batch["user_feature"], axis=1))
