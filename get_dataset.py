@@ -42,8 +42,8 @@ ITEM_MAX_LEN = 16  # videos that stand for a column: its most clicked
 ITEM_SAMPLE = 8  # of them, that a step reads where all are more than a batch's clicks: the first and random others
 VIDEO_COLUMNS = 4  # columns that a video is known by, of those that show it: the ones of fewest videos
 AHEAD = 4  # next clicks whose columns are targets, in one
-MAX_CANDIDATES = 4096  # columns to train against; of more, NUM_NEGATIVES random ones
-NUM_NEGATIVES = 512  # random columns of a batch, then
+MAX_CANDIDATES = 4096  # columns that are all trained against
+NUM_NEGATIVES = 512  # random columns of a batch, where they are more than MAX_CANDIDATES
 AUX_NEGATIVES = 256  # random videos of a batch, for the auxiliary loss; 128 lose 1 % where histories are long
 
 DATASET_CONSTANTS = dict(
