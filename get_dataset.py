@@ -26,8 +26,8 @@ and for training the column side, drawn fresh for each batch:
 from pathlib import Path
 
 from get_indexing import (
-    DATA_DIR, FIRST_VIDEO, WORK_DIR,
-    InputError, a_whole_number, check_same, load_index, read_json, read_names, run_script,
+    DATA_DIR, FIRST_VIDEO, LIMITS, WORK_DIR,
+    InputError, check_same, load_index, read_json, read_names, run_script,
 )  # fmt: skip
 from get_tfrecord import FORMAT, ClickEncoder, record_constants, split_windows
 
@@ -46,6 +46,14 @@ MAX_CANDIDATES = 4096  # columns that are all trained against
 NUM_NEGATIVES = 512  # random columns of a batch, where they are more than MAX_CANDIDATES
 AUX_NEGATIVES = 256  # random videos of a batch, for the auxiliary loss; 128 lose 1 % where histories are long
 
+rules = {
+    "a whole number in [0, inf)": ("MAX_CANDIDATES",),
+    "a whole number in [1, inf)": (
+        "BATCH_POSITIONS", "MIN_STEPS", "SHUFFLE_BUFFER", "PARSE_BLOCK", "ITEM_MAX_LEN", "VIDEO_COLUMNS", "AHEAD",
+        "NUM_NEGATIVES", "AUX_NEGATIVES",
+    ),
+    "a whole number in [2, inf)": ("ITEM_SAMPLE",),
+}  # fmt: skip
 DATASET_CONSTANTS = dict(
     BATCH_POSITIONS=BATCH_POSITIONS, MIN_STEPS=MIN_STEPS, SHUFFLE_BUFFER=SHUFFLE_BUFFER, ITEM_MAX_LEN=ITEM_MAX_LEN,
     ITEM_SAMPLE=ITEM_SAMPLE, VIDEO_COLUMNS=VIDEO_COLUMNS, AHEAD=AHEAD, MAX_CANDIDATES=MAX_CANDIDATES,
@@ -58,19 +66,13 @@ WINDOW_SPEC |= {name: tf.TensorSpec([], tf.int64) for name in ("start", "repeate
 PADDED_SHAPES = {name: spec.shape for name, spec in WINDOW_SPEC.items()}
 
 
-def rules():
-    """Return what each constant can be, as in get_indexing.py."""
-    names = ("BATCH_POSITIONS", "MIN_STEPS", "SHUFFLE_BUFFER", "PARSE_BLOCK", "ITEM_MAX_LEN", "ITEM_SAMPLE", "VIDEO_COLUMNS",
-             "AHEAD", "NUM_NEGATIVES", "AUX_NEGATIVES")  # fmt: skip
-    return {"MAX_CANDIDATES": a_whole_number(0), **dict.fromkeys(names, a_whole_number(1))}
-
-
 def load_manifest(work_dir=WORK_DIR, constants=None):
     """Return (manifest, index), refusing records of another format, index or constants, and shards that are not whole."""
     path, index = Path(work_dir, "tfrecord/manifest.json").absolute(), load_index(work_dir)
     manifest = read_json(path, "get_tfrecord.py")
     check_same(path, manifest, {"format": FORMAT}, "get_tfrecord.py")
     check_same(path, manifest["constants"], constants or record_constants(), "get_tfrecord.py")
+    check_same(path, manifest["limits"], LIMITS, "get_tfrecord.py")
     index.check(manifest["index"], path, "get_tfrecord.py")
     for name, shard in manifest["shards"].items():
         if not (path.parent / name).exists() or (path.parent / name).stat().st_size != shard["bytes"]:

@@ -43,30 +43,30 @@ RANGE_BYTES = 4 << 20  # of input files: the work of one task
 NUM_WORKERS = None  # processes that work on files; None: one for each core
 
 PAD, UNKNOWN, FIRST_VIDEO = 0, 1, 2  # video numbers; as a column number 0 means no column
-ENDINGS = (".json", ".jsonl", ".json.gz", ".jsonl.gz")  # of the files that are read
+PREFIXES = ("cid2vids", "vid2title")  # of the files in DATA_DIR that are read
+ENDINGS = (".json", ".jsonl", ".json.gz", ".jsonl.gz")  # of all files that are read
 CHAIN = ("get_indexing", "get_tfrecord", "get_dataset", "model_tf2", "train", "infer")
 TASKS_AHEAD = 4  # tasks for each worker, whose results may wait
 UNPACKS_TO = 8  # bytes that one of a gzip file holds, or so
 
+rules = {  # what constants can be, as keeps() reads it
+    "a path, without ~": ("DATA_DIR", "WORK_DIR"),
+    "a whole number in [1, inf)": ("MIN_CLICKS", "MAX_LINE_BYTES", "MAX_ID_CHARS", "RANGE_BYTES"),
+    "None or a whole number in [1, inf)": ("NUM_WORKERS",),
+    "a number in [0, 1]": ("MAX_BAD_FRACTION",),
+}
+LIMITS = {"MAX_LINE_BYTES": MAX_LINE_BYTES, "MAX_ID_CHARS": MAX_ID_CHARS}  # what of the input is read
+
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # read when TensorFlow is imported: fewer lines of its own
 os.environ["KERAS_BACKEND"] = "tensorflow"  # whatever the user's other projects need
-
-
-def rules():
-    """Return what each constant can be, {name: (in words, test)}; run_script() holds the constants of a script to it."""
-    counts = ("MIN_CLICKS", "MAX_LINE_BYTES", "MAX_ID_CHARS", "RANGE_BYTES")
-    return {
-        **dict.fromkeys(("DATA_DIR", "WORK_DIR"), a_path()),
-        **dict.fromkeys(counts, a_whole_number(1)),
-        "MAX_BAD_FRACTION": a_number("[0, 1]"),
-        "NUM_WORKERS": or_none(a_whole_number(1)),
-    }
 
 
 def get_indexing(data_dir=DATA_DIR, work_dir=WORK_DIR, min_clicks=MIN_CLICKS, num_workers=NUM_WORKERS):
     """Write the index of data_dir's videos and columns, continuing the one that stands, and return it."""
     data_dir, folder = Path(data_dir), Path(work_dir, "indexing")
     old, columns = load_index(work_dir, new=True), read_columns(data_dir)
+    others = [path.name for path in data_dir.iterdir() if path.is_file() and not path.name.startswith(PREFIXES)]
+    name_unread(data_dir, others, f"files begin with {' or '.join(PREFIXES)}")
     shelved = dict.fromkeys(itertools.chain.from_iterable(columns.values()))
     if titles := find_files(data_dir, "vid2title*", required=False):
         catalogue = dict.fromkeys(vid for vid, _ in read_all(titles, parse_title))
@@ -78,7 +78,9 @@ def get_indexing(data_dir=DATA_DIR, work_dir=WORK_DIR, min_clicks=MIN_CLICKS, nu
         raise InputError(f"{data_dir.absolute()}: no video in any column or catalogue, and none clicked often enough")
 
     remove_leftovers(folder)
-    # Videos first: killed in between, the old columns still stand for the same videos.
+    # Videos first: killed in between, the old columns, none at first, still stand for the same videos.
+    if not old.videos:
+        write_json(folder / "cid2vidx.json", {})
     write_json(folder / "vid2idx.json", index.videos)
     write_json(folder / "cid2vidx.json", index.columns)
     empty = sum(not vids for vids in index.columns.values())
@@ -86,7 +88,7 @@ def get_indexing(data_dir=DATA_DIR, work_dir=WORK_DIR, min_clicks=MIN_CLICKS, nu
     print(
         f"{len(index.videos):,} videos ({len(index.videos) - len(old.videos):,} new), "
         f"{len(index.columns):,} columns ({len(index.columns) - len(old.columns):,} new, {empty:,} empty); "
-        f"{outside:,} videos of the columns are unknown to the catalogue"
+        f"{outside:,} videos of the columns are {'unknown to the catalogue' if titles else 'rarely clicked'}"
     )
     return index
 
@@ -129,8 +131,16 @@ def clicked_videos(data_dir, videos, columns, min_clicks, num_workers=None):
             clicks.update(some_clicks)
             tails |= some_tails
     tallies.check()
-    own = own_clicks({text: number for text, number in clicks.items() if 0 < len(text) <= MAX_ID_CHARS}, tails, videos)
-    return sorted((vid for vid, number in own.items() if number >= min_clicks), key=lambda vid: (-own[vid], vid))
+    clicks = {text: number for text, number in clicks.items() if 0 < len(text) <= MAX_ID_CHARS}
+    own, left_out = own_clicks(clicks, tails, videos)
+    if often := sorted(text for text in left_out if own[text] >= min_clicks):
+        print(
+            f"{len(often):,} ids, {often[0][:80]!r} for one, are taken for clicks in columns that nobody knows; if they are "
+            "videos, write them into a vid2title file",
+            file=sys.stderr,
+        )
+    kept = (vid for vid, number in own.items() if number >= min_clicks and vid not in left_out)
+    return sorted(kept, key=lambda vid: (-own[vid], vid))
 
 
 def count_videos(ranges, videos, columns):
@@ -146,10 +156,10 @@ def count_videos(ranges, videos, columns):
 
 
 def own_clicks(clicks, tails, videos):
-    """Return {video: clicks}, given the clicks of each text that no known column ends.
+    """Return ({video: clicks}, those of them that are left out), given the clicks of each text that no known column ends.
 
     "<vid>_<tail>" of a video that was also clicked by itself is a click on that video. A tail that comes after several
-    videos is taken for a column that is away, and the text for no video: once in the index, it would be one for life.
+    videos is taken for a column that is away, and the text is left out: once in the index, it would be a video for life.
     """
     unknown = [text for text in clicks if text not in videos]
     texts_with = collections.Counter(tail for text in unknown for _, tail in splits(text))
@@ -158,11 +168,8 @@ def own_clicks(clicks, tails, videos):
     for text, number in clicks.items():
         heads = (head for head, _ in splits(text) if head in clicks or head in videos)
         own[text if text in videos else next(heads, text)] += number
-    return {
-        text: number
-        for text, number in own.items()
-        if text in videos or away.isdisjoint(tail for _, tail in splits(text))
-    }
+    unknown = (text for text in own if text not in videos)
+    return own, {text for text in unknown if not away.isdisjoint(tail for _, tail in splits(text))}
 
 
 # ---------------------------------------------------------------- clicks
@@ -264,6 +271,10 @@ class Index(NamedTuple):
 def load_index(work_dir=WORK_DIR, new=False):
     """Return the Index under work_dir; a file that is missing is an error, or empty where the index may be new."""
     paths = [Path(work_dir, "indexing", name).absolute() for name in ("vid2idx.json", "cid2vidx.json")]
+    if new and paths[0].exists() and not paths[1].exists():
+        raise InputError(
+            f"{paths[1]}: gone, though {paths[0].name} is there; restore it, or remove both to number all anew"
+        )
     index = Index(*({} if new and not path.exists() else read_json(path, "get_indexing.py") for path in paths))
     numbers = range(FIRST_VIDEO, FIRST_VIDEO + len(index.videos))
     if list(index.videos.values()) != list(numbers):
@@ -365,20 +376,24 @@ def find_files(folder, pattern="*", required=True):
         raise InputError(f"{folder.absolute()}: no such folder; put the raw data there or edit DATA_DIR")
     paths, others = {}, []
     for path in sorted(folder.glob(pattern)):
-        if path.name.startswith("."):
-            continue
-        if not path.name.endswith(ENDINGS) or path.is_dir():
+        if path.name.startswith(".") or not path.name.endswith(ENDINGS) or path.is_dir():
             others.append(path.name)
         elif (name := input_name(path)) in paths:
             raise InputError(f"{path} and {paths[name]} have the same name; remove one")
         else:
             paths[name] = str(path.absolute())
-    if others:
-        few = ", ".join(others[:5]) + (", ..." if len(others) > 5 else "")
-        print(f"{folder}: {len(others):,} not read ({few}); files end in {', '.join(ENDINGS)}", file=sys.stderr)
+    name_unread(folder, others, f"files end in {', '.join(ENDINGS)}")
     if required and not paths:
         raise InputError(f"{folder.absolute()}: no {pattern}.json, .jsonl, .json.gz or .jsonl.gz file")
     return list(paths.values())
+
+
+def name_unread(folder, names, rule):
+    """Print the first of the folder's files that are not read, hidden ones apart, and the rule that they break."""
+    names = sorted(name for name in names if not name.startswith("."))
+    if names:
+        few = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+        print(f"{folder}: {len(names):,} not read ({few}); {rule}", file=sys.stderr)
 
 
 def input_name(path):
@@ -439,7 +454,7 @@ def read_records(tally, parse, file_range=None):
         try:
             if len(line) > MAX_LINE_BYTES:
                 raise BadLine("too long")
-            text = line.decode("utf-8-sig" if tally.lines == 1 else "utf-8")
+            text = line.decode("utf-8-sig" if offset == 0 else "utf-8")
             record = json.loads(text)
             if type(record) is not dict:
                 raise BadLine("wrong type of line")
@@ -568,51 +583,31 @@ def check_same(path, made_with, now, script):
 # ---------------------------------------------------------------- toolbox: rules of constants
 
 
-def a_whole_number(low, high=math.inf):
-    """Return the rule of a whole number."""
-    words = f"a whole number from {low}" + (f" to {high}" if high < math.inf else "")
-    return words, lambda value: type(value) is int and low <= value <= high
-
-
-def a_number(interval):
-    """Return the rule of a number in an interval, "[0, 1)" say, without 1."""
-    low, high = map(float, interval[1:-1].split(","))
-    ends = [end for end, bracket in ((low, interval[0]), (high, interval[-1])) if bracket in "[]"]
-    words = f"a number in {interval}"
-    return words, lambda value: type(value) in (int, float) and (low < value < high or value in ends)
-
-
-def or_none(rule):
-    """Return a rule that None keeps too."""
-    words, holds = rule
-    return f"None or {words}", lambda value: value is None or holds(value)
-
-
-def a_tuple_of(rule):
-    """Return the rule of a tuple of values that each keep a rule."""
-    of_each, holds = rule
-    words = f"a tuple of one or more, each {of_each}"
-    return words, lambda value: type(value) is tuple and value and all(map(holds, value))
-
-
-def one_of(*values):
-    """Return the rule of a value among some."""
-    return f"one of {', '.join(map(repr, values))}", lambda value: type(value) is type(values[0]) and value in values
-
-
-def a_path():
-    """Return the rule of a path."""
-    return "a path; '~' is not expanded", lambda value: type(value) is str and value and not value.startswith("~")
-
-
 def check_constants():
-    """Refuse a constant, of the script that was started or of those that it imports, which is outside what it can be."""
+    """Refuse a constant, of the script that was started or of those that it imports, which breaks one of its rules."""
     modules = [sys.modules[name] for name in ("__main__", *CHAIN) if hasattr(sys.modules.get(name), "rules")]
     for module in modules:
-        for constant, (words, holds) in module.rules().items():
-            value = getattr(module, constant)
-            if not holds(value):
-                raise InputError(f"{constant} = {value!r} in {Path(module.__file__).name}: it must be {words}")
+        for name, rule in ((name, rule) for rule, names in module.rules.items() for name in names):
+            value = getattr(module, name)
+            if not keeps(value, rule):
+                raise InputError(f"{name} = {value!r} in {Path(module.__file__).name}: it must be {rule}")
+
+
+def keeps(value, rule):
+    """Return whether a constant's value is what the rule says, in words that are read here."""
+    if rule.startswith("None or "):
+        return value is None or keeps(value, rule.removeprefix("None or "))
+    if rule.startswith("a tuple, not empty, of "):
+        return type(value) is tuple and value != () and all(keeps(one, rule.partition(" of ")[2]) for one in value)
+    if rule.startswith("one of "):
+        return repr(value) in rule.removeprefix("one of ").split(", ")
+    if rule == "a path, without ~":
+        return type(value) is str and value != "" and not value.startswith("~")
+    kind, _, interval = rule.partition(" in ")
+    if type(value) not in {"a whole number": (int,), "a number": (int, float)}[kind]:
+        return False
+    low, high = map(float, interval[1:-1].split(","))
+    return low < value < high or (value == low and interval[0] == "[") or (value == high and interval[-1] == "]")
 
 
 # ---------------------------------------------------------------- toolbox: workers
@@ -774,7 +769,7 @@ def cluster_worker():
         raise InputError(f"TF_CONFIG names no chief or worker of its cluster ({error}); see README.md") from error
 
 
-def run_script(main, work_dir=WORK_DIR):
+def run_script(main):
     """Run a script's main(): what is the input's fault, and a signal, end with one line and exit status 1."""
     name = Path(sys.argv[0]).name
     open_closed_streams()
@@ -793,8 +788,7 @@ def run_script(main, work_dir=WORK_DIR):
         signal.signal(number, stop)
     try:
         check_constants()
-        with only_one(name, Path(work_dir)):
-            main()
+        main()
     except (InputError, OSError, KeyboardInterrupt) as error:
         sys.exit(f"{name}: {error}")
 
@@ -809,10 +803,12 @@ def open_closed_streams():
 
 
 @contextlib.contextmanager
-def only_one(name, work_dir):
-    """Let no second script of this name work in work_dir meanwhile; each worker of a cluster is one of its own."""
+def only_one(work_dir=WORK_DIR, each_worker=False):
+    """Let no second script of this name work in work_dir meanwhile, or only one as each worker of a cluster."""
+    name, work_dir = Path(sys.argv[0]).name, Path(work_dir)
+    number = cluster_worker()[0] if each_worker else 0
     work_dir.mkdir(parents=True, exist_ok=True)
-    with open(work_dir / f".{name}{cluster_worker()[0] or ''}.lock", "w") as lock:
+    with open(work_dir / f".{name}{number or ''}.lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -822,6 +818,7 @@ def only_one(name, work_dir):
         yield
 
 
+@only_one()
 def main():
     get_indexing()
 

@@ -23,9 +23,9 @@ import sys
 from pathlib import Path
 
 from get_indexing import (
-    DATA_DIR, MAX_ID_CHARS, MAX_LINE_BYTES, NUM_WORKERS, RANGE_BYTES, UNKNOWN, WORK_DIR,
-    InputError, Tallies, Tally, a_whole_number, cut_files, file_fingerprint, find_files, fingerprint, load_index, map_files,
-    read_clicks, read_json, remove_leftovers, replacing, run_script, split_click, write_json,
+    DATA_DIR, LIMITS, NUM_WORKERS, RANGE_BYTES, UNKNOWN, WORK_DIR,
+    InputError, Tallies, Tally, cut_files, file_fingerprint, find_files, fingerprint, load_index, map_files,
+    only_one, read_clicks, read_json, remove_leftovers, replacing, run_script, split_click, write_json,
 )  # fmt: skip
 
 USER_MAX_LEN = 50  # clicks in a window, and the most that the user tower reads
@@ -36,13 +36,10 @@ SKETCH_SIZE = 4096  # users by whom it is estimated how many there are
 SPLITS = ("train", "val", "test")
 FORMAT = 3  # of records and manifest
 
-
-def rules():
-    """Return what each constant can be, as in get_indexing.py."""
-    return {
-        **dict.fromkeys(("USER_MAX_LEN", "SKETCH_SIZE"), a_whole_number(2)),
-        **dict.fromkeys(("WINDOW_OVERLAP", "MIN_HISTORY", "HELD_OUT_USERS"), a_whole_number(1)),
-    }
+rules = {
+    "a whole number in [2, inf)": ("USER_MAX_LEN", "SKETCH_SIZE"),
+    "a whole number in [1, inf)": ("WINDOW_OVERLAP", "MIN_HISTORY", "HELD_OUT_USERS"),
+}
 
 
 def get_tfrecord(data_dir=DATA_DIR, work_dir=WORK_DIR, num_workers=NUM_WORKERS, **constants):
@@ -58,7 +55,7 @@ def get_tfrecord(data_dir=DATA_DIR, work_dir=WORK_DIR, num_workers=NUM_WORKERS, 
         "index": index.fingerprint(),
         "current_columns": fingerprint([cid for cid, videos in index.columns.items() if videos]),  # these are held out
         "constants": settings,
-        "limits": {"MAX_LINE_BYTES": MAX_LINE_BYTES, "MAX_ID_CHARS": MAX_ID_CHARS},
+        "limits": LIMITS,
         "held_out_share": min(settings["HELD_OUT_USERS"] / max(count_users(sketch), 1), 0.5),
         "input": tallies.digests(),
     }
@@ -353,15 +350,15 @@ def check_enough(manifest):
         raise InputError(f"the column clicks of {users} are all held out; more users or longer histories are needed")
     if lacking:
         enough = f"about {math.ceil(math.log(0.01) / math.log1p(-share)):,} users"
-        needed = f"{enough} are needed who clicked in a column after other clicks"
+        needed = f"{enough} are needed who clicked in a current column after other clicks"
         raise InputError(f"none of {users} leaves a target for {lacking[0]}; {needed}")
 
 
 def remove_others(folder, shards):
     """Remove the shards and part files of former input, and those that a killed run left: files of these names alone."""
     current = shards.keys() | parts_of(shards)
-    for pattern in ("part-*.json", *(f"{split}-*.tfrecord" for split in SPLITS)):
-        remove_leftovers(folder, pattern, current)
+    for kind in ("part-{}.json", *(f"{split}-{{}}.tfrecord" for split in SPLITS)):
+        remove_leftovers(folder, kind.format(f"[0-9]*-{'[0-9a-f]' * 16}"), current)
 
 
 def parts_of(shards):
@@ -404,6 +401,7 @@ def hint_at_ids(report, tasks, index):
     )
 
 
+@only_one()
 def main():
     get_tfrecord()
 

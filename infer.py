@@ -7,8 +7,8 @@ Writes  RANKING_DIR/<input name>.json.gz   a line per user, in the order of the 
 
     python infer.py
 
-Scores are log probabilities that the user's next column click is in the column. A user without any known click gets
-the columns by popularity, "source": "popular". Finished files are not computed again unless something changed. A Ranker
+Scores are log probabilities that the user's next column click is in the column. A user without any known
+click among those that the model reads gets the columns by popularity, "source": "popular". Finished files are not computed again unless something changed. A Ranker
 ranks the columns for one user, now, and says why.
 """
 
@@ -25,9 +25,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from get_indexing import (
-    DATA_DIR, MAX_ID_CHARS, MAX_LINE_BYTES, NUM_WORKERS, WORK_DIR,
-    InputError, Tallies, Tally, a_path, a_whole_number, cut_files, file_fingerprint, find_files, fingerprint,
-    input_name, load_index, map_files, read_clicks, read_json, read_lines, read_names, remove_leftovers, replacing,
+    DATA_DIR, LIMITS, NUM_WORKERS, WORK_DIR,
+    InputError, Tallies, Tally, cut_files, file_fingerprint, find_files, fingerprint,
+    input_name, load_index, map_files, only_one, read_clicks, read_json, read_lines, read_names, remove_leftovers, replacing,
     run_script, split_click,
 )  # fmt: skip
 from get_tfrecord import ClickEncoder
@@ -44,15 +44,12 @@ MEMO_SIZE = 1 << 18  # scores whose text is remembered
 DECIMALS = 4  # of the scores; equal ones go by the order of the columns
 EXAMPLE = 5  # last clicks and first columns of the user who is printed
 
-
-def rules():
-    """Return what each constant can be, as in get_indexing.py."""
-    return {
-        **dict.fromkeys(("CLICKS_DIR", "RANKING_DIR"), a_path()),
-        **dict.fromkeys(("RANK_BYTES", "BATCH_USERS", "MEMO_SIZE", "EXAMPLE"), a_whole_number(1)),
-        **dict.fromkeys(("GZIP_LEVEL", "DECIMALS"), a_whole_number(0, 9)),
-        "TOP_K": a_whole_number(0),
-    }
+rules = {
+    "a path, without ~": ("CLICKS_DIR", "RANKING_DIR"),
+    "a whole number in [0, inf)": ("TOP_K",),
+    "a whole number in [1, inf)": ("RANK_BYTES", "BATCH_USERS", "MEMO_SIZE", "EXAMPLE"),
+    "a whole number in [0, 9]": ("GZIP_LEVEL", "DECIMALS"),
+}
 
 
 as_json = functools.partial(json.dumps, ensure_ascii=False)
@@ -69,7 +66,7 @@ def infer(clicks_dir=CLICKS_DIR, work_dir=WORK_DIR, ranking_dir=RANKING_DIR, top
         "model": model.get("id"),
         "index": fingerprint(index.videos, index.columns),
         "constants": {"TOP_K": top_k, "DECIMALS": DECIMALS},
-        "limits": {"MAX_LINE_BYTES": MAX_LINE_BYTES, "MAX_ID_CHARS": MAX_ID_CHARS},
+        "limits": LIMITS,
     }
     manifest = read_manifest(folder)
     outputs = {path: folder / f"{input_name(path)}.json.gz" for path in find_files(clicks_dir)}
@@ -136,11 +133,11 @@ def join_parts(output, parts, made_from):
 
 
 def read_manifest(folder):
-    """Return {output name: what it was made from}, and write it anew: a line that a killed run cut short goes."""
+    """Return {output name: what it was made from}, and write it anew without damaged lines: a killed run cuts one short."""
     path, manifest = folder / "manifest.jsonl", {}
     if path.exists():
-        with contextlib.suppress(ValueError):
-            for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(ValueError, TypeError):
                 manifest.update(json.loads(line))
         with replacing(path) as temporary:
             temporary.write_text(
@@ -190,7 +187,7 @@ def read_digests(ranges):
 
 def part_of(folder, file_range):
     """Return the path of the ranking of one FileRange, a leftover unless it is joined with the others of its file."""
-    return folder / f".{input_name(file_range.path)}.json.gz.{file_range.start:032x}.tmp"
+    return folder / f".part.{fingerprint(input_name(file_range.path), file_range.start)[:32]}.tmp"
 
 
 def rank_ranges(ranges, folder, work_dir, made_with, explain=None):
@@ -369,6 +366,7 @@ def print_example(uid, clicks, reasons, index, data_dir=DATA_DIR):
                 print(f"          {effect:+.2f}  {click}")
 
 
+@only_one()
 def main():
     infer()
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from get_dataset import AUX_NEGATIVES, ITEM_MAX_LEN, column_table, read_windows, shards_of
 from get_indexing import (
     FIRST_VIDEO, NUM_WORKERS, PAD, UNKNOWN, WORK_DIR,
-    InputError, a_number, a_whole_number, map_files, one_of, or_none, put_together, run_script,
+    InputError, map_files, put_together, run_script,
 )  # fmt: skip
 from get_tfrecord import USER_MAX_LEN
 
@@ -53,34 +53,26 @@ COLUMNS_AT_ONCE = 8192  # columns whose vectors are computed at once
 SCORES_AT_ONCE = 1 << 18  # scores of users for columns in a block: bounds the memory, and fits a processor's
 LOSS = "softmax"  # over the candidates; or "bce": binary cross-entropy of each candidate
 LOSSES = ("softmax", "bce")
+
+rules = {
+    "a whole number in [0, inf)": ("USER_BLOCKS", "ITEM_BLOCKS"),
+    "a whole number in [1, inf)": (
+        "EMB_DIM", "NUM_HEADS", "FFN_RATIO", "MAX_LAG", "MEMORY_WIDTH", "COLUMN_WIDTH", "MEMORY_CLICKS", "COUNT_BYTES",
+        "COUNT_BLOCK", "MAX_PAIRS", "COUNT_SLACK", "MATRIX_ROWS", "MATRIX_SIZE", "COLUMNS_AT_ONCE", "SCORES_AT_ONCE",
+    ),
+    "a number in (0, inf)": ("INIT_STDDEV", "INIT_SCALE", "VIDEO_BACKOFF", "COLUMN_BACKOFF", "TEMPERATURE"),
+    "a number in [0, inf)": ("AUX_WEIGHT", "BACKWARD", "POPULARITY_DISCOUNT"),
+    "a number in (0, 1]": ("VIDEO_DECAY",),
+    "None or a number in [0, 0.9]": ("DROPOUT",),
+    "None or a number in [0, 1]": ("AHEAD_DECAY",),
+    f"one of {', '.join(map(repr, LOSSES))}": ("LOSS",),
+}  # fmt: skip
 MODEL_CONSTANTS = dict(
     INIT_STDDEV=INIT_STDDEV, INIT_SCALE=INIT_SCALE, AUX_WEIGHT=AUX_WEIGHT, MAX_LAG=MAX_LAG, BACKWARD=BACKWARD,
     MEMORY_WIDTH=MEMORY_WIDTH, COLUMN_WIDTH=COLUMN_WIDTH, VIDEO_DECAY=VIDEO_DECAY, VIDEO_BACKOFF=VIDEO_BACKOFF,
     COLUMN_BACKOFF=COLUMN_BACKOFF, POPULARITY_DISCOUNT=POPULARITY_DISCOUNT, MEMORY_CLICKS=MEMORY_CLICKS,
     TEMPERATURE=TEMPERATURE, MAX_PAIRS=MAX_PAIRS, COUNT_SLACK=COUNT_SLACK,
 )  # fmt: skip
-
-
-def rules():
-    """Return what each constant can be, as in get_indexing.py."""
-    counts = ("NUM_HEADS", "FFN_RATIO", "MAX_LAG", "MEMORY_WIDTH", "COLUMN_WIDTH", "MEMORY_CLICKS", "COUNT_BYTES",
-              "COUNT_BLOCK", "MAX_PAIRS", "COUNT_SLACK", "MATRIX_ROWS", "MATRIX_SIZE", "COLUMNS_AT_ONCE",
-              "SCORES_AT_ONCE")  # fmt: skip
-    above_zero = ("INIT_STDDEV", "INIT_SCALE", "VIDEO_BACKOFF", "COLUMN_BACKOFF", "TEMPERATURE")
-    return {
-        **dict.fromkeys(counts, a_whole_number(1)),
-        "EMB_DIM": (
-            f"a multiple of NUM_HEADS = {NUM_HEADS}",
-            lambda dim: a_whole_number(1)[1](dim) and dim % NUM_HEADS == 0,
-        ),
-        **dict.fromkeys(("USER_BLOCKS", "ITEM_BLOCKS"), a_whole_number(0)),
-        **dict.fromkeys(above_zero, a_number("(0, inf)")),
-        **dict.fromkeys(("AUX_WEIGHT", "BACKWARD", "POPULARITY_DISCOUNT"), a_number("[0, inf)")),
-        "DROPOUT": or_none(a_number("[0, 0.9]")),
-        "AHEAD_DECAY": or_none(a_number("[0, 1]")),
-        "VIDEO_DECAY": a_number("(0, 1]"),
-        "LOSS": one_of(*LOSSES),
-    }
 
 
 class Block(layers.Layer):
@@ -177,6 +169,8 @@ class BST_DSSM(keras.Model):
                  item_blocks=ITEM_BLOCKS, ffn_ratio=FFN_RATIO, dropout=0.0, max_age=None, column_map=True,
                  video_columns=((0,),)):  # fmt: skip
         super().__init__()
+        if emb_dim % num_heads:
+            raise InputError(f"EMB_DIM = {emb_dim} is no multiple of NUM_HEADS = {num_heads}")
         max_age = USER_MAX_LEN - 2 if max_age is None else max_age
         self.arguments = dict(
             num_videos=num_videos, num_columns=num_columns, emb_dim=emb_dim, num_heads=num_heads,
@@ -508,9 +502,7 @@ class CountTable:
 
     def weighted_rows(self, rows, weights):
         """Return sum_j weights[i, j] * row(rows[i, j]) without column 0, float64 [n, columns], of rows and weights [n, h]."""
-        if self.matrix is not None and rows.size < len(self.totals):
-            return (weights[:, None] @ self.matrix[rows])[:, 0]
-        if self.matrix is not None:
+        if self.matrix is not None and rows.size > len(self.totals):
             return sum_by_place(rows, weights, len(self.totals)) @ self.matrix
         starts = self.offsets[rows].ravel()
         lengths = ((self.offsets[rows + 1] - self.offsets[rows]) * (weights != 0)).ravel()
@@ -548,9 +540,10 @@ def to_probabilities(logits, remembered, is_remembered, temperature=TEMPERATURE)
     """Return the probabilities of the towers and those of the memory, two of [n, columns].
 
     The memory shares out what the towers give the columns that it knows, is_remembered [columns]. A column newer than
-    the memory keeps what they give it, so no weight of the mix pushes it down.
+    the memory, or clicked by nobody yet, keeps what they give it, so no weight of the mix pushes it down.
     """
-    towers = np.exp(np.subtract(logits, logits.max(axis=1, keepdims=True), dtype=float) / temperature)
+    logits = np.subtract(logits, logits.max(axis=1, keepdims=True), dtype=float) / temperature
+    towers = np.exp(np.maximum(logits, -700))  # above 0, so every score is finite
     towers /= towers.sum(axis=1, keepdims=True)
     memory = np.maximum(remembered, 1e-9) * is_remembered
     memory *= (towers @ is_remembered / np.maximum(memory.sum(axis=1), 1e-12))[:, None]  # 0: it knows none of them
@@ -645,7 +638,7 @@ class Scorer:
     def __init__(self, model, memory, index, item_max_len=ITEM_MAX_LEN):
         self.model, self.memory = model, memory
         self.numbers = np.array([n for n, videos in enumerate(index.columns.values(), start=1) if videos], np.int32)
-        self.is_remembered = (self.numbers <= len(memory.popularity)).astype(float)
+        self.is_remembered = (self.of_current(memory.column_clicks[None, 1:])[0] > 0).astype(float)
         self.column_videos = column_table(index, memory.video_clicks, item_max_len)[self.numbers]
         self.refresh()
 

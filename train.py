@@ -38,8 +38,8 @@ from get_dataset import (
 )  # fmt: skip
 from get_indexing import (
     DATA_DIR, ENDINGS, FIRST_VIDEO, WORK_DIR,
-    InputError, a_number, a_tuple_of, a_whole_number, check_same, cluster_worker, file_fingerprint, fingerprint,
-    load_index, one_of, progress, read_json, read_names, remove_leftovers, replacing, run_script, write_json,
+    InputError, check_same, cluster_worker, file_fingerprint, fingerprint,
+    load_index, only_one, progress, read_json, read_names, remove_leftovers, replacing, run_script, write_json,
 )  # fmt: skip
 from model_tf2 import (
     LOSS, LOSSES, MODEL_CONSTANTS, SCORES_AT_ONCE,
@@ -68,21 +68,25 @@ CLUSTER_TIMEOUT = 600  # seconds that a worker waits for the others
 RESAMPLES = 1000  # of the test users, for the intervals
 PROJECTOR_VIDEOS = 10_000  # of the most clicked, whose vectors are written out
 MODEL_FORMAT = 4  # of model.json
+RECORDS = ("format", "index", "current_columns", "constants", "limits", "held_out_share", "input")  # what made them
 NO_LOSSES = {"loss": None, "column_loss": None, "targets": None}  # of epoch 0
 
-
-def rules():
-    """Return what each constant can be, as in get_indexing.py."""
-    counts = ("EPOCHS", "PATIENCE", "WARM_EPOCHS", "CLUSTER_TIMEOUT", "RESAMPLES", "PROJECTOR_VIDEOS")
-    return {
-        **dict.fromkeys(counts, a_whole_number(1)),
-        **dict.fromkeys(("LEARNING_RATE", "KERNEL_RATE", "WARM_RATE"), a_number("(0, inf)")),
-        **dict.fromkeys(("WARM_START", "MEMORY"), one_of(True, False)),
-        **dict.fromkeys(("MEMORY_DECAYS", "REPEATS"), a_tuple_of(a_number("(0, 1]"))),
-        "MEMORY_WEIGHTS": a_tuple_of(a_number("[0, 1]")),
-        "LOWEST_RATE": a_number("[0, 1]"),
-        "SEED": a_whole_number(0, 2**32 - 1),
-    }
+rules = {
+    "a whole number in [1, inf)": (
+        "EPOCHS",
+        "PATIENCE",
+        "WARM_EPOCHS",
+        "CLUSTER_TIMEOUT",
+        "RESAMPLES",
+        "PROJECTOR_VIDEOS",
+    ),
+    "a whole number in [0, 4294967295]": ("SEED",),
+    "a number in (0, inf)": ("LEARNING_RATE", "KERNEL_RATE", "WARM_RATE"),
+    "a number in [0, 1]": ("LOWEST_RATE",),
+    "a tuple, not empty, of a number in (0, 1]": ("MEMORY_DECAYS", "REPEATS"),
+    "a tuple, not empty, of a number in [0, 1]": ("MEMORY_WEIGHTS",),
+    "one of True, False": ("WARM_START", "MEMORY"),
+}
 
 
 def train(work_dir=WORK_DIR, record_constants=None, epochs=EPOCHS, patience=PATIENCE, learning_rate=LEARNING_RATE,
@@ -125,7 +129,7 @@ def describe_run(constants, model, manifest, index):
     run = {
         "constants": constants,
         "arguments": model.arguments,
-        "records": {name: manifest[name] for name in ("format", "constants", "limits", "held_out_share", "input")},
+        "records": {name: manifest[name] for name in RECORDS},
         "index": index.fingerprint(),
         "columns_hold": fingerprint(index.columns),
         "versions": {"python": platform.python_version()}
@@ -245,10 +249,9 @@ def validate(scorer, users):
 class MuonAdam:
     """Muon (Jordan et al. 2024) for the kernels, and for all else Adam (Kingma and Ba 2015).
 
-    Muon moves a kernel by an orthogonal matrix, so in all directions by as much, however rarely one is used; a kernel is
-    cut into square tiles, each moved by itself. Of an embedding Adam updates only those rows that the batch touched; the
-    others, and their moments, stand still. So a step costs the same however many videos there are, where Keras' Adam goes
-    through the whole table in every step.
+    Muon moves a kernel by an orthogonal matrix, so in all directions by as much, however rarely one is used. Of an
+    embedding Adam updates only those rows that the batch touched; the others, and their moments, stand still. So a step
+    costs the same however many videos there are, where Keras' Adam goes through the whole table in every step.
     """
 
     def __init__(self, parameters, schedule, kernel_rate=KERNEL_RATE, momentum=0.95, beta_1=0.9, beta_2=0.999,
@@ -257,13 +260,11 @@ class MuonAdam:
         self.others = [parameter.value for parameter in parameters if parameter.name != "kernel"]
         self.schedule, self.kernel_rate, self.momentum = schedule, kernel_rate, momentum
         self.beta_1, self.beta_2, self.epsilon = beta_1, beta_2, epsilon
-        self.side = min((min(kernel.shape) for kernel in self.kernels), default=1)  # of the tiles
         self.step = tf.Variable(0.0, trainable=False)
-        number = sum(kernel.shape.num_elements() for kernel in self.kernels) // self.side**2
-        self.kernel_mean = tf.Variable(tf.zeros([number, self.side, self.side]), trainable=False)
+        self.totals = [tf.Variable(tf.zeros_like(kernel), trainable=False) for kernel in self.kernels]
         self.means = [tf.Variable(tf.zeros_like(parameter), trainable=False) for parameter in self.others]
         self.squares = [tf.Variable(tf.zeros_like(parameter), trainable=False) for parameter in self.others]
-        self.variables = [self.step, self.kernel_mean, *self.means, *self.squares]
+        self.variables = [self.step, *self.totals, *self.means, *self.squares]
 
     def apply(self, kernel_gradients, other_gradients):
         """Update the parameters by their gradients, summed over the replicas; those of others are dense or tf.IndexedSlices."""
@@ -271,27 +272,18 @@ class MuonAdam:
         kernel_gradients, other_gradients = gradients
         rate, step = self.schedule(self.step.read_value()), self.step.read_value() + 1
         tf.raw_ops.AssignVariableOp(resource=self.step.handle, value=step)
-        if self.kernels:
-            self.update_kernels(kernel_gradients, self.kernel_rate * rate)
+        for variables in zip(self.kernels, self.totals, kernel_gradients, strict=True):
+            self.update_kernel(*variables, self.kernel_rate * rate)
         rate *= tf.sqrt(1 - self.beta_2**step) / (1 - self.beta_1**step)
         for variables in zip(self.others, self.means, self.squares, other_gradients, strict=True):
             self.update(*variables, rate)
 
-    def update_kernels(self, gradients, rate):
-        """Update the kernels by Nesterov's momentum, made orthogonal."""
-        gradient = self.cut(gradients)
-        mean = gradient + self.momentum * (self.kernel_mean.read_value() - gradient)
-        tf.raw_ops.AssignVariableOp(resource=self.kernel_mean.handle, value=mean)
-        change = tf.reshape(rate * orthogonal(gradient + self.momentum * (mean - gradient)), [-1, self.side])
-        changes = tf.split(change, [kernel.shape.num_elements() // self.side for kernel in self.kernels])
-        for kernel, change in zip(self.kernels, changes, strict=True):
-            change = tf.concat(tf.split(change, kernel.shape[1] // self.side), axis=1)
-            tf.raw_ops.AssignVariableOp(resource=kernel.handle, value=kernel.read_value() - change)
-
-    def cut(self, kernels):
-        """Kernels [rows, columns] -> their tiles [n, side, side]."""
-        strips = [strip for kernel in kernels for strip in tf.split(kernel, kernel.shape[1] // self.side, axis=1)]
-        return tf.reshape(tf.concat(strips, axis=0), [-1, self.side, self.side])
+    def update_kernel(self, kernel, total, gradient, rate):
+        """Update one kernel by Nesterov's momentum, made orthogonal."""
+        new_total = gradient + self.momentum * total.read_value()
+        change = rate * orthogonal(gradient + self.momentum * new_total)
+        tf.raw_ops.AssignVariableOp(resource=total.handle, value=new_total)
+        tf.raw_ops.AssignVariableOp(resource=kernel.handle, value=kernel.read_value() - change)
 
     def update(self, parameter, mean, square, gradient, rate):
         """Update one parameter. Each replica writes its own copy, the same as all others: so by the raw operations."""
@@ -311,13 +303,15 @@ class MuonAdam:
         write(parameter, read(parameter) - rate * new_mean / (tf.sqrt(new_square) + self.epsilon))
 
 
-def orthogonal(matrices):
-    """Return the orthogonal matrix next to each of [n, side, side], roughly: of singular values between .7 and 1.2."""
-    matrices /= tf.norm(matrices, axis=(1, 2), keepdims=True) + 1e-12
+def orthogonal(matrix):
+    """Return the orthogonal matrix next to one [rows, columns], roughly: of singular values between .7 and 1.2."""
+    if matrix.shape[0] > matrix.shape[1]:
+        return tf.transpose(orthogonal(tf.transpose(matrix)))
+    matrix /= tf.norm(matrix) + 1e-12
     for _ in range(5):  # Newton-Schulz, with Muon's coefficients, brings what was above .01 of the largest there
-        squared = tf.matmul(matrices, matrices, transpose_b=True)
-        matrices = 3.4445 * matrices + tf.matmul(2.0315 * tf.matmul(squared, squared) - 4.775 * squared, matrices)
-    return matrices
+        squared = tf.matmul(matrix, matrix, transpose_b=True)
+        matrix = 3.4445 * matrix + tf.matmul(2.0315 * tf.matmul(squared, squared) - 4.775 * squared, matrix)
+    return matrix
 
 
 def make_train_step(strategy, model, optimizer, batch_spec, ahead_decay, loss):
@@ -406,6 +400,11 @@ def ranks_of(users, scorer, rankings):
         )
         longest = np.count_nonzero(videos, axis=1).max()
         for name, scores in rankings(videos[:, :longest], columns[:, :longest]):
+            if not np.isfinite(scores).all():
+                raise InputError(
+                    f"{name!r} gives scores that are not finite; the model that stands is kept; lower LEARNING_RATE and run "
+                    "train.py again"
+                )
             ranks.setdefault(name, []).append(rank_of(scores, places))
     return {name: np.concatenate(blocks) for name, blocks in ranks.items()}
 
@@ -606,7 +605,7 @@ def write_projector(work_dir, index, data_dir):
     try:
         model, memory, _, saved = load_model(work_dir, index)
         text = f"# model {saved['id']}, {PROJECTOR_VIDEOS} videos\n{entries}"
-        if config.exists() and config.read_text() == text:
+        if config.exists() and config.read_bytes() == text.encode():
             return
         scorer = Scorer(model, memory, index, saved["constants"]["ITEM_MAX_LEN"])
         clicks = memory.video_clicks[FIRST_VIDEO:]
@@ -833,7 +832,7 @@ def say_if_clicks_changed(work_dir, data_dir=DATA_DIR):
     folder, manifest = Path(data_dir, "click_seq"), Path(work_dir, "tfrecord/manifest.json")
     if not folder.is_dir() or not manifest.exists():
         return
-    paths = [path for path in folder.iterdir() if path.name.endswith(ENDINGS) and not path.name.startswith(".")]
+    paths = [path for path in folder.glob("[!.]*") if path.name.endswith(ENDINGS) and path.is_file()]
     newer = sorted(path.name for path in paths if path.stat().st_mtime > manifest.stat().st_mtime)
     if newer or {path.name for path in paths} != set(read_json(manifest, "get_tfrecord.py").get("input", ())):
         print(
@@ -843,6 +842,7 @@ def say_if_clicks_changed(work_dir, data_dir=DATA_DIR):
         )
 
 
+@only_one(each_worker=True)
 def main():
     say_if_clicks_changed(WORK_DIR)
     train()

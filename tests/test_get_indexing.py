@@ -105,6 +105,33 @@ def test_same_input_gives_the_same_bytes(tmp_path, raw, clicks_like_real):
     assert index_bytes(tmp_path / "first") == index_bytes(tmp_path / "second")
 
 
+def test_an_index_of_which_the_columns_are_gone_is_not_numbered_anew(tmp_path, raw):
+    get_indexing(raw(tmp_path / "raw", columns=PAIR, users=[]), tmp_path)
+    before = (tmp_path / "indexing/vid2idx.json").read_bytes()
+    (tmp_path / "indexing/cid2vidx.json").unlink()
+    with pytest.raises(InputError, match=r"cid2vidx\.json: gone, though vid2idx\.json is there; restore it"):
+        get_indexing(tmp_path / "raw", tmp_path)
+    assert (tmp_path / "indexing/vid2idx.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("files", [1, 2, 3])
+def test_a_first_run_that_is_killed_between_its_files_is_made_good_by_the_second(tmp_path, raw, monkeypatch, files):
+    data_dir, write_json, written_so_far = raw(tmp_path / "raw", columns=PAIR, users=[]), script.write_json, []
+
+    def killed(path, value):
+        if len(written_so_far) == files:
+            raise KeyboardInterrupt
+        written_so_far.append(write_json(path, value))
+
+    with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+        patch.setattr(script, "write_json", killed)
+        get_indexing(data_dir, tmp_path / "killed")
+    assert len(written_so_far) == files
+    get_indexing(data_dir, tmp_path / "killed")
+    get_indexing(data_dir, tmp_path / "whole")
+    assert index_bytes(tmp_path / "killed") == index_bytes(tmp_path / "whole")
+
+
 def test_the_index_leaves_no_other_files_behind(tmp_path, raw):
     get_indexing(raw(tmp_path / "raw", columns=PAIR, users=[]), tmp_path / "work")
     assert sorted(os.listdir(tmp_path / "work/indexing")) == ["cid2vidx.json", "vid2idx.json"]
@@ -175,6 +202,18 @@ def test_a_byte_order_mark_before_a_blank_line_is_no_bad_line(tmp_path, write_li
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize("cut", [False, True])
+def test_a_byte_order_mark_inside_a_file_is_no_json_wherever_the_file_is_cut(tmp_path, write_lines, cut):
+    path = write_lines(
+        tmp_path / "clicks.json", [{"uid": "a", "click_seq": []}, b'\xef\xbb\xbf{"uid": "b", "click_seq": []}']
+    )
+    start = path.read_bytes().index(b"\xef")
+    ranges = [FileRange(str(path), 0, start), FileRange(str(path), start)] if cut else [FileRange(str(path))]
+    tallies = []
+    assert [uid for uid, _ in script.read_clicks(ranges, tallies)] == ["a"]
+    assert tallies[-1].skipped == {"not JSON": 1}
+
+
 def test_a_title_of_null_costs_the_title_alone(tmp_path, raw, capsys):
     raw(tmp_path / "raw", columns=PAIR, titles={"v1": "One", "v9": None})
     get_indexing(tmp_path / "raw", tmp_path)
@@ -205,6 +244,15 @@ def test_a_file_of_columns_or_titles_that_is_not_read_is_named(tmp_path, raw, wr
     assert [err.count(name) for name in ("cid2vids-2.ndjson", "vid2title.csv", "\n")] == [1, 1, 2]
 
 
+def test_a_file_in_the_data_folder_of_another_name_is_named(tmp_path, raw, write_lines, capsys):
+    raw(tmp_path / "raw", columns=PAIR, titles={"v1": "One"}, users=[("u1", ["v1"])])
+    write_lines(tmp_path / "raw/vid2tile.json", [])
+    write_lines(tmp_path / "raw/.hidden", [])
+    get_indexing(tmp_path / "raw", tmp_path)
+    line = f"{tmp_path}/raw: 1 not read (vid2tile.json); files begin with cid2vids or vid2title\n"
+    assert capsys.readouterr().err == line
+
+
 def test_names_and_titles_are_read_where_the_raw_data_has_them(tmp_path, raw):
     raw(tmp_path, columns=PAIR, titles={"v1": "One", "v9": "Nine"}, names={"c2": "Second"})
     assert script.read_names(tmp_path) == ({"v1": "One", "v9": "Nine"}, {"c2": "Second"})
@@ -230,8 +278,18 @@ def test_what_follows_a_video_is_never_part_of_another_video():
               "p_z": 7, "q_z": 8, "q_z_1": 9,  # z comes after several, so it is a column that is away
               "r_s": 6,  # s came after a known video elsewhere
               "solo_x1": 3, "m": 2}  # fmt: skip
-    expected = {"a": 6, "k": 4, "b": 12, "solo_x1": 3, "m": 2}
-    assert own_clicks(collections.Counter(clicks), {"s"}, known) == expected
+    left_out = {"p_z": 7, "q_z": 17, "r_s": 6}
+    expected = {"a": 6, "k": 4, "b": 12, "solo_x1": 3, "m": 2} | left_out
+    assert own_clicks(collections.Counter(clicks), {"s"}, known) == (expected, left_out.keys())
+
+
+def test_ids_that_are_left_out_since_they_look_like_clicks_in_unknown_columns_are_said(tmp_path, raw, capsys):
+    clicks = [f"show{show}_{part}" for show in "ab" for part in (1, 2)]
+    raw(tmp_path / "raw", columns=PAIR, users=[("u1", clicks * 3), ("u2", ["v1_c7", "show9_1", *clicks])])
+    index = get_indexing(tmp_path / "raw", tmp_path, min_clicks=4)
+    assert list(index.videos) == ["v1", "v2", "v3"]
+    line = "4 ids, 'showa_1' for one, are taken for clicks in columns that nobody knows; if they are videos, write them"
+    assert line in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("catalogue", [False, True])
@@ -827,19 +885,28 @@ def test_a_file_system_without_locks_is_worth_one_warning(tmp_path, monkeypatch,
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(script.fcntl, "flock", flock)
-    with script.only_one("infer.py", tmp_path / "work"):
+    with script.only_one(tmp_path / "work"):
         pass
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and f"{tmp_path}/work cannot be locked" in err and "No locks available" in err
 
 
-def test_a_second_script_of_the_same_name_is_refused_and_one_of_another_is_not(tmp_path):
+def test_a_second_script_of_the_same_name_is_refused_and_one_of_another_is_not(tmp_path, monkeypatch):
+    def one(name, **each_worker):
+        monkeypatch.setattr(sys, "argv", [name])
+        return script.only_one(tmp_path, **each_worker)
+
     with contextlib.ExitStack() as stack:
-        stack.enter_context(script.only_one("train.py", tmp_path))
-        stack.enter_context(script.only_one("infer.py", tmp_path))
-        with pytest.raises(InputError, match=f"another train.py is at work in {tmp_path}"):
-            stack.enter_context(script.only_one("train.py", tmp_path))
-    with script.only_one("train.py", tmp_path):  # it ended
+        stack.enter_context(one("get_tfrecord.py"))
+        stack.enter_context(one("infer.py"))
+        stack.enter_context(one("train.py", each_worker=True))
+        task = {"cluster": {"worker": ["a:1", "b:1"]}, "task": {"type": "worker", "index": 1}}
+        monkeypatch.setenv("TF_CONFIG", json.dumps(task))
+        stack.enter_context(one("train.py", each_worker=True))  # another worker of the cluster
+        for name, each_worker in (("get_tfrecord.py", False), ("train.py", True)):
+            with pytest.raises(InputError, match=f"another {name} is at work in {tmp_path}"):
+                stack.enter_context(one(name, each_worker=each_worker))
+    with one("infer.py"):  # it ended
         pass
 
 

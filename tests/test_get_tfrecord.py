@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import get_tfrecord as script
+from get_dataset import load_manifest
 from get_indexing import FileRange, InputError, get_indexing
 from get_tfrecord import ClickEncoder, count_users, get_tfrecord, lowest_draws, split_windows, survey, tally_report
 
@@ -763,6 +764,8 @@ def test_whatever_others_put_beside_the_records_stays(tmp_path, records, rerun):
         "train-notes.txt",
         "mine.tfrecord",
         "part-1.txt",
+        "train-mine.tfrecord",
+        "part-notes.json",
         "a/b.json",
         "train-x.tfrecord/c",
         "part-y.json/d",
@@ -897,7 +900,9 @@ def test_records_that_stand_are_no_older_than_the_clicks_they_were_compared_with
 
 
 @pytest.mark.parametrize("limit", ["MAX_ID_CHARS", "MAX_LINE_BYTES"])
-def test_another_limit_of_lines_makes_the_records_anew(records, rerun, monkeypatch, limit):
+def test_another_limit_of_lines_is_noticed_and_makes_the_records_anew(records, rerun, monkeypatch, tmp_path, limit):
     former = records()
-    monkeypatch.setattr(script, limit, 10**6)
+    monkeypatch.setitem(script.LIMITS, limit, 10**6)
+    with pytest.raises(InputError, match=f"made with {limit} = .*, now it is 1000000; run get_tfrecord.py again"):
+        load_manifest(tmp_path / "work", former["constants"])
     assert rerun()["shards"].keys().isdisjoint(former["shards"])

@@ -354,6 +354,13 @@ def test_each_input_file_has_its_output_and_a_line_in_the_manifest_and_nothing_e
         assert made_from["clicks"] == "../asked/click_seq"  # as seen from the rankings
 
 
+def test_a_click_file_with_a_long_name_is_ranked(own):
+    name = 65 * "视"  # 195 bytes of the 255 that a name can have
+    _raw(own / "asked", users=[("a", HEARD)], click_file=name)
+    assert [path.name for path in rank_own(own)] == [f"{name}.json.gz"]
+    assert {path.name for path in (own / "ranking").iterdir()} == {f"{name}.json.gz", "manifest.jsonl"}
+
+
 def test_an_empty_click_file_gives_an_empty_ranking(ranked):
     assert ranked([]) == []
 
@@ -410,6 +417,9 @@ def test_a_line_of_the_manifest_that_was_torn_costs_its_own_file_alone(two):
     assert computed_again(two) == set() and manifest.read_text() == whole
     manifest.write_text(whole[:-40])
     assert computed_again(two) == {"two.json.gz"} and manifest.read_text() == whole
+    for damaged in (b"\xff", b"7", b"[1]"):
+        manifest.write_bytes(damaged + b"\n" + whole.encode())
+        assert computed_again(two) == set() and manifest.read_text() == whole
 
 
 def test_the_ranking_of_a_click_file_that_is_gone_is_kept_and_named(two, capsys):

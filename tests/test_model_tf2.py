@@ -9,7 +9,7 @@ import get_dataset
 import get_tfrecord as get_tfrecord_module
 import model_tf2
 from get_dataset import AUX_NEGATIVES, add_candidates
-from get_indexing import FIRST_VIDEO, PAD, UNKNOWN, Index, get_indexing
+from get_indexing import FIRST_VIDEO, PAD, UNKNOWN, Index, InputError, get_indexing
 from get_tfrecord import get_tfrecord
 from model_tf2 import (
     BACKWARD,
@@ -258,6 +258,11 @@ def test_arguments_name_all_that_the_model_was_built_with():
                  dropout=0.0, max_age=4, column_map=False)  # fmt: skip
     assert BST_DSSM(**given).arguments == given
     assert build_model(**given).arguments == given
+
+
+def test_a_width_that_the_heads_do_not_divide_is_refused():
+    with pytest.raises(InputError, match=r"EMB_DIM = 10 is no multiple of NUM_HEADS = 4"):
+        build_model(num_videos=9, num_columns=3, emb_dim=10, num_heads=4)
 
 
 def test_clicks_older_than_max_age_are_still_read():
@@ -954,9 +959,10 @@ def test_a_mix_without_memory_ranks_as_the_towers_also_where_they_are_far_apart(
     towers = mixed_of(logits, remembered, np.ones(20), clicked, Mix(0.6, 0.0, 1.0))
     assert np.array_equal(np.argsort(-towers, kind="stable"), np.argsort(-logits, kind="stable"))
     apart, none = np.array([[0.0, -200.0, -400.0, -800.0]], np.float32), np.zeros([1, 4], bool)
-    assert np.argsort(-mixed_of(apart, np.ones([1, 4]), np.ones(4), none, Mix(0.6, 0.0, 1.0))).tolist() == [
-        [0, 1, 2, 3]
-    ]
+    mixed = mixed_of(apart, np.ones([1, 4]), np.ones(4), none, Mix(0.6, 0.0, 1.0))
+    assert np.argsort(-mixed).tolist() == [[0, 1, 2, 3]]
+    apart[0, 3] = -9e30  # of a training that went astray
+    assert (mixed_of(apart, np.ones([1, 4]), np.ones(4), none, Mix(0.6, 0.0, 0.001)) > 0).all()
 
 
 @WEIGHTS
@@ -1025,7 +1031,7 @@ def scorer(records, memories, grown):
     return Scorer(shaken(num_videos=len(records[1].videos)), memories[0.6], grown)
 
 
-CURRENT = [1, 3, 4, 6, 7, 8]  # 2 is retired today, 5 ("gone") was before
+CURRENT = [1, 3, 4, 6, 7, 8]  # 2 is retired today, 5 ("gone") was before; 6 was clicked by nobody
 
 
 @pytest.fixture
@@ -1039,7 +1045,7 @@ def seen_today():
 
 def test_the_current_columns_are_scored_and_no_retired_one(scorer, grown, memories, seen_today):
     """Towers, memory, repeats and mix, each by the plain functions above on all columns; without a click, popularity."""
-    assert scorer.numbers.tolist() == CURRENT and scorer.is_remembered.tolist() == [1, 1, 1, 1, 0, 0]
+    assert scorer.numbers.tolist() == CURRENT and scorer.is_remembered.tolist() == [1, 1, 1, 0, 0, 0]
     longest = max(map(len, grown.columns.values()))
     clicks = memories[0.6].video_clicks
     shelf = [sorted(vids, key=lambda v: -(clicks[v] if v < len(clicks) else 0)) for vids in grown.columns.values()]
@@ -1055,7 +1061,7 @@ def test_the_current_columns_are_scored_and_no_retired_one(scorer, grown, memori
     clicked = np.isin(np.tile(CURRENT, [4, 1]), []) | np.array([[c in row for c in CURRENT] for row in seen_today[1]])
     assert np.array_equal(scorer.clicked(seen_today[1]), clicked)
     by = BY._replace(memory_weight=0.4, repeat=0.5)
-    expected = mixed_of(logits, remembered, np.array([1.0, 1, 1, 1, 0, 0]), clicked, by)
+    expected = mixed_of(logits, remembered, np.array([1.0, 1, 1, 0, 0, 0]), clicked, by)
     popular = np.append(memories[0.6].column_clicks[CURRENT[:4]], [0, 0]) + 0.5
     expected[3] = popular / popular.sum()  # the last user has no click
     probabilities = scorer.probabilities(*seen_today, by)

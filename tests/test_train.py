@@ -22,7 +22,7 @@ import get_indexing as toolbox
 import model_tf2
 import train as train_module
 from get_dataset import DATASET_CONSTANTS, held_out, load_manifest
-from get_indexing import CHAIN, FIRST_VIDEO, Index, InputError, cluster_worker, get_indexing, load_index
+from get_indexing import CHAIN, FIRST_VIDEO, Index, InputError, cluster_worker, get_indexing, keeps, load_index
 from get_tfrecord import get_tfrecord, record_constants
 from model_tf2 import MODEL_CONSTANTS, Memory, Mix, Scorer, build_model, count_windows
 from train import (
@@ -557,6 +557,19 @@ def test_a_run_over_the_same_records_with_the_same_constants_does_nothing(own, t
     assert published(own) == published(trained[0]) and history_of(own) == history_of(trained[0])
 
 
+def test_records_made_anew_with_more_columns_are_trained_on_though_their_clicks_are_the_same(own, tmp_path):
+    first = _clicks_like_real(USERS, seed=21)
+    raw = _raw(tmp_path / "raw", **first | {"columns": first["columns"] | {"late": ["t1a-0"]}})
+    get_indexing(raw, own)
+    for make_anew in (False, True):
+        if make_anew:
+            get_tfrecord(raw, own, held_out_users=HELD_OUT, num_workers=1)
+        for again in (False, True):
+            _, printed = train_and_listen(own, **TINY)
+            assert ("nothing to train" in printed) == again
+            assert ("from the weights of the model of" in printed) != again
+
+
 def test_the_choice_is_made_on_validation_users_alone(own, monkeypatch):
     given, choose = set(), train_module.choose_mix
 
@@ -590,6 +603,21 @@ def test_training_with_the_other_loss_and_without_memory_ends_when_validation_ge
     assert list(test)[-1] == "towers" and not {"memory", "mix"} & set(test)
     chosen = load_model(fresh).mix
     assert (chosen.memory_weight, chosen.repeat) == (0, 1)
+
+
+def test_weights_that_are_not_finite_are_no_epoch_and_what_stood_stays(own, monkeypatch):
+    """Of the last step of an epoch the loss is that of the weights before it."""
+    before, train_epoch = published(own), train_module.train_epoch
+
+    def astray(step, batches, epoch, optimizer):
+        outcome = train_epoch(step, batches, epoch, optimizer)
+        optimizer.others[0].assign(np.nan * optimizer.others[0])
+        return outcome
+
+    monkeypatch.setattr(train_module, "train_epoch", astray)
+    with pytest.raises(InputError, match="'towers' gives scores that are not finite; the model that stands is kept"):
+        train(own, warm_start=False, **TINY)
+    assert published(own) == before
 
 
 def test_an_unknown_loss_is_refused(fresh):
@@ -658,6 +686,14 @@ def test_the_vectors_are_written_anew_where_the_model_or_their_number_changed_an
     names.write_text("mine")
     train_module.write_projector(own, index, own / "nowhere")
     assert len(read_vectors(own, "videos")[1]) == 3
+
+
+def test_a_projector_file_of_other_bytes_is_written_anew(own):
+    config = own / "model/projector_config.pbtxt"
+    written = config.read_bytes()
+    config.write_bytes(b"\xff" + written)
+    train_module.write_projector(own, load_index(own), own / "nowhere")
+    assert config.read_bytes() == written
 
 
 def test_the_names_are_the_titles_of_the_raw_data_each_on_one_line(own, tmp_path, capsys):
@@ -1028,6 +1064,10 @@ def test_raw_clicks_that_changed_since_the_records_were_made_are_said(records, c
     train_module.say_if_clicks_changed(records, data_dir)
     other.unlink()
     assert "(other files)" in capsys.readouterr().err
+    (clicks.parent / "folder.json").mkdir()  # get_tfrecord.py does not read it
+    train_module.say_if_clicks_changed(records, data_dir)
+    (clicks.parent / "folder.json").rmdir()
+    assert capsys.readouterr().err == ""
 
 
 # ---------------------------------------------------------------- the optimizer
@@ -1058,20 +1098,20 @@ def test_lazy_adam_treats_dense_gradients_as_adam_does():
     np.testing.assert_allclose(lazy.numpy(), dense.numpy(), rtol=1e-5)
 
 
-def test_muon_turns_kernels_by_orthogonal_steps_of_one_length_whatever_the_gradient():
+def test_muon_moves_a_kernel_by_as_much_in_every_direction_whatever_the_gradient():
     """Of a gradient with singular values from 1e-3 to 1, the first step moves by about the same in all directions."""
     rng = np.random.default_rng(4)
-    left, right = (np.linalg.qr(rng.normal(size=[8, 8]))[0] for _ in range(2))
+    left, right = (np.linalg.qr(rng.normal(size=[rows, 8]))[0] for rows in (8, 24))
     gradient = (left * np.geomspace(1e-3, 1, 8)) @ right.T
-    kernel = keras.Variable(np.zeros([8, 24], np.float32), name="kernel")
-    ours = train_module.MuonAdam([kernel], lambda step: 0.1)
-    blocks = [gradient, 1e6 * gradient, gradient.T]
-    ours.apply([tf.constant(np.hstack(blocks), tf.float32)], [])
-    moved = [-kernel.numpy()[:, part : part + 8] / (0.1 * train_module.KERNEL_RATE) for part in (0, 8, 16)]
-    np.testing.assert_allclose(moved[0], moved[1], atol=1e-3)  # the length of the gradient says nothing
-    np.testing.assert_allclose(moved[0], moved[2].T, atol=1e-3)
-    lengths = np.diag(left.T @ moved[0] @ right)
-    assert np.allclose(left.T @ moved[0] @ right, np.diag(lengths), atol=1e-3)  # the same directions
+    gradients = [gradient, 1e6 * gradient, gradient.T]
+    kernels = [keras.Variable(np.zeros(of_one.shape, np.float32), name="kernel") for of_one in gradients]
+    ours = train_module.MuonAdam(kernels, lambda step: 0.1)
+    ours.apply([tf.constant(of_one, tf.float32) for of_one in gradients], [])
+    wide, longer, tall = (-kernel.numpy() / (0.1 * train_module.KERNEL_RATE) for kernel in kernels)
+    np.testing.assert_allclose(wide, longer, atol=1e-3)  # the length of the gradient says nothing
+    np.testing.assert_allclose(wide, tall.T, atol=1e-3)
+    lengths = np.diag(left.T @ wide @ right)
+    assert np.allclose((left * lengths) @ right.T, wide, atol=1e-3)  # the same directions
     assert lengths[4:].min() > 0.6 and lengths.max() < 1.3  # of a hundredth and more of the largest
 
 
@@ -1093,7 +1133,8 @@ def test_muon_goes_by_the_mean_of_the_gradients_and_leaves_all_that_is_no_kernel
 # ---------------------------------------------------------------- constants
 
 FIXED = {"PAD", "UNKNOWN", "FIRST_VIDEO", "ENDINGS", "CHAIN", "TASKS_AHEAD", "UNPACKS_TO", "FORMAT", "SPLITS", "LISTS", "WINDOW_SPEC",
-         "PADDED_SHAPES", "DATASET_CONSTANTS", "MODEL_CONSTANTS", "LOSSES", "MODEL_FORMAT", "NO_LOSSES"}  # fmt: skip
+         "PADDED_SHAPES", "DATASET_CONSTANTS", "MODEL_CONSTANTS", "LOSSES", "MODEL_FORMAT", "NO_LOSSES",
+         "PREFIXES", "LIMITS", "RECORDS"}  # fmt: skip
 
 
 @pytest.mark.parametrize("script", CHAIN)
@@ -1105,17 +1146,22 @@ def test_every_constant_is_held_to_a_rule_which_the_shipped_value_keeps_and_a_wr
         re.findall(r"^[A-Z_0-9]+, ([A-Z_0-9]+)(?:, [A-Z_0-9]+)* = ", (ROOT / f"{script}.py").read_text(), re.MULTILINE)
     )
     module = importlib.import_module(script)
-    rules = module.rules()
+    rules = rules_of(module)
     assert made - FIXED == set(rules)
-    for name, (words, holds) in rules.items():
+    assert sum(map(len, module.rules.values())) == len(rules)
+    for name, rule in rules.items():
         value = getattr(module, name) if name != "MIN_STEPS" else 6
-        assert words and holds(value), name
+        assert keeps(value, rule), name
         for wrong in (object(), [value], {}, b"1", float("nan"), ()):
-            assert not holds(wrong), (name, wrong)
+            assert not keeps(wrong, rule), (name, wrong)
         if type(value) is not bool:
-            assert not holds(True), name
+            assert not keeps(True, rule), name
         if type(value) is not str:
-            assert not holds(str(value)), name
+            assert not keeps(str(value), rule), name
+
+
+def rules_of(module):
+    return {name: rule for rule, names in module.rules.items() for name in names}
 
 
 @pytest.mark.parametrize(
@@ -1126,7 +1172,8 @@ def test_every_constant_is_held_to_a_rule_which_the_shipped_value_keeps_and_a_wr
         ("get_indexing", "DATA_DIR", ["data", "/data"], ["", "~/data", None]),
         ("get_tfrecord", "USER_MAX_LEN", [2], [1, None, 2.5]),
         ("get_dataset", "MAX_CANDIDATES", [0], [-1, None]),
-        ("model_tf2", "EMB_DIM", [2, 8], [0, 7, -2]),
+        ("get_dataset", "ITEM_SAMPLE", [2], [1]),
+        ("model_tf2", "EMB_DIM", [2, 8], [0, -2]),
         ("model_tf2", "DROPOUT", [0, 0.9], [-0.1, 0.95]),
         ("model_tf2", "VIDEO_DECAY", [1, 0.1], [0, 1.1]),
         ("model_tf2", "LOSS", ["bce"], ["hinge", "", None]),
@@ -1140,9 +1187,9 @@ def test_every_constant_is_held_to_a_rule_which_the_shipped_value_keeps_and_a_wr
     ],
 )
 def test_a_constant_can_be_what_its_rule_says_and_no_more(script, name, inside, outside):
-    _, holds = importlib.import_module(script).rules()[name]
-    assert [value for value in inside if not holds(value)] == []
-    assert [value for value in outside if holds(value)] == []
+    rule = rules_of(importlib.import_module(script))[name]
+    assert [value for value in inside if not keeps(value, rule)] == []
+    assert [value for value in outside if keeps(value, rule)] == []
 
 
 def test_a_script_with_a_constant_that_cannot_be_ends_with_one_line_and_writes_nothing(tmp_path):
@@ -1154,6 +1201,6 @@ def test_a_script_with_a_constant_that_cannot_be_ends_with_one_line_and_writes_n
     done = subprocess.run([sys.executable, "train.py"], cwd=tmp_path, capture_output=True, text=True, check=False,
                           env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"})  # fmt: skip
     assert (times, done.returncode, done.stdout) == (1, 1, "")
-    assert done.stderr.splitlines()[-1] == "train.py: EPOCHS = 0 in train.py: it must be a whole number from 1"
+    assert done.stderr.splitlines()[-1] == "train.py: EPOCHS = 0 in train.py: it must be a whole number in [1, inf)"
     assert "Traceback" not in done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(f"{script}.py" for script in CHAIN)
