@@ -59,7 +59,7 @@ def infer(clicks_dir=CLICKS_DIR, work_dir=WORK_DIR, ranking_dir=RANKING_DIR, top
     """Write the ranking of each click file as soon as it is whole, and return all paths; those still good are kept."""
     folder, work_dir = Path(ranking_dir).absolute(), Path(work_dir).absolute()
     folder.mkdir(parents=True, exist_ok=True)
-    clicks_from = os.path.relpath(Path(clicks_dir).resolve(), folder.resolve())  # the same where all is moved
+    clicks_from = os.path.relpath(Path(clicks_dir).absolute(), folder)  # the same where all is moved
     remove_leftovers(folder)
     index, model = load_index(work_dir), read_json(work_dir / "model/model.json", "train.py")
     made_with = {

@@ -443,6 +443,14 @@ def test_a_ranking_of_another_click_folder_is_never_overwritten_and_not_called_g
     assert "any more" not in capsys.readouterr().err and computed_again(two) == set()
 
 
+def test_a_link_to_the_clicks_of_each_day_is_the_same_folder_every_day(own):
+    for day in ("monday", "tuesday"):
+        _raw(own / day, users=[(day, HEARD)], click_file="one")
+        (own / "today").unlink(missing_ok=True)
+        (own / "today").symlink_to(own / day)
+        assert [line["uid"] for line in lines_of(rank_own(own, own / "today/click_seq")[0])] == [day]
+
+
 def test_two_experiments_whose_click_folders_are_named_alike_do_not_overwrite_each_other(own, tmp_path, monkeypatch):
     for name in ("one", "other"):
         _raw(tmp_path / name / "asked", users=[("u", HEARD)])
