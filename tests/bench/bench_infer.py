@@ -59,7 +59,7 @@ def parts_alone(work_dir, clicks_path):
     from get_dataset import column_table
     from get_indexing import Tally, load_index, parse_clicks, read_records
     from infer import Ranker
-    from model_tf2 import mix
+    from model_tf2 import mix, to_probabilities
 
     ranker, index = Ranker(work_dir), load_index(work_dir)
     cids = np.array(list(index.columns))
@@ -95,7 +95,8 @@ def parts_alone(work_dir, clicks_path):
                 logits = ranker.scorer.model({"user_feature": history[0], "user_column": history[1], **all_columns})
                 remembered = memory.scores(*history, by)
                 clicked = np.isin(all_columns["item_column"], history[1])[None]
-                (of_user,) = np.log(mix(logits.numpy(), remembered, np.ones(len(cids)), clicked, by))
+                parts = to_probabilities(logits.numpy(), remembered, np.ones(len(cids)), by.temperature)
+                (of_user,) = np.log(mix(*parts, clicked, by))
                 best = sorted(zip(cids.tolist(), of_user.tolist(), strict=True), key=lambda pair: -pair[1])
                 line = {"uid": uid, "columns": [cid for cid, _ in best], "scores": [round(s, 4) for _, s in best]}
                 file.write(json.dumps(line | {"source": "model"}) + "\n")
