@@ -67,7 +67,7 @@ PADDED_SHAPES = {name: spec.shape for name, spec in WINDOW_SPEC.items()}
 
 
 def load_manifest(work_dir=WORK_DIR, constants=None):
-    """Return (manifest, index), refusing records of another format, index or constants, and shards that are not whole."""
+    """Return (manifest, index); records of another format, index, constants or limits are refused, and shards not whole."""
     path, index = Path(work_dir, "tfrecord/manifest.json").absolute(), load_index(work_dir)
     manifest = read_json(path, "get_tfrecord.py")
     check_same(path, manifest, {"format": FORMAT}, "get_tfrecord.py")

@@ -65,14 +65,12 @@ def get_indexing(data_dir=DATA_DIR, work_dir=WORK_DIR, min_clicks=MIN_CLICKS, nu
     """Write the index of data_dir's videos and columns, continuing the one that stands, and return it."""
     data_dir, folder = Path(data_dir), Path(work_dir, "indexing")
     old, columns = load_index(work_dir, new=True), read_columns(data_dir)
-    others = [path.name for path in data_dir.iterdir() if path.is_file() and not path.name.startswith(PREFIXES)]
-    name_unread(data_dir, others, f"files begin with {' or '.join(PREFIXES)}")
     shelved = dict.fromkeys(itertools.chain.from_iterable(columns.values()))
     if titles := find_files(data_dir, "vid2title*", required=False):
         catalogue = dict.fromkeys(vid for vid, _ in read_all(titles, parse_title))
     else:
-        known = {**old.videos, **shelved}, {**old.columns, **columns}
-        catalogue = dict.fromkeys(clicked_videos(data_dir, *known, min_clicks, num_workers))
+        videos, cids = {**old.videos, **shelved}, {**old.columns, **columns}
+        catalogue = dict.fromkeys(clicked_videos(data_dir, videos, cids, min_clicks, num_workers))
     index = grow_index(old, columns, itertools.chain(shelved, catalogue))
     if not index.videos:
         raise InputError(f"{data_dir.absolute()}: no video in any column or catalogue, and none clicked often enough")
@@ -85,10 +83,11 @@ def get_indexing(data_dir=DATA_DIR, work_dir=WORK_DIR, min_clicks=MIN_CLICKS, nu
     write_json(folder / "cid2vidx.json", index.columns)
     empty = sum(not vids for vids in index.columns.values())
     outside = sum(vid not in catalogue for vid in shelved)
+    outside_of = "unknown to the catalogue" if titles else f"clicked fewer than {min_clicks} times"
     print(
         f"{len(index.videos):,} videos ({len(index.videos) - len(old.videos):,} new), "
         f"{len(index.columns):,} columns ({len(index.columns) - len(old.columns):,} new, {empty:,} empty); "
-        f"{outside:,} videos of the columns are {'unknown to the catalogue' if titles else 'rarely clicked'}"
+        f"{outside:,} videos of the columns are {outside_of}"
     )
     return index
 
@@ -103,8 +102,11 @@ def grow_index(old, columns, vids):
 
 def read_columns(data_dir):
     """Return {cid: [vid, ...]} in the order of the files; a cid that comes again adds its new videos."""
-    columns = {}
-    for cid, vids, _ in read_all(find_files(data_dir, "cid2vids*", required=False), parse_column):
+    paths, columns = find_files(data_dir, "cid2vids*", required=False), {}
+    others = [path.name for path in Path(data_dir).glob("[!.]*") if path.is_file()]
+    others = [name for name in others if not name.startswith(PREFIXES)]
+    name_unread(data_dir, others, f"files begin with {' or '.join(PREFIXES)}")
+    for cid, vids, _ in read_all(paths, parse_column):
         columns.setdefault(cid, {}).update(dict.fromkeys(vids))
     if not columns:
         raise InputError(f"{Path(data_dir).absolute()}: no columns; put cid2vids*.json files there, as README.md says")
@@ -133,13 +135,13 @@ def clicked_videos(data_dir, videos, columns, min_clicks, num_workers=None):
     tallies.check()
     clicks = {text: number for text, number in clicks.items() if 0 < len(text) <= MAX_ID_CHARS}
     own, left_out = own_clicks(clicks, tails, videos)
-    if often := sorted(text for text in left_out if own[text] >= min_clicks):
+    if often := sorted(vid for vid, number in left_out.items() if number >= min_clicks):
         print(
             f"{len(often):,} ids, {often[0][:80]!r} for one, are taken for clicks in columns that nobody knows; if they are "
             "videos, write them into a vid2title file",
             file=sys.stderr,
         )
-    kept = (vid for vid, number in own.items() if number >= min_clicks and vid not in left_out)
+    kept = (vid for vid, number in own.items() if number >= min_clicks)
     return sorted(kept, key=lambda vid: (-own[vid], vid))
 
 
@@ -156,7 +158,7 @@ def count_videos(ranges, videos, columns):
 
 
 def own_clicks(clicks, tails, videos):
-    """Return ({video: clicks}, those of them that are left out), given the clicks of each text that no known column ends.
+    """Return two Counters {video: clicks}, of the videos and of those left out, of the clicks of texts no known column ends.
 
     "<vid>_<tail>" of a video that was also clicked by itself is a click on that video. A tail that comes after several
     videos is taken for a column that is away, and the text is left out: once in the index, it would be a video for life.
@@ -164,12 +166,13 @@ def own_clicks(clicks, tails, videos):
     unknown = [text for text in clicks if text not in videos]
     texts_with = collections.Counter(tail for text in unknown for _, tail in splits(text))
     away = tails | {tail for tail, texts in texts_with.items() if texts > 1}
-    own = collections.Counter()
+    own, left_out = collections.Counter(), collections.Counter()
     for text, number in clicks.items():
         heads = (head for head, _ in splits(text) if head in clicks or head in videos)
-        own[text if text in videos else next(heads, text)] += number
-    unknown = (text for text in own if text not in videos)
-    return own, {text for text in unknown if not away.isdisjoint(tail for _, tail in splits(text))}
+        video = text if text in videos else next(heads, text)
+        is_away = video not in videos and not away.isdisjoint(tail for _, tail in splits(video))
+        (left_out if is_away else own)[video] += number
+    return own, left_out
 
 
 # ---------------------------------------------------------------- clicks
@@ -203,6 +206,7 @@ def splits(text):
     at = text.find("_")
     while at >= 0:
         yield text[:at], text[at + 1 :]
+        # A head is no id beyond MAX_ID_CHARS, and a tail none before the last so many.
         at = text.find("_", at + 1 if at < MAX_ID_CHARS else max(at + 1, len(text) - MAX_ID_CHARS - 1))
 
 
@@ -232,8 +236,7 @@ def parse_title(record):
 def parse_clicks(record):
     """{"uid", "click_seq"} -> (uid, [click, ...])."""
     clicks = record["click_seq"]
-    types = set(map(type, clicks)) if type(clicks) is list else {type(clicks), list}
-    if not types <= {str, int}:
+    if type(clicks) is not list or not (types := set(map(type, clicks))) <= {str, int}:
         raise BadLine("wrong type of click_seq")
     return text_id(record["uid"], "uid"), list(map(str, clicks)) if int in types else clicks
 
@@ -271,11 +274,12 @@ class Index(NamedTuple):
 def load_index(work_dir=WORK_DIR, new=False):
     """Return the Index under work_dir; a file that is missing is an error, or empty where the index may be new."""
     paths = [Path(work_dir, "indexing", name).absolute() for name in ("vid2idx.json", "cid2vidx.json")]
-    if new and paths[0].exists() and not paths[1].exists():
+    gone = [path for path in paths if new and not path.exists()]
+    index = Index(*({} if path in gone else read_json(path, "get_indexing.py", "restore it") for path in paths))
+    if len(gone) == 1 and any(index):
         raise InputError(
-            f"{paths[1]}: gone, though {paths[0].name} is there; restore it, or remove both to number all anew"
+            f"{gone[0]}: gone, though its other half is there; restore it, or remove both to number all anew"
         )
-    index = Index(*({} if new and not path.exists() else read_json(path, "get_indexing.py") for path in paths))
     numbers = range(FIRST_VIDEO, FIRST_VIDEO + len(index.videos))
     if list(index.videos.values()) != list(numbers):
         raise InputError(f"{paths[0]}: its numbers do not count up from {FIRST_VIDEO}; restore the file")
@@ -376,7 +380,9 @@ def find_files(folder, pattern="*", required=True):
         raise InputError(f"{folder.absolute()}: no such folder; put the raw data there or edit DATA_DIR")
     paths, others = {}, []
     for path in sorted(folder.glob(pattern)):
-        if path.name.startswith(".") or not path.name.endswith(ENDINGS) or path.is_dir():
+        if path.name.startswith("."):
+            continue
+        if not path.name.endswith(ENDINGS) or path.is_dir():
             others.append(path.name)
         elif (name := input_name(path)) in paths:
             raise InputError(f"{path} and {paths[name]} have the same name; remove one")
@@ -389,10 +395,9 @@ def find_files(folder, pattern="*", required=True):
 
 
 def name_unread(folder, names, rule):
-    """Print the first of the folder's files that are not read, hidden ones apart, and the rule that they break."""
-    names = sorted(name for name in names if not name.startswith("."))
+    """Print the first of the names of files in the folder that are not read, and the rule that they break."""
     if names:
-        few = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+        few = ", ".join(sorted(names)[:5]) + (", ..." if len(names) > 5 else "")
         print(f"{folder}: {len(names):,} not read ({few}); {rule}", file=sys.stderr)
 
 
@@ -542,8 +547,8 @@ def write_json(path, value):
         temporary.write_text(text, encoding="utf-8", errors="surrogatepass")  # file names need not be UTF-8
 
 
-def read_json(path, script):
-    """Return the JSON object of a file that `script` writes."""
+def read_json(path, script, cure="remove it"):
+    """Return the JSON object of a file that `script` writes; of a damaged one it is said what to do."""
     path = Path(path).absolute()
     try:
         value = json.loads(path.read_text(encoding="utf-8", errors="surrogatepass"))
@@ -552,7 +557,7 @@ def read_json(path, script):
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path}: no such file; run {script} first") from error
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: damaged ({error}); remove it and run {script} again") from error
+        raise InputError(f"{path}: damaged ({error}); {cure} and run {script} again") from error
     return value
 
 
@@ -587,14 +592,14 @@ def check_constants():
     """Refuse a constant, of the script that was started or of those that it imports, which breaks one of its rules."""
     modules = [sys.modules[name] for name in ("__main__", *CHAIN) if hasattr(sys.modules.get(name), "rules")]
     for module in modules:
-        for name, rule in ((name, rule) for rule, names in module.rules.items() for name in names):
-            value = getattr(module, name)
-            if not keeps(value, rule):
-                raise InputError(f"{name} = {value!r} in {Path(module.__file__).name}: it must be {rule}")
+        for rule, names in module.rules.items():
+            for name in names:
+                if not keeps(value := getattr(module, name), rule):
+                    raise InputError(f"{name} = {value!r} in {Path(module.__file__).name}: it must be {rule}")
 
 
 def keeps(value, rule):
-    """Return whether a constant's value is what the rule says, in words that are read here."""
+    """Return whether a constant's value is what the rule says, in one of the forms below."""
     if rule.startswith("None or "):
         return value is None or keeps(value, rule.removeprefix("None or "))
     if rule.startswith("a tuple, not empty, of "):

@@ -35,6 +35,7 @@ HELD_OUT_USERS = 3000  # for validation, and as many for the test; of fewer user
 SKETCH_SIZE = 4096  # users by whom it is estimated how many there are
 SPLITS = ("train", "val", "test")
 FORMAT = 3  # of records and manifest
+MADE_WITH = ("format", "index", "current_columns", "constants", "limits", "held_out_share", "input")  # in the manifest
 
 rules = {
     "a whole number in [2, inf)": ("USER_MAX_LEN", "SKETCH_SIZE"),

@@ -7,9 +7,9 @@ Writes  RANKING_DIR/<input name>.json.gz   a line per user, in the order of the 
 
     python infer.py
 
-Scores are log probabilities that the user's next column click is in the column. A user without any known
-click among those that the model reads gets the columns by popularity, "source": "popular". Finished files are not computed again unless something changed. A Ranker
-ranks the columns for one user, now, and says why.
+Scores are log probabilities that the user's next column click is in the column. A user without any known click among
+those that the model reads gets the columns by popularity, "source": "popular". Finished files are not computed again
+unless something changed. A Ranker ranks the columns for one user, now, and says why.
 """
 
 import contextlib
@@ -59,7 +59,9 @@ def infer(clicks_dir=CLICKS_DIR, work_dir=WORK_DIR, ranking_dir=RANKING_DIR, top
     """Write the ranking of each click file as soon as it is whole, and return all paths; those still good are kept."""
     folder, work_dir = Path(ranking_dir).absolute(), Path(work_dir).absolute()
     folder.mkdir(parents=True, exist_ok=True)
-    clicks_from = os.path.relpath(Path(clicks_dir).absolute(), folder)  # the same where all is moved
+    clicks_from = os.path.relpath(
+        Path(clicks_dir).absolute(), folder
+    )  # by name: the same where all is moved, or a link leads elsewhere
     remove_leftovers(folder)
     index, model = load_index(work_dir), read_json(work_dir / "model/model.json", "train.py")
     made_with = {
@@ -137,8 +139,10 @@ def read_manifest(folder):
     path, manifest = folder / "manifest.jsonl", {}
     if path.exists():
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            with contextlib.suppress(ValueError, TypeError):
-                manifest.update(json.loads(line))
+            with contextlib.suppress(ValueError, TypeError, AttributeError):
+                manifest |= {
+                    name: of for name, of in json.loads(line).items() if {"clicks", "input", "sha256"} <= of.keys()
+                }
         with replacing(path) as temporary:
             temporary.write_text(
                 "".join(json.dumps({name: of}) + "\n" for name, of in manifest.items()), encoding="utf-8"

@@ -21,6 +21,7 @@ Where a model stands, training starts from its weights and takes WARM_EPOCHS; un
 
 import contextlib
 import csv
+import functools
 import importlib.util
 import itertools
 import json
@@ -41,6 +42,7 @@ from get_indexing import (
     InputError, check_same, cluster_worker, file_fingerprint, fingerprint,
     load_index, only_one, progress, read_json, read_names, remove_leftovers, replacing, run_script, write_json,
 )  # fmt: skip
+from get_tfrecord import MADE_WITH
 from model_tf2 import (
     LOSS, LOSSES, MODEL_CONSTANTS, SCORES_AT_ONCE,
     Counts, CountTable, Memory, Mix, Scorer, build_model, by_rarity, count_windows, mix, sum_by_place,
@@ -68,25 +70,18 @@ CLUSTER_TIMEOUT = 600  # seconds that a worker waits for the others
 RESAMPLES = 1000  # of the test users, for the intervals
 PROJECTOR_VIDEOS = 10_000  # of the most clicked, whose vectors are written out
 MODEL_FORMAT = 4  # of model.json
-RECORDS = ("format", "index", "current_columns", "constants", "limits", "held_out_share", "input")  # what made them
 NO_LOSSES = {"loss": None, "column_loss": None, "targets": None}  # of epoch 0
+ASTRAY = "the model that stands is kept; lower LEARNING_RATE and run train.py again"
 
 rules = {
-    "a whole number in [1, inf)": (
-        "EPOCHS",
-        "PATIENCE",
-        "WARM_EPOCHS",
-        "CLUSTER_TIMEOUT",
-        "RESAMPLES",
-        "PROJECTOR_VIDEOS",
-    ),
+    "a whole number in [1, inf)": ("EPOCHS", "PATIENCE", "WARM_EPOCHS", "CLUSTER_TIMEOUT", "RESAMPLES", "PROJECTOR_VIDEOS"),
     "a whole number in [0, 4294967295]": ("SEED",),
     "a number in (0, inf)": ("LEARNING_RATE", "KERNEL_RATE", "WARM_RATE"),
     "a number in [0, 1]": ("LOWEST_RATE",),
     "a tuple, not empty, of a number in (0, 1]": ("MEMORY_DECAYS", "REPEATS"),
     "a tuple, not empty, of a number in [0, 1]": ("MEMORY_WEIGHTS",),
     "one of True, False": ("WARM_START", "MEMORY"),
-}
+}  # fmt: skip
 
 
 def train(work_dir=WORK_DIR, record_constants=None, epochs=EPOCHS, patience=PATIENCE, learning_rate=LEARNING_RATE,
@@ -129,7 +124,7 @@ def describe_run(constants, model, manifest, index):
     run = {
         "constants": constants,
         "arguments": model.arguments,
-        "records": {name: manifest[name] for name in RECORDS},
+        "records": {name: manifest[name] for name in MADE_WITH},
         "index": index.fingerprint(),
         "columns_hold": fingerprint(index.columns),
         "versions": {"python": platform.python_version()}
@@ -203,21 +198,23 @@ def fit(strategy, scorer, manifest, index, work_dir, run):
     model, folder, constants, is_warm = scorer.model, Path(work_dir, "model"), run["constants"], bool(run["from"])
     epochs = constants["WARM_EPOCHS" if is_warm else "EPOCHS"]
     rate = constants["LEARNING_RATE"] * (constants["WARM_RATE"] if is_warm else 1)
-    of_data = manifest, index, work_dir, column_table(index, scorer.memory.video_clicks), constants["SEED"]
-    first = epoch_batches(0, *of_data)
+    column_videos = column_table(index, scorer.memory.video_clicks)
+    batches_of = functools.partial(epoch_batches, manifest, index, work_dir, column_videos, constants["SEED"])
+    any_epoch = batches_of(0)
     with strategy.scope():
-        schedule = keras.optimizers.schedules.CosineDecay(rate, epochs * len(first), LOWEST_RATE)
+        schedule = keras.optimizers.schedules.CosineDecay(rate, epochs * len(any_epoch), LOWEST_RATE)
         optimizer = MuonAdam(model.trainable_variables, schedule)
     settings = constants["AHEAD_DECAY"], constants["LOSS"]
-    train_step = make_train_step(strategy, model, optimizer, first.element_spec, *settings)
+    train_step = make_train_step(strategy, model, optimizer, any_epoch.element_spec, *settings)
     validation = scorer.rankable(held_out(manifest, "val", work_dir))
     log_name, history, best = restore_checkpoint(folder, model, optimizer, run)
     print("epoch      loss    column   targets | validation HR@10   NDCG@10       MRR      GAUC | seconds")
-    for epoch in range(len(history) + (not is_warm), epochs + 1):
+    next_epoch = history[-1]["epoch"] + 1 if history else 0 if is_warm else 1
+    for epoch in range(next_epoch, epochs + 1):
         if epoch > best_epoch(history) + constants["PATIENCE"]:
             break
         clock = time.time()
-        losses = train_epoch(train_step, epoch_batches(epoch, *of_data), epoch, optimizer) if epoch else NO_LOSSES
+        losses = train_epoch(train_step, batches_of(epoch), epoch, optimizer) if epoch else NO_LOSSES
         metrics = agreed(strategy, validate(scorer, validation))
         history.append({"epoch": epoch, **losses, **metrics, "seconds": round(time.time() - clock, 1)})
         if best_epoch(history) == epoch:
@@ -230,7 +227,7 @@ def fit(strategy, scorer, manifest, index, work_dir, run):
     return best, folder / "logs" / log_name
 
 
-def epoch_batches(epoch, manifest, index, work_dir, column_videos, seed):
+def epoch_batches(manifest, index, work_dir, column_videos, seed, epoch):
     """Return the training batches of an epoch, in an order and with candidates of its own."""
     draw = seed * 1_000_000 + epoch
     return add_candidates(make_dataset(manifest, work_dir, seed=draw), column_videos, len(index.videos), seed=draw)
@@ -238,9 +235,12 @@ def epoch_batches(epoch, manifest, index, work_dir, column_videos, seed):
 
 def validate(scorer, users):
     """Return {metric: mean over users} of the towers as they are now."""
+
+    def towers_alone(videos, columns):
+        yield "towers", scorer.towers(videos, columns)
+
     scorer.refresh()
-    ranks = ranks_of(users, scorer, lambda *clicks: [("towers", scorer.towers(*clicks))])["towers"]
-    return means(metrics_of(ranks, len(scorer.numbers)))
+    return means(metrics_of(ranks_of(users, scorer, towers_alone)["towers"], len(scorer.numbers)))
 
 
 # ---------------------------------------------------------------- one epoch
@@ -271,7 +271,7 @@ class MuonAdam:
         gradients = tf.distribute.get_replica_context().all_reduce("SUM", (kernel_gradients, other_gradients))
         kernel_gradients, other_gradients = gradients
         rate, step = self.schedule(self.step.read_value()), self.step.read_value() + 1
-        tf.raw_ops.AssignVariableOp(resource=self.step.handle, value=step)
+        assign(self.step, step)
         for variables in zip(self.kernels, self.totals, kernel_gradients, strict=True):
             self.update_kernel(*variables, self.kernel_rate * rate)
         rate *= tf.sqrt(1 - self.beta_2**step) / (1 - self.beta_1**step)
@@ -282,20 +282,16 @@ class MuonAdam:
         """Update one kernel by Nesterov's momentum, made orthogonal."""
         new_total = gradient + self.momentum * total.read_value()
         change = rate * orthogonal(gradient + self.momentum * new_total)
-        tf.raw_ops.AssignVariableOp(resource=total.handle, value=new_total)
-        tf.raw_ops.AssignVariableOp(resource=kernel.handle, value=kernel.read_value() - change)
+        assign(total, new_total)
+        assign(kernel, kernel.read_value() - change)
 
     def update(self, parameter, mean, square, gradient, rate):
-        """Update one parameter. Each replica writes its own copy, the same as all others: so by the raw operations."""
-        raw = tf.raw_ops
+        """Update one parameter by Adam: all of it, or the rows that tf.IndexedSlices name."""
+        read, write = tf.identity, assign
         if isinstance(gradient, tf.IndexedSlices):
             rows, place = tf.unique(gradient.indices)
             gradient = tf.math.unsorted_segment_sum(gradient.values, place, tf.size(rows))
-            read = lambda table: tf.gather(table, rows)
-            write = lambda table, new: raw.ResourceScatterUpdate(resource=table.handle, indices=rows, updates=new)
-        else:
-            read = lambda variable: variable.read_value()
-            write = lambda variable, new: raw.AssignVariableOp(resource=variable.handle, value=new)
+            read, write = functools.partial(tf.gather, indices=rows), functools.partial(assign, rows=rows)
         new_mean = self.beta_1 * read(mean) + (1 - self.beta_1) * gradient
         new_square = self.beta_2 * read(square) + (1 - self.beta_2) * gradient**2
         write(mean, new_mean)
@@ -303,11 +299,19 @@ class MuonAdam:
         write(parameter, read(parameter) - rate * new_mean / (tf.sqrt(new_square) + self.epsilon))
 
 
+def assign(variable, values, rows=None):
+    """Set a variable, or rows of it. Each replica sets its own copy, the same as all others: so by raw operations."""
+    if rows is None:
+        tf.raw_ops.AssignVariableOp(resource=variable.handle, value=values)
+    else:
+        tf.raw_ops.ResourceScatterUpdate(resource=variable.handle, indices=rows, updates=values)
+
+
 def orthogonal(matrix):
-    """Return the orthogonal matrix next to one [rows, columns], roughly: of singular values between .7 and 1.2."""
+    """Return the matrix of orthonormal rows or columns next to one, roughly: of singular values between .6 and 1.2."""
     if matrix.shape[0] > matrix.shape[1]:
         return tf.transpose(orthogonal(tf.transpose(matrix)))
-    matrix /= tf.norm(matrix) + 1e-12
+    matrix = matrix / (tf.norm(matrix) + 1e-12)
     for _ in range(5):  # Newton-Schulz, with Muon's coefficients, brings what was above .01 of the largest there
         squared = tf.matmul(matrix, matrix, transpose_b=True)
         matrix = 3.4445 * matrix + tf.matmul(2.0315 * tf.matmul(squared, squared) - 4.775 * squared, matrix)
@@ -345,8 +349,7 @@ def train_epoch(train_step, batches, epoch, optimizer):
         if not np.isfinite(outcome).all():
             raise InputError(
                 f"the loss is {outcome[0]} at step {step} of epoch {epoch} (learning rate "
-                f"{float(optimizer.schedule(optimizer.step - 1)):.3g}); the model that stands is kept; lower LEARNING_RATE "
-                "and run train.py again"
+                f"{float(optimizer.schedule(optimizer.step - 1)):.3g}); {ASTRAY}"
             )
         sums += outcome
     return {"loss": float(sums[0] / step), "column_loss": float(sums[1] / step), "targets": int(sums[2])}
@@ -392,7 +395,10 @@ def best_epoch(history):
 
 
 def ranks_of(users, scorer, rankings):
-    """Return {name: ranks [n]} of the targets of users, as of Scorer.rankable(), by (name, scores) of rankings(clicks)."""
+    """Return {name: ranks [n]} of the targets of users, as of Scorer.rankable(); scores that are not finite are refused.
+
+    rankings(videos [n, len], columns [n, len]) yields (name, scores [n, current columns]).
+    """
     ranks, at_once = {}, max(1, SCORES_AT_ONCE // len(scorer.numbers))
     for start in range(0, len(users["place"]), at_once):
         videos, columns, places = (
@@ -401,10 +407,7 @@ def ranks_of(users, scorer, rankings):
         longest = np.count_nonzero(videos, axis=1).max()
         for name, scores in rankings(videos[:, :longest], columns[:, :longest]):
             if not np.isfinite(scores).all():
-                raise InputError(
-                    f"{name!r} gives scores that are not finite; the model that stands is kept; lower LEARNING_RATE and run "
-                    "train.py again"
-                )
+                raise InputError(f"{name!r} gives scores that are not finite; {ASTRAY}")
             ranks.setdefault(name, []).append(rank_of(scores, places))
     return {name: np.concatenate(blocks) for name, blocks in ranks.items()}
 
@@ -441,7 +444,8 @@ def means(metrics):
 
 def finish(scorer, standing, counts, run, manifest, index, work_dir, logs):
     """Choose the mix on validation, test it, count the memory on all clicks, and publish; return the test's metrics."""
-    validation, test = (scorer.rankable(held_out(manifest, split, work_dir)) for split in ("val", "test"))
+    validation = scorer.rankable(held_out(manifest, "val", work_dir))
+    test = scorer.rankable(held_out(manifest, "test", work_dir))
     chosen = Mix(MEMORY_DECAYS[0], memory_weight=0.0, repeat=1.0)
     use_memory, num_columns = run["constants"]["MEMORY"], len(scorer.numbers)
     if use_memory:
@@ -449,7 +453,7 @@ def finish(scorer, standing, counts, run, manifest, index, work_dir, logs):
         chosen = choose_mix(validation, scorer, memories)
         scorer.memory = memories[chosen.decay]
     rankings = all_rankings(scorer, counts, chosen if use_memory else None, standing, index)
-    ranks, of_validation = (ranks_of(users, scorer, rankings) for users in (test, validation))
+    ranks, of_validation = ranks_of(test, scorer, rankings), ranks_of(validation, scorer, rankings)
     table = make_table(ranks, test, num_columns) | {
         "validation": {row: means(metrics_of(of_row, num_columns)) for row, of_row in of_validation.items()},
         "mix": chosen._asdict(),
@@ -646,7 +650,7 @@ class Standing(NamedTuple):
 
 
 def load_model(work_dir=WORK_DIR, index=None):
-    """Return the Standing model, after checking that its format is today's, and that its files and the index belong together."""
+    """Return the Standing model, whose format is today's and whose files and index were found to belong together."""
     folder, index = Path(work_dir, "model").absolute(), index or load_index(work_dir)
     path = folder / "model.json"
     saved = read_json(path, "train.py")
@@ -724,7 +728,7 @@ def new_videos(rows, index):
 def publish(folder, model, memory, index, run, table, ranks, users):
     """Write weights, memory and tables under names of their own; then model.json, whose rename publishes all."""
     # h5py does not survive a full disk, so ask for the room before.
-    with open(folder / f".room.{'0' * 32}.tmp", "wb") as room:
+    with open(folder / f".room.{'0' * 32}.tmp", "wb") as room:  # a leftover by its name
         room.writelines(weight.tobytes() for weight in model.get_weights())
         room.write(bytes(1 << 20))
     remove_leftovers(folder)

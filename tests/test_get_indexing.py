@@ -105,13 +105,23 @@ def test_same_input_gives_the_same_bytes(tmp_path, raw, clicks_like_real):
     assert index_bytes(tmp_path / "first") == index_bytes(tmp_path / "second")
 
 
-def test_an_index_of_which_the_columns_are_gone_is_not_numbered_anew(tmp_path, raw):
+@pytest.mark.parametrize("half", ["vid2idx.json", "cid2vidx.json"])
+def test_an_index_of_which_a_half_is_gone_or_damaged_is_to_be_restored_and_not_numbered_anew(tmp_path, raw, half):
     get_indexing(raw(tmp_path / "raw", columns=PAIR, users=[]), tmp_path)
-    before = (tmp_path / "indexing/vid2idx.json").read_bytes()
-    (tmp_path / "indexing/cid2vidx.json").unlink()
-    with pytest.raises(InputError, match=r"cid2vidx\.json: gone, though vid2idx\.json is there; restore it"):
+    get_indexing(
+        raw(tmp_path / "raw", columns={"new": []}), tmp_path
+    )  # so that all lists are empty but the one of videos
+    path, before = tmp_path / "indexing" / half, index_bytes(tmp_path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:9])
+    with pytest.raises(InputError, match=rf"{half}: damaged .*; restore it and run get_indexing\.py again"):
         get_indexing(tmp_path / "raw", tmp_path)
-    assert (tmp_path / "indexing/vid2idx.json").read_bytes() == before
+    path.unlink()
+    with pytest.raises(InputError, match=rf"{half}: gone, though its other half is there; restore it"):
+        get_indexing(tmp_path / "raw", tmp_path)
+    path.write_bytes(whole)
+    get_indexing(tmp_path / "raw", tmp_path)
+    assert index_bytes(tmp_path) == before
 
 
 @pytest.mark.parametrize("files", [1, 2, 3])
@@ -253,6 +263,22 @@ def test_a_file_in_the_data_folder_of_another_name_is_named(tmp_path, raw, write
     assert capsys.readouterr().err == line
 
 
+def test_a_misspelt_file_of_columns_is_named_beside_the_error(tmp_path, raw, write_lines, capsys):
+    write_lines(tmp_path / "raw/cid2vid.json", [{"cid": "c1", "vids": "v1"}])
+    with pytest.raises(InputError, match="no columns"):
+        get_indexing(tmp_path / "raw", tmp_path)
+    assert "1 not read (cid2vid.json)" in capsys.readouterr().err
+
+
+def test_the_report_counts_the_videos_of_the_columns_that_nothing_else_knows(tmp_path, raw, capsys):
+    raw(tmp_path / "raw", columns=PAIR, users=[("u1", ["v1", "v1_c1", "v2"])])
+    get_indexing(tmp_path / "raw", tmp_path, min_clicks=2)
+    assert "; 2 videos of the columns are clicked fewer than 2 times\n" in capsys.readouterr().out
+    raw(tmp_path / "raw", titles={"v1": "One", "v2": "Two"})
+    get_indexing(tmp_path / "raw", tmp_path)
+    assert "; 1 videos of the columns are unknown to the catalogue\n" in capsys.readouterr().out
+
+
 def test_names_and_titles_are_read_where_the_raw_data_has_them(tmp_path, raw):
     raw(tmp_path, columns=PAIR, titles={"v1": "One", "v9": "Nine"}, names={"c2": "Second"})
     assert script.read_names(tmp_path) == ({"v1": "One", "v9": "Nine"}, {"c2": "Second"})
@@ -278,9 +304,8 @@ def test_what_follows_a_video_is_never_part_of_another_video():
               "p_z": 7, "q_z": 8, "q_z_1": 9,  # z comes after several, so it is a column that is away
               "r_s": 6,  # s came after a known video elsewhere
               "solo_x1": 3, "m": 2}  # fmt: skip
-    left_out = {"p_z": 7, "q_z": 17, "r_s": 6}
-    expected = {"a": 6, "k": 4, "b": 12, "solo_x1": 3, "m": 2} | left_out
-    assert own_clicks(collections.Counter(clicks), {"s"}, known) == (expected, left_out.keys())
+    own, left_out = {"a": 6, "k": 4, "b": 12, "solo_x1": 3, "m": 2}, {"p_z": 7, "q_z": 17, "r_s": 6}
+    assert own_clicks(collections.Counter(clicks), {"s"}, known) == (own, left_out)
 
 
 def test_ids_that_are_left_out_since_they_look_like_clicks_in_unknown_columns_are_said(tmp_path, raw, capsys):

@@ -781,6 +781,10 @@ def test_whatever_others_put_beside_the_records_stays(tmp_path, records, rerun):
     assert not [name for name in stale if (folder / name).exists()]
 
 
+def test_all_that_shaped_the_records_is_known_by_name(records):
+    assert set(script.MADE_WITH) == records().keys() - {"range_bytes", "shards", "splits", "report"}
+
+
 def test_a_damaged_manifest_is_made_again_from_the_shards(tmp_path, records, rerun):
     first = records()
     before = stamps(tmp_path / "work/tfrecord")

@@ -397,6 +397,11 @@ def test_every_file_is_computed_again_when_the_index_the_model_or_what_is_printe
     assert lines_of(two / "ranking/one.json.gz") != before
 
 
+def test_every_file_is_computed_again_when_the_limits_of_lines_changed(two, monkeypatch):
+    monkeypatch.setitem(infer_module.LIMITS, "MAX_ID_CHARS", 999)
+    assert computed_again(two) == BOTH
+
+
 def test_a_file_is_computed_again_when_top_k_changed(two):
     for top_k, columns in ((2, 2), (0, 12)):
         assert computed_again(two, top_k=top_k) == BOTH
@@ -417,8 +422,8 @@ def test_a_line_of_the_manifest_that_was_torn_costs_its_own_file_alone(two):
     assert computed_again(two) == set() and manifest.read_text() == whole
     manifest.write_text(whole[:-40])
     assert computed_again(two) == {"two.json.gz"} and manifest.read_text() == whole
-    for damaged in (b"\xff", b"7", b"[1]"):
-        manifest.write_bytes(damaged + b"\n" + whole.encode())
+    for damaged in (b"\xff", b"7", b"[1]", b'["ab"]', b'{"one.json.gz": 7}', b'{"one.json.gz": {}}'):
+        manifest.write_bytes(damaged + b"\n" + whole.encode() + damaged + b"\n")
         assert computed_again(two) == set() and manifest.read_text() == whole
 
 

@@ -95,7 +95,7 @@ def parts_alone(work_dir, clicks_path):
                 logits = ranker.scorer.model({"user_feature": history[0], "user_column": history[1], **all_columns})
                 remembered = memory.scores(*history, by)
                 clicked = np.isin(all_columns["item_column"], history[1])[None]
-                parts = to_probabilities(logits.numpy(), remembered, np.ones(len(cids)), by.temperature)
+                parts = to_probabilities(logits.numpy(), remembered, ranker.scorer.is_remembered, by.temperature)
                 (of_user,) = np.log(mix(*parts, clicked, by))
                 best = sorted(zip(cids.tolist(), of_user.tolist(), strict=True), key=lambda pair: -pair[1])
                 line = {"uid": uid, "columns": [cid for cid, _ in best], "scores": [round(s, 4) for _, s in best]}
