@@ -23,11 +23,12 @@ and for training the column side, drawn fresh for each batch:
     seed            int64   [2]                of the dropout
 """
 
+import contextlib
 from pathlib import Path
 
 from get_indexing import (
     DATA_DIR, FIRST_VIDEO, LIMITS, WORK_DIR,
-    InputError, check_same, load_index, read_json, read_names, run_script,
+    InputError, check_same, cluster_worker, load_index, read_json, read_names, run_script,
 )  # fmt: skip
 from get_tfrecord import FORMAT, ClickEncoder, record_constants, split_windows
 
@@ -272,6 +273,26 @@ def video_table(index, max_len=VIDEO_COLUMNS, num_columns=None):
     return table
 
 
+@contextlib.contextmanager
+def tensorflow_errors_named():
+    """Turn what TensorFlow raises where a shard is gone or damaged, or another worker lost, into an InputError."""
+    try:
+        yield
+    except (tf.errors.NotFoundError, tf.errors.DataLossError) as error:
+        raise InputError(
+            f"the shards changed or were damaged while they were read ({error.message}); run get_tfrecord.py, then this again"
+        ) from error
+    except tf.errors.OpError as error:
+        worker, workers = cluster_worker()
+        if workers == 1:
+            raise
+        raise InputError(
+            f"worker {worker} of {workers} lost another one ({type(error).__name__}); start all workers again, and they go on "
+            "after the last finished epoch"
+        ) from error
+
+
+@tensorflow_errors_named()
 def main():
     manifest, index = load_manifest()
     dataset = make_dataset(manifest, seed=0)

@@ -35,7 +35,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from get_dataset import (
-    DATASET_CONSTANTS, add_candidates, column_table, held_out, load_manifest, make_dataset, video_table,
+    DATASET_CONSTANTS, add_candidates, column_table, held_out, load_manifest, make_dataset, tensorflow_errors_named,
+    video_table,
 )  # fmt: skip
 from get_indexing import (
     DATA_DIR, ENDINGS, FIRST_VIDEO, WORK_DIR,
@@ -353,26 +354,6 @@ def train_epoch(train_step, batches, epoch, optimizer):
             )
         sums += outcome
     return {"loss": float(sums[0] / step), "column_loss": float(sums[1] / step), "targets": int(sums[2])}
-
-
-@contextlib.contextmanager
-def tensorflow_errors_named():
-    """Turn what TensorFlow raises where a shard is gone or damaged, or another worker lost, into an InputError."""
-    try:
-        yield
-    except (tf.errors.NotFoundError, tf.errors.DataLossError) as error:
-        raise InputError(
-            f"the shards changed or were damaged while train.py read them ({error.message}); run get_tfrecord.py, then "
-            "train.py again"
-        ) from error
-    except tf.errors.OpError as error:
-        worker, workers = cluster_worker()
-        if workers == 1:
-            raise
-        raise InputError(
-            f"worker {worker} of {workers} lost another one ({type(error).__name__}); start all workers again, and they go on "
-            "after the last finished epoch"
-        ) from error
 
 
 def agreed(strategy, metrics):

@@ -87,7 +87,8 @@ def test_a_script_runs_only_when_it_is_the_one_started(script):
 def test_a_script_that_writes_lets_no_second_one_of_it_work_each_worker_of_a_training_apart(script):
     (main,) = (node for node in tree_of(script).body if isinstance(node, ast.FunctionDef) and node.name == "main")
     lock = {"get_dataset": [], "model_tf2": [], "train": ["only_one(each_worker=True)"]}.get(script, ["only_one()"])
-    assert [ast.unparse(decorator) for decorator in main.decorator_list] == lock
+    decorators = map(ast.unparse, main.decorator_list)
+    assert [decorator for decorator in decorators if decorator.startswith("only_one")] == lock
 
 
 def test_importing_the_scripts_prints_creates_and_seeds_nothing(tmp_path):

@@ -394,6 +394,11 @@ def remove_shards(folder, splits):
             path.unlink()
 
 
+def test_a_damaged_shard_ends_a_look_at_the_data_with_one_line(done):
+    flip_a_bit(a_shard(done))
+    assert "the shards changed or were damaged while they were read" in one_line_of(done, "get_dataset")
+
+
 UNDER_TRAINING = {
     "training shards gone": lambda folder: remove_shards(folder, ["train"]),
     "held-out shards gone": lambda folder: remove_shards(folder, ["val", "test"]),
@@ -412,7 +417,7 @@ def test_shards_that_change_under_a_running_training_end_it_with_one_line(done, 
 
     monkeypatch.setattr(train_module, "save_checkpoint", save_and_change)
     line = one_line(train, done / "data/work", warm_epochs=1, seed=3)
-    assert "the shards changed or were damaged while train.py read them" in line and "run get_tfrecord.py" in line
+    assert "the shards changed or were damaged while they were read" in line and "run get_tfrecord.py" in line
     after = standing(done)
     for name in before.keys() - {"model/history.csv"}:
         assert name.startswith("tfrecord/") or after[name] == before[name]

@@ -301,7 +301,7 @@ def test_records_that_are_rewritten_under_training_end_it_with_one_line(own, tra
         raise tf.errors.NotFoundError(None, None, "train-00000.tfrecord; No such file")
 
     monkeypatch.setattr(train_module, "train_epoch", gone)
-    with pytest.raises(InputError, match=r"the shards changed .*train-00000.*; run get_tfrecord\.py, then train\.py"):
+    with pytest.raises(InputError, match=r"the shards changed .*train-00000.*; run get_tfrecord\.py, then this again"):
         train(own, seed=2, **TINY)
     assert published(own) == published(trained[0])
 
