@@ -26,9 +26,8 @@ from typing import NamedTuple
 
 from get_indexing import (
     DATA_DIR, LIMITS, NUM_WORKERS, WORK_DIR,
-    InputError, Tallies, Tally, cut_files, file_fingerprint, find_files, fingerprint,
-    input_name, load_index, map_files, only_one, read_clicks, read_json, read_lines, read_names, remove_leftovers, replacing,
-    run_script, split_click,
+    InputError, Tallies, Tally, cut_files, file_fingerprint, find_files, fingerprint, input_name, load_index, map_files,
+    only_one, read_clicks, read_json, read_lines, read_names, remove_leftovers, replacing, run_script, split_click,
 )  # fmt: skip
 from get_tfrecord import ClickEncoder
 
@@ -51,7 +50,6 @@ rules = {
     "a whole number in [0, 9]": ("GZIP_LEVEL", "DECIMALS"),
 }
 
-
 as_json = functools.partial(json.dumps, ensure_ascii=False)
 
 
@@ -59,9 +57,8 @@ def infer(clicks_dir=CLICKS_DIR, work_dir=WORK_DIR, ranking_dir=RANKING_DIR, top
     """Write the ranking of each click file as soon as it is whole, and return all paths; those still good are kept."""
     folder, work_dir = Path(ranking_dir).absolute(), Path(work_dir).absolute()
     folder.mkdir(parents=True, exist_ok=True)
-    clicks_from = os.path.relpath(
-        Path(clicks_dir).absolute(), folder
-    )  # by name: the same where all is moved, or a link leads elsewhere
+    # By its name, which stays where all is moved and where a link leads elsewhere.
+    clicks_from = os.path.relpath(Path(clicks_dir).absolute(), folder)
     remove_leftovers(folder)
     index, model = load_index(work_dir), read_json(work_dir / "model/model.json", "train.py")
     made_with = {
