@@ -40,8 +40,8 @@ from get_dataset import (
 )  # fmt: skip
 from get_indexing import (
     DATA_DIR, ENDINGS, FIRST_VIDEO, WORK_DIR,
-    InputError, check_same, cluster_worker, file_fingerprint, fingerprint,
-    load_index, only_one, progress, read_json, read_names, remove_leftovers, replacing, run_script, write_json,
+    InputError, check_same, cluster_worker, file_fingerprint, fingerprint, load_index, only_one, progress, read_json,
+    read_names, remove_leftovers, replacing, run_script, write_json,
 )  # fmt: skip
 from get_tfrecord import MADE_WITH
 from model_tf2 import (
@@ -72,7 +72,7 @@ RESAMPLES = 1000  # of the test users, for the intervals
 PROJECTOR_VIDEOS = 10_000  # of the most clicked, whose vectors are written out
 MODEL_FORMAT = 4  # of model.json
 NO_LOSSES = {"loss": None, "column_loss": None, "targets": None}  # of epoch 0
-ASTRAY = "the model that stands is kept; lower LEARNING_RATE and run train.py again"
+ASTRAY = "the model that stands is kept; lower LEARNING_RATE and run train.py again"  # where numbers are not finite
 
 rules = {
     "a whole number in [1, inf)": ("EPOCHS", "PATIENCE", "WARM_EPOCHS", "CLUSTER_TIMEOUT", "RESAMPLES", "PROJECTOR_VIDEOS"),
@@ -201,7 +201,7 @@ def fit(strategy, scorer, manifest, index, work_dir, run):
     rate = constants["LEARNING_RATE"] * (constants["WARM_RATE"] if is_warm else 1)
     column_videos = column_table(index, scorer.memory.video_clicks)
     batches_of = functools.partial(epoch_batches, manifest, index, work_dir, column_videos, constants["SEED"])
-    any_epoch = batches_of(0)
+    any_epoch = batches_of(0)  # for its length and its shapes
     with strategy.scope():
         schedule = keras.optimizers.schedules.CosineDecay(rate, epochs * len(any_epoch), LOWEST_RATE)
         optimizer = MuonAdam(model.trainable_variables, schedule)
@@ -210,7 +210,7 @@ def fit(strategy, scorer, manifest, index, work_dir, run):
     validation = scorer.rankable(held_out(manifest, "val", work_dir))
     log_name, history, best = restore_checkpoint(folder, model, optimizer, run)
     print("epoch      loss    column   targets | validation HR@10   NDCG@10       MRR      GAUC | seconds")
-    next_epoch = history[-1]["epoch"] + 1 if history else 0 if is_warm else 1
+    next_epoch = history[-1]["epoch"] + 1 if history else int(not is_warm)
     for epoch in range(next_epoch, epochs + 1):
         if epoch > best_epoch(history) + constants["PATIENCE"]:
             break
