@@ -643,26 +643,26 @@ def map_on_workers(function, tasks, num_workers):
     from concurrent.futures.process import BrokenProcessPool
 
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy in the workers, which are as many as the cores
-    others = multiprocessing.active_children()
     try:
         pool = ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn"), start_worker, (function,))
     except (OSError, RuntimeError) as error:  # where no semaphore can be made
         cure = "set NUM_WORKERS = 1 in get_indexing.py"
         raise InputError(f"no worker process can be had, for lack of /dev/shm perhaps ({error}); {cure}") from error
     try:
-        first, rest = tasks[: TASKS_AHEAD * num_workers], tasks[TASKS_AHEAD * num_workers :]
         with signals_waiting():
-            waiting = collections.deque(pool.submit(run_task, task) for task in first)
-        yield in_turn(pool, waiting, rest)
+            pool._launch_processes()  # all before any task: CPython 3.11 trips where one dies while it starts another
+        yield in_turn(pool, tasks, TASKS_AHEAD * num_workers)
     except BrokenProcessPool as error:
         died = "a worker process died, for lack of memory perhaps"
         raise InputError(f"{died}; run again, or lower NUM_WORKERS") from error
     finally:
-        for process in multiprocessing.active_children():
-            if process not in others:
-                process.kill()
+        workers = list(pool._processes.values())
+        for worker in workers:
+            worker.kill()
         pool._result_queue._writer.close()  # else half a result, of a killed worker, would be waited for
         pool.shutdown(cancel_futures=True)
+        for worker in workers:
+            worker.join()
 
 
 @contextlib.contextmanager
@@ -685,10 +685,12 @@ def signals_waiting():
             signal.raise_signal(number)
 
 
-def in_turn(pool, waiting, tasks):
-    """Yield the results of the tasks that wait, a deque of futures, and of those that follow, each handed out in its turn."""
+def in_turn(pool, tasks, at_once):
+    """Yield the results of tasks in order, of which at most so many are handed out, or wait here, at once."""
+    waiting = collections.deque()
     for task in tasks:
-        yield waiting.popleft().result()
+        if len(waiting) == at_once:
+            yield waiting.popleft().result()
         waiting.append(pool.submit(run_task, task))
     while waiting:
         yield waiting.popleft().result()

@@ -7,6 +7,7 @@ import gzip
 import io
 import itertools
 import json
+import multiprocessing.popen_spawn_posix
 import multiprocessing.synchronize
 import os
 import random
@@ -14,6 +15,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import tracemalloc
 from concurrent.futures import Future
 from pathlib import Path
@@ -763,6 +765,27 @@ def test_the_death_of_a_worker_is_one_line():
     assert multiprocessing.active_children() == []
 
 
+def test_the_death_of_a_worker_while_others_are_started_is_one_line(monkeypatch):
+    launch = multiprocessing.popen_spawn_posix.Popen._launch
+    started = []
+
+    def launch_and_kill_the_first(popen, process):
+        launch(popen, process)
+        started.append(popen)
+        if popen is started[0]:
+            os.kill(popen.pid, signal.SIGKILL)
+            os.waitid(os.P_PID, popen.pid, os.WEXITED | os.WNOWAIT)
+            time.sleep(0.2)  # for whoever notices it
+
+    monkeypatch.setattr(multiprocessing.popen_spawn_posix.Popen, "_launch", launch_and_kill_the_first)
+    with (
+        pytest.raises(InputError, match="^a worker process died"),
+        map_files(abs, [-1] * 8, "count", 4) as results,
+    ):
+        list(results)
+    assert len(started) == 4 and multiprocessing.active_children() == []
+
+
 @pytest.mark.parametrize("taken", [0, 1])
 def test_an_error_while_results_are_taken_leaves_no_worker(taken):
     with pytest.raises(KeyboardInterrupt), map_files(abs, [-1] * 50, "count", 2) as results:
@@ -806,23 +829,18 @@ def test_a_signal_waits_until_the_workers_are_started_whichever_thread_it_reache
 
 
 def test_tasks_are_handed_out_as_results_are_taken():
+    given = []
+
     class Pool:
-        def __init__(self):
-            self.given = []
-
         def submit(self, _, task):
-            self.given.append(task)
-            return self.of(task)
-
-        def of(self, task):
+            given.append(task)
             future = Future()
             future.set_result(-task)
             return future
 
-    pool = Pool()
-    results = in_turn(pool, collections.deque([pool.of(0), pool.of(1)]), [2, 3, 4])
-    for taken, given in enumerate([[], [2], [2, 3], [2, 3, 4], [2, 3, 4]]):
-        assert next(results) == -taken and pool.given == given
+    results = in_turn(Pool(), [0, 1, 2, 3, 4], 2)
+    for taken, handed_out in enumerate([2, 3, 4, 5, 5]):
+        assert next(results) == -taken and given == list(range(handed_out))
     assert list(results) == []
 
 
