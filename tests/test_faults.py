@@ -584,6 +584,7 @@ def test_a_loss_that_is_not_finite_keeps_the_model_and_says_where(done):
     assert standing(done, "train") == before
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered")
 def test_a_score_that_is_not_finite_is_never_written(done, monkeypatch):
     """The memory's counts are made infinite, and the model's file vouches for them."""
     monkeypatch.chdir(done)
