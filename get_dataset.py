@@ -301,7 +301,7 @@ def main():
         print(f"{name:14} {value.dtype!s:8} {list(value.shape)}")
     clicks, targets = (batch["user_feature"] > 0).sum(), int(batch["label"].sum())
     print(f"{len(dataset):,} batches; in this one {clicks:,} clicks, {targets:,} of them followed by a target")
-    titles, names = read_names(DATA_DIR)
+    titles, names = read_names(DATA_DIR, index.videos)
     vids, cids = ["", "an unknown video", *index.videos], ["", *index.columns]
     print(f"user {batch['uid'][0].decode()}:")
     for number, column, label in zip(*(batch[name][0] for name in LISTS), strict=True):

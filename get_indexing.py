@@ -38,7 +38,7 @@ WORK_DIR = "data/work"  # everything that the scripts write; a path that every m
 MIN_CLICKS = 5  # clicks that put a video into the vocabulary where there is no catalogue
 MAX_BAD_FRACTION = 0.01  # of a file's lines; more bad lines stop the run
 MAX_LINE_BYTES = 32 << 20  # a longer line is skipped: about 2.5 million clicks of one user
-MAX_ID_CHARS = 1000  # of a user, video or column; a line with a longer id is skipped
+MAX_ID_CHARS = 1000  # of a user, video or column, whose line is skipped beyond; clicks may be longer
 RANGE_BYTES = 4 << 20  # of input files: the work of one task
 NUM_WORKERS = None  # processes that work on files; None: one for each core
 
@@ -66,7 +66,7 @@ def get_indexing(data_dir=DATA_DIR, work_dir=WORK_DIR, min_clicks=MIN_CLICKS, nu
     data_dir, folder = Path(data_dir), Path(work_dir, "indexing")
     old, columns = load_index(work_dir, new=True), read_columns(data_dir)
     shelved = dict.fromkeys(itertools.chain.from_iterable(columns.values()))
-    if titles := find_files(data_dir, "vid2title*", required=False):
+    if titles := find_files(data_dir, "vid2title*"):
         catalogue = dict.fromkeys(vid for vid, _ in read_all(titles, parse_title))
     else:
         videos, cids = {**old.videos, **shelved}, {**old.columns, **columns}
@@ -102,7 +102,7 @@ def grow_index(old, columns, vids):
 
 def read_columns(data_dir):
     """Return {cid: [vid, ...]} in the order of the files; a cid that comes again adds its new videos."""
-    paths, columns = find_files(data_dir, "cid2vids*", required=False), {}
+    paths, columns = find_files(data_dir, "cid2vids*"), {}
     others = [path.name for path in Path(data_dir).glob("[!.]*") if path.is_file()]
     others = [name for name in others if not name.startswith(PREFIXES)]
     name_unread(data_dir, others, f"files begin with {' or '.join(PREFIXES)}")
@@ -113,11 +113,17 @@ def read_columns(data_dir):
     return {cid: list(vids) for cid, vids in columns.items()}
 
 
-def read_names(data_dir):
-    """Return ({vid: title}, {cid: name}) as far as the raw data names them."""
-    titles = read_all(find_files(data_dir, "vid2title*", required=False), parse_title)
-    columns = read_all(find_files(data_dir, "cid2vids*", required=False), parse_column)
-    return {vid: title for vid, title in titles if title}, {cid: name for cid, _, name in columns if name}
+def read_names(data_dir, vids):
+    """Return ({vid: title} of the vids, {cid: name}) as far as the raw data names them; it may be missing or damaged."""
+    titles, names = {}, {}
+    with contextlib.suppress(InputError, OSError):
+        for cid, _, name in read_all(find_files(data_dir, "cid2vids*"), parse_column):
+            if name:
+                names[cid] = name
+        for vid, title in read_all(find_files(data_dir, "vid2title*"), parse_title):
+            if title and vid in vids:
+                titles[vid] = title
+    return titles, names
 
 
 # ---------------------------------------------------------------- the vocabulary where there is no catalogue
@@ -165,12 +171,12 @@ def own_clicks(clicks, tails, videos):
     """
     unknown = [text for text in clicks if text not in videos]
     texts_with = collections.Counter(tail for text in unknown for _, tail in splits(text))
-    away = tails | {tail for tail, texts in texts_with.items() if texts > 1}
+    away = (tails | {tail for tail, texts in texts_with.items() if texts > 1}) - {""}  # no column is called ""
     own, left_out = collections.Counter(), collections.Counter()
     for text, number in clicks.items():
         heads = (head for head, _ in splits(text) if head in clicks or head in videos)
         video = text if text in videos else next(heads, text)
-        is_away = video not in videos and not away.isdisjoint(tail for _, tail in splits(video))
+        is_away = video not in videos and any(tail in away for _, tail in splits(video))
         (left_out if is_away else own)[video] += number
     return own, left_out
 
@@ -353,7 +359,7 @@ class Tallies(dict):
             self.setdefault(tally.path, Tally(tally.path)).append(tally)
 
     def check(self):
-        """Check them all."""
+        """Report on the skipped lines of each file, as Tally.check() does."""
         for tally in self.values():
             tally.check()
 
@@ -373,11 +379,16 @@ def read_all(paths, parse):
         tally.check()
 
 
-def find_files(folder, pattern="*", required=True):
-    """Return the paths of folder's files of that name that end in ENDINGS, by name; the others are named."""
+def find_files(folder, pattern="*"):
+    """Return the paths of folder's files of that name that end in ENDINGS, by name; the others are named.
+
+    Without a pattern there must be one.
+    """
     folder = Path(folder)
     if not folder.is_dir():
-        raise InputError(f"{folder.absolute()}: no such folder; put the raw data there or edit DATA_DIR")
+        raise InputError(
+            f"{folder.absolute()}: no such folder; put the raw data there or edit the constant that names it"
+        )
     paths, others = {}, []
     for path in sorted(folder.glob(pattern)):
         if path.name.startswith("."):
@@ -389,8 +400,8 @@ def find_files(folder, pattern="*", required=True):
         else:
             paths[name] = str(path.absolute())
     name_unread(folder, others, f"files end in {', '.join(ENDINGS)}")
-    if required and not paths:
-        raise InputError(f"{folder.absolute()}: no {pattern}.json, .jsonl, .json.gz or .jsonl.gz file")
+    if pattern == "*" and not paths:
+        raise InputError(f"{folder.absolute()}: no .json, .jsonl, .json.gz or .jsonl.gz file")
     return list(paths.values())
 
 
@@ -414,12 +425,11 @@ class FileRange(NamedTuple):
     end: int | None = None
 
 
-def cut_files(paths, range_bytes=None):
-    """Return the tasks that cover the files, lists of FileRanges of range_bytes (RANGE_BYTES) or so between them.
+def cut_files(paths, range_bytes=RANGE_BYTES):
+    """Return the tasks that cover the files, lists of FileRanges of range_bytes or so between them.
 
     A large file is cut, small ones are put together, and a compressed one stays whole.
     """
-    range_bytes = range_bytes or RANGE_BYTES
     return put_together((part for path in paths for part in cut_file(path, range_bytes)), range_bytes)
 
 
@@ -700,8 +710,7 @@ def progress(items, total, desc, unit):
     """Return items with a progress bar, which is seen on a terminal only and goes when it is done."""
     from tqdm import tqdm
 
-    on_terminal = sys.stderr is not None and sys.stderr.isatty()
-    return tqdm(items, total=total, desc=desc, unit=unit, leave=False, disable=not on_terminal)
+    return tqdm(items, total=total, desc=desc, unit=unit, leave=False, disable=None)
 
 
 def start_worker(function):
@@ -785,7 +794,7 @@ def run_script(main):
         return
     if sys.argv[1:]:
         sys.exit(f"{name}: takes no arguments, not {' '.join(sys.argv[1:])!r}; edit the constants at its top")
-    for stream in filter(None, (sys.stdout, sys.stderr)):  # None: closed
+    for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(line_buffering=True, errors="backslashreplace")
 
     def stop(number, _):
@@ -802,11 +811,12 @@ def run_script(main):
 
 def open_closed_streams():
     """Open what a shell closed (<&- >&- 2>&-), for workers too: else a file gets its number, and what is printed."""
-    for descriptor in range(3):
+    for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(descriptor)
         except OSError:
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # it gets the lowest number that is free
+            setattr(sys, name, os.fdopen(descriptor, "r+", closefd=False))
 
 
 @contextlib.contextmanager

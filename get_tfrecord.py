@@ -49,8 +49,8 @@ def get_tfrecord(data_dir=DATA_DIR, work_dir=WORK_DIR, num_workers=NUM_WORKERS, 
     constants are those of record_constants().
     """
     settings, index, folder = record_constants(**constants), load_index(work_dir), Path(work_dir, "tfrecord").absolute()
-    files, range_bytes, former = find_files(Path(data_dir, "click_seq")), RANGE_BYTES, {}
-    tallies, sketch = survey(cut_files(files, range_bytes), num_workers)
+    files = find_files(Path(data_dir, "click_seq"))
+    tallies, sketch = survey(cut_files(files, RANGE_BYTES), num_workers)
     made_with = {
         "format": FORMAT,
         "index": index.fingerprint(),
@@ -60,10 +60,7 @@ def get_tfrecord(data_dir=DATA_DIR, work_dir=WORK_DIR, num_workers=NUM_WORKERS, 
         "held_out_share": min(settings["HELD_OUT_USERS"] / max(count_users(sketch), 1), 0.5),
         "input": tallies.digests(),
     }
-    with contextlib.suppress(InputError, FileNotFoundError):
-        former = read_json(folder / "manifest.json", "get_tfrecord.py")
-    if made_with.items() <= former.items():
-        range_bytes = former.get("range_bytes", RANGE_BYTES)  # the same records stay as they were cut
+    range_bytes = standing_range_bytes(folder, made_with)
     tasks = cut_files(files, range_bytes)
     of_parts = write_records(tasks, folder, index, made_with, num_workers)
     of_parts["report"] = tally_report(tallies, sketch) | of_parts["report"]
@@ -82,11 +79,20 @@ def record_constants(user_max_len=USER_MAX_LEN, window_overlap=WINDOW_OVERLAP, m
     """Return the constants that shape the records, by name; values that contradict each other raise InputError."""
     settings = dict(USER_MAX_LEN=user_max_len, WINDOW_OVERLAP=window_overlap, MIN_HISTORY=min_history,
                     HELD_OUT_USERS=held_out_users)  # fmt: skip
-    if not 1 <= min_history <= window_overlap < user_max_len:
-        raise InputError(f"1 <= MIN_HISTORY <= WINDOW_OVERLAP < USER_MAX_LEN must hold, not {settings}")
-    if held_out_users < 1:
-        raise InputError(f"HELD_OUT_USERS = {held_out_users}: validation and the test need one user each at least")
+    if not 1 <= min_history <= window_overlap < user_max_len or held_out_users < 1:
+        raise InputError(
+            f"1 <= MIN_HISTORY <= WINDOW_OVERLAP < USER_MAX_LEN and 1 <= HELD_OUT_USERS must hold, not {settings}"
+        )
     return settings
+
+
+def standing_range_bytes(folder, made_with):
+    """Return how the records that stand were cut, if they were made with the same, so that they stay; else RANGE_BYTES."""
+    with contextlib.suppress(InputError, FileNotFoundError):
+        former = read_json(folder / "manifest.json", "get_tfrecord.py")
+        if made_with.items() <= former.items():
+            return former.get("range_bytes", RANGE_BYTES)
+    return RANGE_BYTES
 
 
 # ---------------------------------------------------------------- the first pass: how many users, which bytes
@@ -119,7 +125,7 @@ def lowest_draws(sketch):
 
 
 def count_users(sketch):
-    """Return about how many users there are; exactly, up to SKETCH_SIZE. Of more users it is never fewer.
+    """Return about how many users there are; exactly, up to SKETCH_SIZE. As users come it never falls.
 
     The k-th lowest of n even draws from [0, 1) is about k / n (Bar-Yossef et al. 2002), however often each is seen.
     """
@@ -162,9 +168,7 @@ def write_shards(numbered, folder, index, made_with):
     part_file, shards = folder / f"part-{name}.json", {split: folder / f"{split}-{name}.tfrecord" for split in SPLITS}
     with contextlib.suppress(FileNotFoundError, InputError, KeyError):  # gone or damaged: it is made again
         part = read_json(part_file, "get_tfrecord.py")
-        if all(
-            path.exists() and file_fingerprint(path) == part["shards"][path.name]["sha256"] for path in shards.values()
-        ):
+        if all(file_fingerprint(path) == part["shards"][path.name]["sha256"] for path in shards.values()):
             return part
     from tensorflow.errors import OpError
 
@@ -262,9 +266,11 @@ def cut_windows(uid, videos, columns, targets, settings, start=0, repeated=0):
     max_len, overlap = settings["USER_MAX_LEN"], settings["WINDOW_OVERLAP"]
     end = start + repeated + max_len
     while start + repeated < len(videos):
-        label = [0.0] * (repeated - 1) + targets[start + max(repeated, 1) : end] + [0.0]
+        new_targets = [0.0] * repeated + targets[
+            start + repeated : end
+        ]  # of each click, where label is of the next one
         yield dict(uid=uid, start=start, repeated=repeated, user_feature=videos[start:end],
-                   user_column=columns[start:end], label=label)  # fmt: skip
+                   user_column=columns[start:end], label=[*new_targets[1:], 0.0])  # fmt: skip
         start, repeated, end = end - overlap, overlap, end - overlap + max_len
 
 

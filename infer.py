@@ -54,7 +54,7 @@ as_json = functools.partial(json.dumps, ensure_ascii=False)
 
 
 def infer(clicks_dir=CLICKS_DIR, work_dir=WORK_DIR, ranking_dir=RANKING_DIR, top_k=TOP_K, num_workers=NUM_WORKERS):
-    """Write the ranking of each click file as soon as it is whole, and return all paths; those still good are kept."""
+    """Write the ranking of each click file as soon as it is whole, and return the paths of all; those that still stand are kept."""
     folder, work_dir = Path(ranking_dir).absolute(), Path(work_dir).absolute()
     folder.mkdir(parents=True, exist_ok=True)
     # By its name, which stays where all is moved and where a link leads elsewhere.
@@ -64,6 +64,7 @@ def infer(clicks_dir=CLICKS_DIR, work_dir=WORK_DIR, ranking_dir=RANKING_DIR, top
     made_with = {
         "model": model.get("id"),
         "index": fingerprint(index.videos, index.columns),
+        "clicks": clicks_from,
         "constants": {"TOP_K": top_k, "DECIMALS": DECIMALS},
         "limits": LIMITS,
     }
@@ -80,8 +81,7 @@ def infer(clicks_dir=CLICKS_DIR, work_dir=WORK_DIR, ranking_dir=RANKING_DIR, top
     with map_files(rank, tasks, "rank", num_workers) as results:
         parts = parts_in_order(tasks, results, examples)
         for path, of_file in itertools.groupby(parts, key=lambda part: part[0].path):
-            made_from = made_with | {"clicks": clicks_from}
-            tally, manifest[outputs[path].name] = join_parts(outputs[path], of_file, made_from)
+            tally, manifest[outputs[path].name] = join_parts(outputs[path], of_file, made_with)
             users += tally.lines - tally.skipped.total()
     remove_leftovers(folder)  # of a task that was tried twice
     name_the_gone(folder, manifest, outputs, clicks_from)
@@ -110,7 +110,7 @@ def name_the_gone(folder, manifest, outputs, clicks_from):
             )
 
 
-def join_parts(output, parts, made_from):
+def join_parts(output, parts, made_with):
     """Write a ranking from its parts, (FileRange, Tally) in order; return (Tally of all, its entry of the manifest).
 
     The entry, which knows the ranking by its hash, is written just before: no ranking stands that the manifest lacks.
@@ -125,7 +125,7 @@ def join_parts(output, parts, made_from):
                 tallies.extend([tally])
         tallies.check()
         (tally,) = tallies.values()
-        entry = made_from | {"input": tally.hexdigest(), "sha256": file_fingerprint(temporary)}
+        entry = made_with | {"input": tally.hexdigest(), "sha256": file_fingerprint(temporary)}
         with open(output.parent / "manifest.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps({output.name: entry}) + "\n")
     return tally, entry
@@ -171,8 +171,8 @@ def standing_rankings(outputs, manifest, made_with, num_workers):
     return {
         path
         for path in maybe
-        if manifest[outputs[path].name]["input"] == tallies[path].hexdigest()
-        and manifest[outputs[path].name]["sha256"] == file_fingerprint(outputs[path])
+        if manifest[outputs[path].name]
+        == made_with | {"input": tallies[path].hexdigest(), "sha256": file_fingerprint(outputs[path])}
     }
 
 
@@ -262,7 +262,7 @@ class Ranker:
         again: what a click does is how much the log probability of a column falls without it. So it holds for all parts of
         the model together.
         """
-        history = self.encode(clicks, self.user_max_len + 1)
+        history = self.encoder.encode(clicks[-self.user_max_len - 1 :])
         first = max(0, len(history[0]) - self.user_max_len)
         without = [[numbers[:i] + numbers[i + 1 :] for numbers in history] for i in range(first, len(history[0]))]
         padded = self.padded([history, *without])
@@ -281,9 +281,9 @@ class Ranker:
         weight, (towers, memory) = self.mix.memory_weight, self.scorer.parts(videos, columns, self.mix)
         return ((1 - weight) * towers / ((1 - weight) * towers + weight * memory))[0].tolist()
 
-    def encode(self, clicks, number=None):
-        """Return (videos, columns) of the last clicks: as many as are read, or another number."""
-        return self.encoder.encode(clicks[-(number or self.user_max_len) :])
+    def encode(self, clicks):
+        """Return (videos, columns) of the last clicks, as many as are read."""
+        return self.encoder.encode(clicks[-self.user_max_len :])
 
     def scores(self, videos, columns):
         """Return log probabilities float64 [n, current columns] of padded histories."""
@@ -348,13 +348,9 @@ class ScoreTexts(dict):
 
 def print_example(uid, clicks, reasons, index, data_dir=DATA_DIR):
     """Print in words what a user clicked last, the columns that come first for them, and the clicks that speak for each."""
-    titles, names = {}, {}
-    with contextlib.suppress(InputError, OSError):  # they may be missing or damaged
-        titles, names = read_names(data_dir)
-    named = []
-    for click in clicks:
-        vid, cid = split_click(click, index.videos, index.columns)
-        named.append(titles.get(vid, vid) + (f"  in {names.get(cid, cid)}" if cid else ""))
+    split = [split_click(click, index.videos, index.columns) for click in clicks]
+    titles, names = read_names(data_dir, {vid for vid, _ in split})
+    named = [titles.get(vid, vid) + (f"  in {names.get(cid, cid)}" if cid else "") for vid, cid in split]
     print(f"user {uid} clicked last:", *named, sep="\n  ")
     print("and is shown first, by these of the clicks:")
     for reason in reasons:

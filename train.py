@@ -597,11 +597,11 @@ def write_projector(work_dir, index, data_dir):
         videos = np.sort(np.argsort(-clicks, kind="stable")[:PROJECTOR_VIDEOS])
         vectors = model.column_vectors(FIRST_VIDEO + videos[:, None], np.zeros_like(videos))
         remove_leftovers(folder / "projector")
-        vids, cids, titles, names = list(index.videos), list(index.columns), {}, {}
-        with contextlib.suppress(InputError, OSError):  # they may be missing or damaged
-            titles, names = read_names(data_dir)
-        write_vectors(folder / "projector", "columns", scorer.vectors, [cids[n - 1] for n in scorer.numbers], names)
-        write_vectors(folder / "projector", "videos", vectors, [vids[n] for n in videos], titles)
+        vids, cids = list(index.videos), list(index.columns)
+        vids, cids = [vids[n] for n in videos], [cids[n - 1] for n in scorer.numbers]
+        titles, names = read_names(data_dir, set(vids))
+        write_vectors(folder / "projector", "columns", scorer.vectors, cids, names)
+        write_vectors(folder / "projector", "videos", vectors, vids, titles)
         with replacing(config) as temporary:
             temporary.write_text(text)
     except (InputError, OSError) as error:

@@ -230,7 +230,7 @@ def test_a_title_of_null_costs_the_title_alone(tmp_path, raw, capsys):
     raw(tmp_path / "raw", columns=PAIR, titles={"v1": "One", "v9": None})
     get_indexing(tmp_path / "raw", tmp_path)
     assert written(tmp_path)["vid2idx"] == {"v1": 2, "v2": 3, "v3": 4, "v9": 5}
-    assert script.read_names(tmp_path / "raw")[0] == {"v1": "One"}
+    assert script.read_names(tmp_path / "raw", {"v1", "v9"})[0] == {"v1": "One"}
     assert capsys.readouterr().err == ""
 
 
@@ -283,7 +283,7 @@ def test_the_report_counts_the_videos_of_the_columns_that_nothing_else_knows(tmp
 
 def test_names_and_titles_are_read_where_the_raw_data_has_them(tmp_path, raw):
     raw(tmp_path, columns=PAIR, titles={"v1": "One", "v9": "Nine"}, names={"c2": "Second"})
-    assert script.read_names(tmp_path) == ({"v1": "One", "v9": "Nine"}, {"c2": "Second"})
+    assert script.read_names(tmp_path, {"v9", "v0"}) == ({"v9": "Nine"}, {"c2": "Second"})
 
 
 # ---------------------------------------------------------------- the vocabulary without a catalogue
@@ -305,8 +305,9 @@ def test_what_follows_a_video_is_never_part_of_another_video():
               "b": 1, "b_x": 2, "b_x_y": 9,  # after a video that was clicked by itself
               "p_z": 7, "q_z": 8, "q_z_1": 9,  # z comes after several, so it is a column that is away
               "r_s": 6,  # s came after a known video elsewhere
+              "e_": 5, "f_": 5,  # no column is called ""
               "solo_x1": 3, "m": 2}  # fmt: skip
-    own, left_out = {"a": 6, "k": 4, "b": 12, "solo_x1": 3, "m": 2}, {"p_z": 7, "q_z": 17, "r_s": 6}
+    own, left_out = {"a": 6, "k": 4, "b": 12, "solo_x1": 3, "m": 2, "e_": 5, "f_": 5}, {"p_z": 7, "q_z": 17, "r_s": 6}
     assert own_clicks(collections.Counter(clicks), {"s"}, known) == (own, left_out)
 
 
@@ -1004,8 +1005,10 @@ def test_any_other_argument_is_refused_in_one_line_and_nothing_is_written(tmp_pa
 @pytest.mark.parametrize("redirect", [">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
 def test_closed_streams_do_not_stop_a_script(tmp_path, raw, redirect):
     raw(tmp_path / "data/sample", columns={"c1": ["v1"]}, titles={"v1": "One"})
+    (tmp_path / "data/sample/notes.txt").touch()  # "1 not read", says stderr
     done = run_as_script(tmp_path, redirect=redirect)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, done.stderr.count("not read")) == (0, "2>" not in redirect)
+    assert done.stdout.count("\n") == (redirect == "2>&-")
     assert written(tmp_path / "data/work") == {"vid2idx": {"v1": 2}, "cid2vidx": {"c1": [2]}}
 
 

@@ -688,16 +688,13 @@ def test_a_missing_or_empty_click_folder_is_named(tmp_path, raw):
         get_tfrecord(tmp_path / "raw", tmp_path)
 
 
-@pytest.mark.parametrize("bad", [dict(min_history=0), dict(min_history=4), dict(window_overlap=8)])
-def test_lengths_that_contradict_each_other_are_refused_with_their_values(records, bad):
+@pytest.mark.parametrize(
+    "bad", [dict(min_history=0), dict(min_history=4), dict(window_overlap=8), dict(held_out_users=0)]
+)
+def test_constants_that_contradict_each_other_are_refused_with_their_values(records, bad):
     [(name, value)] = bad.items()
     with pytest.raises(InputError, match=f"MIN_HISTORY.*'{name.upper()}': {value}"):
         records(**bad)
-
-
-def test_nobody_held_out_is_refused(records):
-    with pytest.raises(InputError, match=r"HELD_OUT_USERS = 0: validation and the test need one user"):
-        records(held_out_users=0)
 
 
 @pytest.mark.parametrize("fault", ["bad lines", "cut gzip", "no column click"])
