@@ -124,15 +124,15 @@ def held_out(manifest, split, work_dir=WORK_DIR):
     longest, users = manifest["constants"]["USER_MAX_LEN"], []
     for block in read_windows(shards_of(manifest, split, work_dir)):
         rows, places = np.nonzero(block["label"])
-        visible = np.arange(longest) <= places[:, None]
-        padded = {n: np.pad(block[n][rows], [(0, 0), (0, longest)]) for n in ("user_feature", "user_column")}
+        before = np.arange(block["label"].shape[1]) <= places[:, None]
+        clicks = {name: np.where(before, block[name][rows], 0) for name in ("user_feature", "user_column")}
         users.append(
             {
                 "uid": block["uid"][rows],
                 "target_column": block["user_column"][rows, places + 1],
                 "history": block["start"][rows] + places + 1,
             }
-            | {name: np.where(visible, values[:, :longest], 0) for name, values in padded.items()}
+            | {name: np.pad(of, [(0, 0), (0, longest)])[:, :longest] for name, of in clicks.items()}
         )
     users = {name: np.concatenate([block[name] for block in users]) for name in users[0]}
     order = np.argsort(users["history"], kind="stable")
@@ -165,7 +165,7 @@ def bucket_windows(lengths):
     """Return (longest window of each bucket, batch size of each bucket, batches in an epoch).
 
     lengths[n] is the number of windows of n clicks; those of one click are no one's. A batch holds about BATCH_POSITIONS
-    clicks of windows whose lengths differ by less than a factor of two, so little is padding.
+    clicks of windows whose lengths differ by less than a factor of two, but for the shortest, so little is padding.
     """
     longest = len(lengths) - 1
     bounds = sorted({-(-longest // 2**k) for k in range(5)})
@@ -195,8 +195,7 @@ def add_targets(batch):
     """Cut the padding that no window needs, and add what is clicked next at each position, as the page's top says."""
     longest = tf.reduce_max(tf.math.count_nonzero(batch["user_feature"], axis=1))
     batch = batch | {name: batch[name][:, :longest] for name in LISTS}
-    following = tf.pad(batch["user_column"], [[0, 0], [0, AHEAD]])
-    following = tf.stack([following[:, ahead : ahead + longest] for ahead in range(1, 1 + AHEAD)], axis=2)
+    following = tf.signal.frame(tf.pad(batch["user_column"][:, 1:], [[0, 0], [0, AHEAD]]), AHEAD, 1, axis=1)
     is_new = tf.range(1, longest + 1) >= batch["repeated"][:, None]
     return batch | {
         "target_video": tf.where(is_new, tf.pad(batch["user_feature"][:, 1:], [[0, 0], [0, 1]]), 0),
@@ -216,16 +215,16 @@ def add_candidates(dataset, column_videos, num_videos, seed):
     log_prob = np.log(number / num_columns, dtype=np.float32)
 
     def add(batch, draw):
-        of_dropout, of_columns, of_videos, of_places = tf.unstack(tf.random.split(draw, 4))
+        dropout_seed, column_seed, video_seed, place_seed = tf.unstack(tf.random.split(draw, 4))
         if num_columns <= MAX_CANDIDATES:
             items, place, log_probs = tf.range(1, num_columns + 1), batch["target_column"] - 1, tf.zeros([num_columns])
         else:
             own, place = tf.unique(tf.reshape(batch["target_column"], [-1]))
-            drawn = tf.random.experimental.index_shuffle(tf.range(number), of_columns, num_columns - 1)
+            drawn = tf.random.experimental.index_shuffle(tf.range(number), column_seed, num_columns - 1)
             items, log_probs = tf.concat([own, 1 + tf.sort(drawn)], 0), tf.fill([number], log_prob)
         places = tf.range(width)
         if width > ITEM_SAMPLE and num_columns * width > BATCH_POSITIONS:
-            others = tf.random.experimental.index_shuffle(tf.range(ITEM_SAMPLE - 1), of_places, width - 2)
+            others = tf.random.experimental.index_shuffle(tf.range(ITEM_SAMPLE - 1), place_seed, width - 2)
             places = tf.concat([[0], 1 + others], 0)
         return batch | {
             "item_column": items,
@@ -233,8 +232,8 @@ def add_candidates(dataset, column_videos, num_videos, seed):
             "item_log_prob": log_probs,
             "target_item": tf.reshape(tf.maximum(place, 0), tf.shape(batch["target_column"])),
             "negative_video": FIRST_VIDEO
-            + tf.random.stateless_uniform([AUX_NEGATIVES], of_videos, maxval=num_videos, dtype=tf.int32),
-            "seed": of_dropout,
+            + tf.random.stateless_uniform([AUX_NEGATIVES], video_seed, maxval=num_videos, dtype=tf.int32),
+            "seed": dropout_seed,
         }
 
     draws = tf.data.Dataset.random(seed).batch(2, drop_remainder=True)
@@ -248,10 +247,10 @@ def column_table(index, video_clicks, max_len=ITEM_MAX_LEN):
     """
     longest = max(map(len, index.columns.values()))
     table = np.zeros([len(index.columns) + 1, min(max_len, longest)], np.int32)
+    clicks = np.append(video_clicks, 0)  # the last one: of every newer video
     for row, numbers in zip(table[1:], index.columns.values(), strict=True):
         numbers = np.array(numbers, int)
-        clicks = np.where(numbers < len(video_clicks), video_clicks[np.minimum(numbers, len(video_clicks) - 1)], 0)
-        best = numbers[np.argsort(-clicks, kind="stable")[:max_len]]
+        best = numbers[np.argsort(-clicks[np.minimum(numbers, len(video_clicks))], kind="stable")[:max_len]]
         row[: len(best)] = best
     return table
 

@@ -242,8 +242,7 @@ class Ranker:
             )
         self.scorer = Scorer(model, memory, self.index, saved["constants"]["ITEM_MAX_LEN"])
         self.scores_at_once = SCORES_AT_ONCE
-        cids = list(self.index.columns)
-        self.cids = [cids[number - 1] for number in self.scorer.numbers]  # of the current columns
+        self.cids = self.scorer.cids
         self.texts = list(map(as_json, self.cids)), ScoreTexts()
 
     def rank(self, clicks, top_k=TOP_K):

@@ -12,7 +12,7 @@ import functools
 import os
 from typing import NamedTuple
 
-from get_dataset import AUX_NEGATIVES, ITEM_MAX_LEN, column_table, read_windows, shards_of
+from get_dataset import ITEM_MAX_LEN, column_table, read_windows, shards_of
 from get_indexing import (
     FIRST_VIDEO, NUM_WORKERS, PAD, UNKNOWN, WORK_DIR,
     InputError, map_files, put_together, run_script,
@@ -50,7 +50,7 @@ MAX_PAIRS = 4_000_000  # pairs that are counted exactly; of more, each video kee
 COUNT_SLACK = 4
 MATRIX_ROWS, MATRIX_SIZE = 4096, 1 << 22  # rows and numbers of a table of counts that is also kept as a matrix
 COLUMNS_AT_ONCE = 8192  # columns whose vectors are computed at once
-SCORES_AT_ONCE = 1 << 18  # scores of users for columns in a block: bounds the memory, and fits a processor's
+SCORES_AT_ONCE = 1 << 18  # scores of users for columns in a block: bounds the memory, and fits a cache
 LOSS = "softmax"  # over the candidates; or "bce": binary cross-entropy of each candidate
 LOSSES = ("softmax", "bce")
 
@@ -87,12 +87,8 @@ class Block(layers.Layer):
         self.dim, self.num_heads, self.dropout, self.max_age = dim, num_heads, dropout, max_age
         self.query_key_value, self.output_projection = dense(3 * dim), dense(dim)
         self.expand, self.contract = dense(ffn_ratio * dim, activation="relu"), dense(dim)
-
-    def build(self, input_shape):
-        if self.max_age is not None:
-            self.age_bias = self.add_weight(
-                shape=(self.num_heads, self.max_age + 1), initializer="zeros", name="age_bias"
-            )
+        if max_age is not None:
+            self.age_bias = self.add_weight((num_heads, max_age + 1), "zeros", name="age_bias")
 
     def call(self, states, mask, seed=None):
         """States [batch, len, dim], mask [batch, len] (True = real) -> states [batch, len, dim]."""
@@ -194,8 +190,8 @@ class BST_DSSM(keras.Model):
         They are for the click that follows the last one.
         """
         users = self.user_vectors(inputs["user_feature"], inputs["user_column"])
-        columns = self.column_vectors(inputs["item_feature"], inputs["item_column"])
-        return self.next_logits(users, inputs["user_feature"], inputs["user_column"], columns, inputs["item_column"])
+        vectors = self.column_vectors(inputs["item_feature"], inputs["item_column"])
+        return self.next_logits(users, inputs["user_feature"], inputs["user_column"], vectors, inputs["item_column"])
 
     def user_vectors(self, videos, columns, seed=None):
         """Clicked videos and their columns [batch, len] -> vectors [batch, len, dim]: the user after each click.
@@ -218,17 +214,17 @@ class BST_DSSM(keras.Model):
             mean += self.column_map(mean)
         return tf.math.l2_normalize(mean + self.embed_columns(columns), axis=-1)
 
-    def logits(self, users, columns):
-        """User vectors [n, dim] and column vectors [columns, dim] -> scaled cosines [n, columns]."""
-        return tf.matmul(self.scale * users, columns, transpose_b=True)
+    def scaled_cosines(self, users, vectors):
+        """User vectors [n, dim] and column vectors [columns, dim] -> [n, columns]."""
+        return tf.matmul(self.scale * users, vectors, transpose_b=True)
 
-    def next_logits(self, users, videos, clicked, columns, numbers):
-        """Return the logits [batch, columns] of columns of rising numbers for the click after each history's last one.
+    def next_logits(self, users, videos, clicked, vectors, numbers):
+        """Return the logits [batch, columns] of columns, vectors [columns, dim], for the click after each history's last.
 
-        users [batch, len, dim] are its vectors, videos and clicked [batch, len] its clicks, columns [columns, dim] vectors.
+        users [batch, len, dim] are its vectors, videos and clicked [batch, len] its clicks; see add_repeats().
         """
         last = tf.maximum(tf.math.count_nonzero(videos, axis=1, dtype=tf.int32) - 1, 0)
-        logits = self.logits(tf.gather(users, last, batch_dims=1), columns)
+        logits = self.scaled_cosines(tf.gather(users, last, batch_dims=1), vectors)
         return self.add_repeats(logits, numbers, clicked, last[:, None] - tf.range(tf.shape(clicked)[1]))
 
     def add_repeats(self, logits, numbers, clicked, ages):
@@ -237,9 +233,8 @@ class BST_DSSM(keras.Model):
         numbers [columns] are rising; clicked and ages [n, len] are the columns of the clicks and how many clicks ago they
         were, below 0 where they come later.
         """
-        place = tf.minimum(
-            tf.reshape(tf.searchsorted(numbers, tf.reshape(clicked, [-1])), tf.shape(clicked)), tf.size(numbers) - 1
-        )
+        place = tf.minimum(tf.searchsorted(numbers, tf.reshape(clicked, [-1])), tf.size(numbers) - 1)
+        place = tf.reshape(place, tf.shape(clicked))
         at = tf.where((tf.gather(numbers, place) == clicked) & (clicked > 0) & (ages >= 0))
         places = tf.stack([tf.cast(at[:, 0], tf.int32), tf.gather_nd(place, at)], axis=1)
         return tf.tensor_scatter_nd_add(logits, places, self.repeat_of(tf.gather_nd(ages, at)))
@@ -310,15 +305,15 @@ def training_loss(model, batch, kind=LOSS, ahead_decay=0.0, aux_weight=AUX_WEIGH
     names = ("user_feature", "user_column", "target_video", "target_column", "target_item")
     windows = batch | {name: batch[name][replica::num_replicas] for name in names}
     seed = batch["seed"] + tf.cast([0, replica], tf.int64) if training else None
-    of_users, of_columns, of_videos = split_seed(seed, 3)
-    users = model.user_vectors(windows["user_feature"], windows["user_column"], of_users)
+    user_seed, column_seed, video_seed = split_seed(seed, 3)
+    users = model.user_vectors(windows["user_feature"], windows["user_column"], user_seed)
 
-    of_batch = tf.math.count_nonzero(batch["target_column"][..., 0] > 0, dtype=tf.float32)
-    columns = tf.math.divide_no_nan(column_loss(model, users, windows, kind, ahead_decay, of_columns), of_batch)
+    targets = tf.math.count_nonzero(batch["target_column"][..., 0], dtype=tf.float32)
+    columns = tf.math.divide_no_nan(column_loss(model, users, windows, kind, ahead_decay, column_seed), targets)
     if batch["item_feature"].shape[1] == 1 or not aux_weight:
         return columns, columns
-    of_batch = tf.math.count_nonzero(batch["target_video"] >= FIRST_VIDEO, dtype=tf.float32)
-    videos = tf.math.divide_no_nan(video_loss(model, users, windows, kind, of_videos), of_batch)
+    next_videos = tf.math.count_nonzero(batch["target_video"] >= FIRST_VIDEO, dtype=tf.float32)
+    videos = tf.math.divide_no_nan(video_loss(model, users, windows, kind, video_seed), next_videos)
     return columns + aux_weight * videos, columns
 
 
@@ -328,36 +323,36 @@ def column_loss(model, users, windows, kind, ahead_decay, seed):
     A click after the next one is a target too, with a weight of ahead_decay against the one before.
     """
     targets = tf.where(windows["target_column"][..., 0] > 0)  # [n, 2]: window, place
-    numbers, items = (tf.gather_nd(windows[name], targets) for name in ("target_column", "target_item"))  # [n, ahead]
-    before, of_target = tf.gather(windows["user_column"], targets[:, 0]), tf.gather_nd(users, targets)
-    ages = tf.cast(targets[:, 1:], tf.int32) - tf.range(tf.shape(before)[1])  # [n, len]
+    wanted, items = (tf.gather_nd(windows[name], targets) for name in ("target_column", "target_item"))  # [n, ahead]
+    clicked, users = tf.gather(windows["user_column"], targets[:, 0]), tf.gather_nd(users, targets)
+    ages = tf.cast(targets[:, 1:], tf.int32) - tf.range(tf.shape(clicked)[1])  # [n, len]
     vectors = model.column_vectors(windows["item_feature"], windows["item_column"], seed)
-    drawn = tf.size(windows["item_log_prob"])
-    candidates, log_prob = windows["item_column"][-drawn:], windows["item_log_prob"][0]
+    number = tf.size(windows["item_log_prob"])
+    candidates, log_prob = windows["item_column"][-number:], windows["item_log_prob"][0]
 
-    others = model.add_repeats(model.logits(of_target, vectors[-drawn:]), candidates, before, ages)
+    others = model.add_repeats(model.scaled_cosines(users, vectors[-number:]), candidates, clicked, ages)
     if windows["item_column"].shape == windows["item_log_prob"].shape:  # every column is a candidate
         own = tf.gather(others, items, batch_dims=1)
     else:
-        again = (before[:, None] == numbers[..., None]) & (ages >= 0)[:, None]  # [n, ahead, len]
-        own = model.scale * tf.einsum("nd,nad->na", of_target, tf.gather(vectors, items))
+        again = (clicked[:, None] == wanted[..., None]) & (ages >= 0)[:, None]  # [n, ahead, len]
+        own = model.scale * tf.einsum("nd,nad->na", users, tf.gather(vectors, items))
         own += tf.reduce_sum(tf.where(again, model.repeat_of(ages)[:, None], 0.0), axis=2)
-    others = tf.where(numbers[:, :1] == candidates, -1e9, others)
-    weights = tf.where(numbers > 0, ahead_decay ** tf.range(numbers.shape[1], dtype=tf.float32), 0.0)
+    others = tf.where(wanted[:, :1] == candidates, -1e9, others)
+    weights = tf.where(wanted > 0, ahead_decay ** tf.range(wanted.shape[1], dtype=tf.float32), 0.0)
     return candidate_loss(own, weights, others, log_prob, kind)
 
 
 def video_loss(model, users, windows, kind, seed):
     """Return the summed auxiliary loss: the video clicked next, as a column of that one video, among random videos."""
     has_next, negatives = windows["target_video"] >= FIRST_VIDEO, windows["negative_video"]
-    next_video, of_target = tf.boolean_mask(windows["target_video"], has_next), tf.boolean_mask(users, has_next)
+    next_video, users = tf.boolean_mask(windows["target_video"], has_next), tf.boolean_mask(users, has_next)
     distinct, place = tf.unique(next_video)
     single = tf.concat([distinct, negatives], 0)[:, None]
     vectors = model.column_vectors(single, tf.zeros_like(single[:, 0]), seed)
-    own = model.scale * tf.reduce_sum(of_target * tf.gather(vectors, place), axis=1, keepdims=True)
-    others = model.logits(of_target, vectors[tf.size(distinct) :])
+    own = model.scale * tf.reduce_sum(users * tf.gather(vectors, place), axis=1, keepdims=True)
+    others = model.scaled_cosines(users, vectors[tf.size(distinct) :])
     others = tf.where(next_video[:, None] == negatives, -1e9, others)
-    log_prob = np.float32(np.log(AUX_NEGATIVES / model.num_videos))
+    log_prob = np.float32(np.log(negatives.shape[0] / model.num_videos))
     return candidate_loss(own, tf.ones_like(own), others, log_prob, kind)
 
 
@@ -536,7 +531,7 @@ class Mix(NamedTuple):
     memory_clicks: int = MEMORY_CLICKS
 
 
-def to_probabilities(logits, remembered, is_remembered, temperature=TEMPERATURE):
+def to_probabilities(logits, remembered, is_remembered, temperature):
     """Return the probabilities of the towers and those of the memory, two of [n, columns].
 
     The memory shares out what the towers give the columns that it knows, is_remembered [columns]. A column newer than
@@ -574,8 +569,8 @@ class Memory:
         self.popularity = column_clicks[1:] / max(column_clicks.sum(), 1)
 
     @classmethod
-    def of_counts(cls, counts, decay, index):
-        """Return the Memory of Counts, with those near weighted by the decay of that place."""
+    def of_counts(cls, counts, place, index):
+        """Return the Memory of Counts, with those near weighted by the decay at that place of the decays."""
         num_videos, size = FIRST_VIDEO + len(index.videos), 1 + len(index.columns)
         videos, columns = np.divmod(counts.clicks.keys, size)
         video_clicks = np.bincount(videos, counts.clicks.values[:, 0], num_videos)
@@ -589,7 +584,7 @@ class Memory:
         main = main[np.lexsort((-columns[main], counts.clicks.values[main, 0]))]  # the last one written stays
         video_column[videos[main]] = columns[main]
 
-        near = Pairs(counts.near.keys, counts.near.values[:, decay : decay + 1].astype(float))
+        near = Pairs(counts.near.keys, counts.near.values[:, place : place + 1].astype(float))
         rows, columns = np.divmod(near.keys, size)
         has_column = video_column[rows] > 0
         of_columns = add_pairs(Pairs((video_column[rows] * size + columns)[has_column], near.values[has_column]))
@@ -638,6 +633,7 @@ class Scorer:
     def __init__(self, model, memory, index, item_max_len=ITEM_MAX_LEN):
         self.model, self.memory = model, memory
         self.numbers = np.array([n for n, videos in enumerate(index.columns.values(), start=1) if videos], np.int32)
+        self.cids = [cid for cid, videos in index.columns.items() if videos]  # of the current columns, as are all below
         self.clicks = self.of_current(memory.column_clicks[None, 1:])[0]
         self.is_remembered = (self.clicks > 0).astype(float)
         self.column_videos = column_table(index, memory.video_clicks, item_max_len)[self.numbers]

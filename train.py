@@ -29,6 +29,7 @@ import os
 import platform
 import signal
 import sys
+import tempfile
 import time
 import zipfile
 from pathlib import Path
@@ -92,8 +93,8 @@ def train(work_dir=WORK_DIR, record_constants=None, epochs=EPOCHS, patience=PATI
 
     record_constants are those that the records must be made with, by default today's; arguments are BST_DSSM's; data_dir
     is where the titles are. A run that was killed goes on after its last finished epoch, to the same weights; one over
-    the same as the model that stands does nothing. In a cluster (TF_CONFIG) every worker calls this; the first one writes
-    and returns the metrics, the others return None.
+    the same as the model that stands does nothing. In a cluster (TF_CONFIG) every worker calls this; only the first
+    one writes, and returns the metrics where it has trained.
     """
     if loss not in LOSSES:
         raise InputError(f"LOSS = {loss!r}: it must be one of {', '.join(LOSSES)}")
@@ -142,19 +143,20 @@ def replace_model(strategy, model, run, manifest, index, work_dir):
     folder = Path(work_dir, "model")
     if is_first():
         remove_leftovers(folder)
-    standing, reason = what_stands(work_dir, index, run)
+        remove_leftovers(folder, ".new.*")  # drafts of save_by_hash()
+    standing, why_cold = what_stands(work_dir, index, run)
     if standing and run.items() <= standing.saved.items():
         print(f"nothing to train: {folder / 'model.json'} was made of these records with these constants")
         (folder / "checkpoint.npz").unlink(missing_ok=True)
         return standing.saved["test"]
-    start = f"from nothing: {reason}" if reason else f"from the weights of the model of {standing.saved['date']}"
-    print(f"training starts {start}; {run['constants']['EPOCHS' if reason else 'WARM_EPOCHS']:,} epochs at most")
+    start = f"from nothing: {why_cold}" if why_cold else f"from the weights of the model of {standing.saved['date']}"
+    print(f"training starts {start}; {run['constants']['EPOCHS' if why_cold else 'WARM_EPOCHS']:,} epochs at most")
     with tensorflow_errors_named():
         counts = count_windows(manifest, ["train"], MEMORY_DECAYS, index, work_dir)
-        if not reason:
+        if not why_cold:
             grow(standing.model, model, index)
         scorer = Scorer(model, Memory.of_counts(counts, 0, index), index)
-        run_from = run | {"from": None if reason else standing.saved["weights"]}
+        run_from = run | {"from": None if why_cold else standing.saved["weights"]}
         weights, logs = fit(strategy, scorer, manifest, index, work_dir, run_from)
         if not is_first():
             return None
@@ -236,12 +238,9 @@ def epoch_batches(manifest, index, work_dir, column_videos, seed, epoch):
 
 def validate(scorer, users):
     """Return {metric: mean over users} of the towers as they are now."""
-
-    def towers_alone(videos, columns):
-        yield "towers", scorer.towers(videos, columns)
-
     scorer.refresh()
-    return means(metrics_of(ranks_of(users, scorer, towers_alone)["towers"], len(scorer.numbers)))
+    ranks = ranks_of(users, scorer, lambda *clicks: [("towers", scorer.towers(*clicks))])
+    return means(metrics_of(ranks["towers"], len(scorer.numbers)))
 
 
 # ---------------------------------------------------------------- one epoch
@@ -255,12 +254,13 @@ class MuonAdam:
     costs the same however many videos there are, where Keras' Adam goes through the whole table in every step.
     """
 
-    def __init__(self, parameters, schedule, kernel_rate=KERNEL_RATE, momentum=0.95, beta_1=0.9, beta_2=0.999,
-                 epsilon=1e-7):  # fmt: skip
+    momentum = 0.95  # of Muon
+    beta_1, beta_2, epsilon = 0.9, 0.999, 1e-7  # of Adam
+
+    def __init__(self, parameters, schedule):
         self.kernels = [parameter.value for parameter in parameters if parameter.name == "kernel"]
         self.others = [parameter.value for parameter in parameters if parameter.name != "kernel"]
-        self.schedule, self.kernel_rate, self.momentum = schedule, kernel_rate, momentum
-        self.beta_1, self.beta_2, self.epsilon = beta_1, beta_2, epsilon
+        self.schedule = schedule
         self.step = tf.Variable(0.0, trainable=False)
         self.totals = [tf.Variable(tf.zeros_like(kernel), trainable=False) for kernel in self.kernels]
         self.means = [tf.Variable(tf.zeros_like(parameter), trainable=False) for parameter in self.others]
@@ -274,7 +274,7 @@ class MuonAdam:
         rate, step = self.schedule(self.step.read_value()), self.step.read_value() + 1
         assign(self.step, step)
         for variables in zip(self.kernels, self.totals, kernel_gradients, strict=True):
-            self.update_kernel(*variables, self.kernel_rate * rate)
+            self.update_kernel(*variables, KERNEL_RATE * rate)
         rate *= tf.sqrt(1 - self.beta_2**step) / (1 - self.beta_1**step)
         for variables in zip(self.others, self.means, self.squares, other_gradients, strict=True):
             self.update(*variables, rate)
@@ -358,12 +358,12 @@ def train_epoch(train_step, batches, epoch, optimizer):
 
 def agreed(strategy, metrics):
     """Return the first worker's metrics in every worker of a cluster: all must end at the same epoch."""
-    worker, workers = cluster_worker()
-    if workers == 1:
+    if cluster_worker()[1] == 1:
         return metrics
-    per_replica = workers / strategy.num_replicas_in_sync if worker == 0 else 0.0  # a worker may have several replicas
-    values = tf.constant([value * per_replica for value in metrics.values()], tf.float64)
-    parts = strategy.experimental_distribute_values_from_function(lambda _: values)
+    values = tf.constant(list(metrics.values()), tf.float64)
+    parts = strategy.experimental_distribute_values_from_function(
+        lambda context: values if context.replica_id_in_sync_group == 0 else tf.zeros_like(values)
+    )
     return dict(zip(metrics, strategy.reduce("SUM", parts, axis=None).numpy().tolist(), strict=True))
 
 
@@ -427,12 +427,12 @@ def finish(scorer, standing, counts, run, manifest, index, work_dir, logs):
     """Choose the mix on validation, test it, count the memory on all clicks, and publish; return the test's metrics."""
     validation = scorer.rankable(held_out(manifest, "val", work_dir))
     test = scorer.rankable(held_out(manifest, "test", work_dir))
-    chosen = Mix(MEMORY_DECAYS[0], memory_weight=0.0, repeat=1.0)
     use_memory, num_columns = run["constants"]["MEMORY"], len(scorer.numbers)
-    if use_memory:
-        memories = {decay: Memory.of_counts(counts, place, index) for place, decay in enumerate(MEMORY_DECAYS)}
-        chosen = choose_mix(validation, scorer, memories)
-        scorer.memory = memories[chosen.decay]
+    memories = {decay: Memory.of_counts(counts, place, index) for place, decay in enumerate(MEMORY_DECAYS)}
+    chosen = choose_mix(validation, scorer, memories) if use_memory else Mix(MEMORY_DECAYS[0], 0.0, repeat=1.0)
+    scorer.memory = memories[chosen.decay]
+    if standing:  # its mix, but of what is counted in the training records, as for the new one
+        standing = standing._replace(memory=memories.get(standing.mix.decay, scorer.memory))
     rankings = all_rankings(scorer, counts, chosen if use_memory else None, standing, index)
     ranks, of_validation = ranks_of(test, scorer, rankings), ranks_of(validation, scorer, rankings)
     table = make_table(ranks, test, num_columns) | {
@@ -468,8 +468,8 @@ def choose_mix(users, scorer, memories):
     gains = {choice: metrics_of(of_choice, len(scorer.numbers))["NDCG@10"] for choice, of_choice in ranks.items()}
     best = max(gains.values(), key=np.mean)
     behind = {choice: best - of_choice for choice, of_choice in gains.items()}
-    as_good = [choice for choice, by in behind.items() if by.mean() <= by.std() / len(by) ** 0.5]
-    return min(as_good, key=lambda choice: (-choice.repeat, abs(choice.memory_weight - 0.5)))
+    as_good = [choice for choice, lost in behind.items() if lost.mean() <= lost.std() / len(lost) ** 0.5]
+    return min(as_good, key=lambda choice: (-choice.repeat, round(abs(choice.memory_weight - 0.5), 9)))
 
 
 def all_rankings(scorer, counts, chosen, standing, index):
@@ -481,7 +481,7 @@ def all_rankings(scorer, counts, chosen, standing, index):
     chain = CountTable(counts.next, size, size)
     popularity = scorer.of_current(scorer.memory.popularity[None])
     nudge = 1e-6 * popularity  # of columns that are equal otherwise, the popular one first
-    stood = standing and Scorer(standing.model, scorer.memory, index, standing.saved["constants"]["ITEM_MAX_LEN"])
+    stood = standing and Scorer(standing.model, standing.memory, index, standing.saved["constants"]["ITEM_MAX_LEN"])
 
     def rankings(videos, columns):
         shape, in_column = (len(columns), len(scorer.numbers)), columns > 0
@@ -535,9 +535,14 @@ def slices_of(users):
 
 
 def interval(values):
-    """Return the 95 % interval of a mean over users: percentiles over RESAMPLES draws of them with replacement (Efron 1979)."""
-    draws = np.random.default_rng(0).multinomial(len(values), np.full(len(values), 1 / len(values)), RESAMPLES)
-    return np.percentile(draws @ values / len(values), [2.5, 97.5]).tolist()
+    """Return the 95 % interval of a mean over users: percentiles over resamples() of them (Efron 1979)."""
+    return np.percentile(resamples(len(values)) @ values / len(values), [2.5, 97.5]).tolist()
+
+
+@functools.lru_cache(maxsize=1)
+def resamples(number):
+    """Return how often each of so many users comes in each of RESAMPLES draws of as many, with replacement."""
+    return np.random.default_rng(0).multinomial(number, np.full(number, 1 / number), RESAMPLES)
 
 
 def notes_on(metrics, num_columns):
@@ -597,10 +602,10 @@ def write_projector(work_dir, index, data_dir):
         videos = np.sort(np.argsort(-clicks, kind="stable")[:PROJECTOR_VIDEOS])
         vectors = model.column_vectors(FIRST_VIDEO + videos[:, None], np.zeros_like(videos))
         remove_leftovers(folder / "projector")
-        vids, cids = list(index.videos), list(index.columns)
-        vids, cids = [vids[n] for n in videos], [cids[n - 1] for n in scorer.numbers]
+        vids = list(index.videos)
+        vids = [vids[n] for n in videos]
         titles, names = read_names(data_dir, set(vids))
-        write_vectors(folder / "projector", "columns", scorer.vectors, cids, names)
+        write_vectors(folder / "projector", "columns", scorer.vectors, scorer.cids, names)
         write_vectors(folder / "projector", "videos", vectors, vids, titles)
         with replacing(config) as temporary:
             temporary.write_text(text)
@@ -709,10 +714,9 @@ def new_videos(rows, index):
 def publish(folder, model, memory, index, run, table, ranks, users):
     """Write weights, memory and tables under names of their own; then model.json, whose rename publishes all."""
     # h5py does not survive a full disk, so ask for the room before.
-    with open(folder / f".room.{'0' * 32}.tmp", "wb") as room:  # a leftover by its name
+    with tempfile.TemporaryFile(dir=folder) as room:
         room.writelines(weight.tobytes() for weight in model.get_weights())
         room.write(bytes(1 << 20))
-    remove_leftovers(folder)
     files = {
         "weights": save_by_hash(folder, ".weights.h5", model.save_weights),
         "memory": save_by_hash(folder, ".memory.npz", memory.save),

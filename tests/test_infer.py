@@ -215,7 +215,7 @@ def test_serving_gives_the_towers_logits_of_the_training_side(trained):
         clicks = (batch[name] for name in ("uid", "user_feature", "user_column"))
         for uid, clicked, shelves, of_user in zip(*clicks, vectors, strict=True):
             last = np.count_nonzero(clicked) - 1
-            expected[uid.decode()] = np.array(scorer.model.logits(of_user[last:][:1], columns))[0]
+            expected[uid.decode()] = np.array(scorer.model.scaled_cosines(of_user[last:][:1], columns))[0]
             for place in np.flatnonzero(shelves):  # what is learned for a column clicked so many clicks ago
                 expected[uid.decode()][shelves[place] - 1] += scorer.model.repeats.numpy()[last - place]
     assert expected.keys() == {uid for uid, _ in REAL["users"]}
