@@ -284,6 +284,7 @@ def test_the_report_counts_the_videos_of_the_columns_that_nothing_else_knows(tmp
 def test_names_and_titles_are_read_where_the_raw_data_has_them(tmp_path, raw):
     raw(tmp_path, columns=PAIR, titles={"v1": "One", "v9": "Nine"}, names={"c2": "Second"})
     assert script.read_names(tmp_path, {"v9", "v0"}) == ({"v9": "Nine"}, {"c2": "Second"})
+    assert script.read_names(tmp_path / "gone", {"v9"}) == ({}, {})
 
 
 # ---------------------------------------------------------------- the vocabulary without a catalogue

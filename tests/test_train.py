@@ -451,6 +451,13 @@ def test_what_is_not_plain_must_be_worth_more_than_a_standard_error(monkeypatch,
     assert train_module.choose_mix({}, scorer, {})[:3] == expected
 
 
+def test_of_weights_as_far_from_half_the_first_is_the_plainest(monkeypatch):
+    monkeypatch.setattr(train_module, "MEMORY_WEIGHTS", (0.3, 0.7))  # 0.7 - 0.5 is a little less than 0.2
+    choices = [Mix(*choice) for choice in itertools.product(MEMORY_DECAYS, (0.3, 0.7), REPEATS)]
+    monkeypatch.setattr(train_module, "ranks_of", lambda *_: {choice: np.full(9, 3) for choice in choices})
+    assert train_module.choose_mix({}, types.SimpleNamespace(numbers=np.arange(20)), {})[:3] == (0.7, 0.3, 1.0)
+
+
 # ---------------------------------------------------------------- a whole run
 
 
@@ -788,6 +795,21 @@ def test_where_no_epoch_is_better_the_weights_that_stand_stay(own, trained, monk
 def test_what_stands_is_in_the_table_also_where_training_does_not_start_from_it(own, trained, options):
     test, printed = train_and_listen(own, seed=2, **TINY | {"epochs": 1} | options)
     assert "training starts from nothing" in printed and {**test["standing"]} == trained[1]["mix"]
+
+
+def test_what_stands_is_scored_with_its_own_decay_whatever_is_chosen_today(own, trained, monkeypatch):
+    stood = load_model(own).mix
+    (other,) = set(MEMORY_DECAYS) - {stood.decay}
+    monkeypatch.setattr(train_module, "choose_mix", lambda *_: Mix(other, 0.9, 1.0))
+    assert stood.memory_weight > 0
+    test, _ = train_and_listen(own, seed=2, **TINY | {"epochs": 1, "warm_start": False})
+    assert test["standing"] == trained[1]["mix"]
+
+
+def test_a_draft_that_a_killed_run_left_goes(own):
+    (own / "model/.new.weights.h5").write_bytes(b"half of it")
+    train(own, **TINY)
+    assert not (own / "model/.new.weights.h5").exists()
 
 
 def test_the_counting_takes_as_many_workers_as_the_scripts_may():
