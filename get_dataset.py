@@ -35,7 +35,7 @@ from get_tfrecord import FORMAT, ClickEncoder, record_constants, split_windows
 import numpy as np
 import tensorflow as tf
 
-BATCH_POSITIONS = 4096  # clicks in a batch, padding included; windows of like length share a batch
+BATCH_POSITIONS = 2048  # clicks in a batch, padding included; windows of like length share a batch
 MIN_STEPS = 150  # batches in an epoch: small data gets smaller batches
 SHUFFLE_BUFFER = 20_000  # windows
 PARSE_BLOCK = 256  # records parsed in one go
