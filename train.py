@@ -741,11 +741,14 @@ def end_publishing(folder, saved):
 
 
 def write_test(path, ranks, users, cids):
-    """Write test.csv: one line a test user, with the target and its rank in every row of the table."""
+    """Write test.csv: one line a test user, with the target and its rank in every row of the table.
+
+    A NUL in an id, which the csv module of Python 3.10 neither writes nor reads, becomes a replacement character.
+    """
     columns = [
-        [uid.decode() for uid in users["uid"]],
+        [uid.decode().replace("\0", "\ufffd") for uid in users["uid"]],
         users["history"].tolist(),
-        [cids[number - 1] for number in users["target_column"]],
+        [cids[number - 1].replace("\0", "\ufffd") for number in users["target_column"]],
         users["clicked_before"].astype(int).tolist(),
         *(of_row.tolist() for of_row in ranks.values()),
     ]

@@ -806,6 +806,18 @@ def test_what_stands_is_scored_with_its_own_decay_whatever_is_chosen_today(own, 
     assert test["standing"] == trained[1]["mix"]
 
 
+def test_a_table_holds_no_nul(tmp_path):
+    users = {
+        "uid": [b"u\0"],
+        "history": np.array([3]),
+        "target_column": np.array([1]),
+        "clicked_before": np.array([True]),
+    }
+    train_module.write_test(tmp_path / "test.csv", {"mix": np.array([2])}, users, ["\0c"])
+    text = (tmp_path / "test.csv").read_text(encoding="utf-8")
+    assert text.splitlines() == ["uid,history,target,clicked_before,mix", "u\ufffd,3,\ufffdc,1,2"]
+
+
 def test_a_draft_that_a_killed_run_left_goes(own):
     (own / "model/.new.weights.h5").write_bytes(b"half of it")
     train(own, **TINY)
