@@ -659,9 +659,11 @@ def map_on_workers(function, tasks, num_workers):
         cure = "set NUM_WORKERS = 1 in get_indexing.py"
         raise InputError(f"no worker process can be had, for lack of /dev/shm perhaps ({error}); {cure}") from error
     try:
+        first, rest = tasks[: TASKS_AHEAD * num_workers], tasks[TASKS_AHEAD * num_workers :]
         with signals_waiting():
             pool._launch_processes()  # all before any task: CPython 3.11 trips where one dies while it starts another
-        yield in_turn(pool, tasks, TASKS_AHEAD * num_workers)
+            waiting = collections.deque(pool.submit(run_task, task) for task in first)
+        yield in_turn(pool, waiting, rest)
     except BrokenProcessPool as error:
         died = "a worker process died, for lack of memory perhaps"
         raise InputError(f"{died}; run again, or lower NUM_WORKERS") from error
@@ -695,12 +697,10 @@ def signals_waiting():
             signal.raise_signal(number)
 
 
-def in_turn(pool, tasks, at_once):
-    """Yield the results of tasks in order, of which at most so many are handed out, or wait here, at once."""
-    waiting = collections.deque()
+def in_turn(pool, waiting, tasks):
+    """Yield the results of the tasks that wait, a deque of futures, and of those that follow, each handed out in its turn."""
     for task in tasks:
-        if len(waiting) == at_once:
-            yield waiting.popleft().result()
+        yield waiting.popleft().result()
         waiting.append(pool.submit(run_task, task))
     while waiting:
         yield waiting.popleft().result()

@@ -18,6 +18,7 @@ import threading
 import time
 import tracemalloc
 from concurrent.futures import Future
+from concurrent.futures.process import _ExecutorManagerThread as ExecutorManagerThread
 from pathlib import Path
 
 import get_indexing as script
@@ -830,19 +831,37 @@ def test_a_signal_waits_until_the_workers_are_started_whichever_thread_it_reache
         signal.signal(number, former)
 
 
-def test_tasks_are_handed_out_as_results_are_taken():
-    given = []
+def test_a_signal_while_the_workers_are_given_their_first_tasks_waits(monkeypatch):
+    start = ExecutorManagerThread.start
 
+    def start_and_signal(thread):
+        signal.raise_signal(signal.SIGINT)
+        start(thread)
+
+    monkeypatch.setattr(ExecutorManagerThread, "start", start_and_signal)
+    with pytest.raises(KeyboardInterrupt), map_files(abs, [-1] * 8, "count", 2) as results:
+        list(results)
+    assert multiprocessing.active_children() == []
+
+
+def test_tasks_are_handed_out_as_results_are_taken():
     class Pool:
+        def __init__(self):
+            self.given = []
+
         def submit(self, _, task):
-            given.append(task)
+            self.given.append(task)
+            return self.of(task)
+
+        def of(self, task):
             future = Future()
             future.set_result(-task)
             return future
 
-    results = in_turn(Pool(), [0, 1, 2, 3, 4], 2)
-    for taken, handed_out in enumerate([2, 3, 4, 5, 5]):
-        assert next(results) == -taken and given == list(range(handed_out))
+    pool = Pool()
+    results = in_turn(pool, collections.deque([pool.of(0), pool.of(1)]), [2, 3, 4])
+    for taken, given in enumerate([[], [2], [2, 3], [2, 3, 4], [2, 3, 4]]):
+        assert next(results) == -taken and pool.given == given
     assert list(results) == []
 
 
