@@ -839,8 +839,12 @@ def test_a_signal_while_the_workers_are_given_their_first_tasks_waits(monkeypatc
         start(thread)
 
     monkeypatch.setattr(ExecutorManagerThread, "start", start_and_signal)
-    with pytest.raises(KeyboardInterrupt), map_files(abs, [-1] * 8, "count", 2) as results:
-        list(results)
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)  # pytest-xdist ignores it
+    try:
+        with pytest.raises(KeyboardInterrupt), map_files(abs, [-1] * 8, "count", 2) as results:
+            list(results)
+    finally:
+        signal.signal(signal.SIGINT, former)
     assert multiprocessing.active_children() == []
 
 
