@@ -15,7 +15,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 import tracemalloc
 from concurrent.futures import Future
 from concurrent.futures.process import _ExecutorManagerThread as ExecutorManagerThread
@@ -773,12 +772,13 @@ def test_the_death_of_a_worker_while_others_are_started_is_one_line(monkeypatch)
     started = []
 
     def launch_and_kill_the_first(popen, process):
+        noticing = [thread for thread in threading.enumerate() if isinstance(thread, ExecutorManagerThread)]
+        assert noticing == []  # it would close the pipes that this worker is being given
         launch(popen, process)
         started.append(popen)
         if popen is started[0]:
             os.kill(popen.pid, signal.SIGKILL)
             os.waitid(os.P_PID, popen.pid, os.WEXITED | os.WNOWAIT)
-            time.sleep(0.2)  # for whoever notices it
 
     monkeypatch.setattr(multiprocessing.popen_spawn_posix.Popen, "_launch", launch_and_kill_the_first)
     with (
