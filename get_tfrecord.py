@@ -266,11 +266,9 @@ def cut_windows(uid, videos, columns, targets, settings, start=0, repeated=0):
     max_len, overlap = settings["USER_MAX_LEN"], settings["WINDOW_OVERLAP"]
     end = start + repeated + max_len
     while start + repeated < len(videos):
-        new_targets = [0.0] * repeated + targets[
-            start + repeated : end
-        ]  # of each click, where label is of the next one
+        targets_of_clicks = [0.0] * repeated + targets[start + repeated : end]
         yield dict(uid=uid, start=start, repeated=repeated, user_feature=videos[start:end],
-                   user_column=columns[start:end], label=[*new_targets[1:], 0.0])  # fmt: skip
+                   user_column=columns[start:end], label=[*targets_of_clicks[1:], 0.0])  # fmt: skip
         start, repeated, end = end - overlap, overlap, end - overlap + max_len
 
 

@@ -54,7 +54,7 @@ as_json = functools.partial(json.dumps, ensure_ascii=False)
 
 
 def infer(clicks_dir=CLICKS_DIR, work_dir=WORK_DIR, ranking_dir=RANKING_DIR, top_k=TOP_K, num_workers=NUM_WORKERS):
-    """Write the ranking of each click file as soon as it is whole, and return the paths of all; those that still stand are kept."""
+    """Write the ranking of each click file as soon as it is whole, unless it stands still; return the paths of all."""
     folder, work_dir = Path(ranking_dir).absolute(), Path(work_dir).absolute()
     folder.mkdir(parents=True, exist_ok=True)
     # By its name, which stays where all is moved and where a link leads elsewhere.

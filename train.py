@@ -602,8 +602,7 @@ def write_projector(work_dir, index, data_dir):
         videos = np.sort(np.argsort(-clicks, kind="stable")[:PROJECTOR_VIDEOS])
         vectors = model.column_vectors(FIRST_VIDEO + videos[:, None], np.zeros_like(videos))
         remove_leftovers(folder / "projector")
-        vids = list(index.videos)
-        vids = [vids[n] for n in videos]
+        vids = np.array(list(index.videos), object)[videos].tolist()
         titles, names = read_names(data_dir, set(vids))
         write_vectors(folder / "projector", "columns", scorer.vectors, scorer.cids, names)
         write_vectors(folder / "projector", "videos", vectors, vids, titles)
