@@ -1,4 +1,4 @@
-"""Turn the shards into batches of padded tensors: a tf.data pipeline of dict features.
+"""Turn the shards into batches of padded tensors: a tf.data pipeline of dict features; and count what is in them.
 
 Reads   WORK_DIR/tfrecord/, WORK_DIR/indexing/; run by itself also the titles in DATA_DIR
 Writes  nothing; run by itself it prints what is in the data
@@ -8,7 +8,9 @@ Writes  nothing; run by itself it prints what is in the data
 A batch is a dict of
     user_feature    int32   [batch, len]   video numbers of a window's clicks, 0 = padding
     user_column     int32   [batch, len]   column numbers of those clicks, 0 = in no column
-    target_video    int32   [batch, len]   the video clicked next, 0 = the window ends here, or an earlier one had it
+    user_time       int64   [batch, len]   unix seconds of those clicks, 0 = not known
+    user_gap        int32   [batch, len]   how long after each click the next one came, as of gap_buckets()
+    asked           int64   [batch, len]   the time of that next one, at which the next column is asked for; 0 = not known
     target_column   int32   [batch, len, AHEAD]  the column clicked next, 0 = no target here; and those clicked after it
     label           float32 [batch, len]   1.0 where there is a target
     start           int64   [batch]        place of the window in the user's history
@@ -19,62 +21,63 @@ and for training the column side, drawn fresh for each batch:
     item_feature    int32   [items, item_len]  videos that stand for each, 0 = padding
     item_log_prob   float32 [candidates]       the last so many items are candidates: log of how often each is drawn
     target_item     int32   [batch, len, AHEAD]  which items the targets are
-    negative_video  int32   [AUX_NEGATIVES]    random videos, for the auxiliary loss
+    trend_row       int32   [batch, len]       row of the moment asked for in the table of a Trend, 0 = not known
     seed            int64   [2]                of the dropout
 """
 
 import contextlib
+import functools
+import json
+import os
 from pathlib import Path
+from typing import NamedTuple
 
 from get_indexing import (
-    DATA_DIR, FIRST_VIDEO, LIMITS, WORK_DIR,
-    InputError, check_same, cluster_worker, load_index, read_json, read_names, run_script,
+    DATA_DIR, FIRST_VIDEO, PAD, WORK_DIR,
+    InputError, check_same, load_index, read_json, read_names, run_script,
 )  # fmt: skip
-from get_tfrecord import FORMAT, ClickEncoder, record_constants, split_windows
+from get_tfrecord import (
+    FORMAT, NUM_WORKERS, ClickEncoder, map_files, put_together, record_constants, split_windows,
+)  # fmt: skip
 
 import numpy as np
 import tensorflow as tf
 
-BATCH_POSITIONS = 2048  # clicks in a batch, padding included; windows of like length share a batch
-MIN_STEPS = 150  # batches in an epoch: small data gets smaller batches
-SHUFFLE_BUFFER = 20_000  # windows
-PARSE_BLOCK = 256  # records parsed in one go
-ITEM_MAX_LEN = 16  # videos that stand for a column: its most clicked
-ITEM_SAMPLE = 8  # of them, that a step reads where all are more than a batch's clicks: the first and random others
-VIDEO_COLUMNS = 4  # columns that a video is known by, of those that show it: the ones of fewest videos
-AHEAD = 4  # next clicks whose columns are targets, in one
-MAX_CANDIDATES = 4096  # columns that are all trained against
-NUM_NEGATIVES = 512  # random columns of a batch, where they are more than MAX_CANDIDATES
-AUX_NEGATIVES = 256  # random videos of a batch, for the auxiliary loss; 128 lose 1 % where histories are long
+BATCH_POSITIONS: int = 2048  # clicks in a batch, padding included; windows of like length share a batch
+MIN_STEPS: int = 150  # batches in an epoch: small data gets smaller batches
+SHUFFLE_BUFFER: int = 20_000  # windows
+PARSE_BLOCK: int = 256  # records parsed in one go
+ITEM_MAX_LEN: int = 16  # videos that stand for a column: its most clicked
+ITEM_SAMPLE: int = 8  # of them, that a step reads where all are more than a batch's clicks: the first and random others
+VIDEO_COLUMNS: int = 4  # columns that a video is known by, of those that show it: the ones of fewest videos
+AHEAD: int = 4  # next clicks whose columns are targets, in one
+MAX_CANDIDATES: int = 4096  # columns that are all trained against
+NUM_NEGATIVES: int = 512  # random columns of a batch, where they are more than MAX_CANDIDATES
+MAX_LAG: int = 16  # counting: clicks from one to another that counts as near; no more than a window repeats
+NEAR_DECAY: float = 0.7  # counting: weight of what is a click further away, against what is nearer
+BACKWARD: float = 0.3  # counting: what a column clicked before a video counts there, one clicked after it counting 1
+COUNT_BLOCK: int = 1024  # counting: windows counted at once
+COUNT_BYTES: int = 16 << 20  # counting: of shards, the work of one task
+MAX_PAIRS: int = (
+    4_000_000  # counting: pairs that are counted exactly; of more, each video keeps its MAX_WIDTH strongest
+)
+MAX_WIDTH: int = 256
 
-rules = {
-    "a whole number in [0, inf)": ("MAX_CANDIDATES",),
-    "a whole number in [1, inf)": (
-        "BATCH_POSITIONS", "MIN_STEPS", "SHUFFLE_BUFFER", "PARSE_BLOCK", "ITEM_MAX_LEN", "VIDEO_COLUMNS", "AHEAD",
-        "NUM_NEGATIVES", "AUX_NEGATIVES",
-    ),
-    "a whole number in [2, inf)": ("ITEM_SAMPLE",),
-}  # fmt: skip
-DATASET_CONSTANTS = dict(
-    BATCH_POSITIONS=BATCH_POSITIONS, MIN_STEPS=MIN_STEPS, SHUFFLE_BUFFER=SHUFFLE_BUFFER, ITEM_MAX_LEN=ITEM_MAX_LEN,
-    ITEM_SAMPLE=ITEM_SAMPLE, VIDEO_COLUMNS=VIDEO_COLUMNS, AHEAD=AHEAD, MAX_CANDIDATES=MAX_CANDIDATES,
-    NUM_NEGATIVES=NUM_NEGATIVES, AUX_NEGATIVES=AUX_NEGATIVES,
-)  # fmt: skip
-LISTS = {"user_feature": tf.int32, "user_column": tf.int32, "label": tf.float32}
-WINDOW_SPEC = {name: tf.TensorSpec([None], dtype) for name, dtype in LISTS.items()}
+DTYPES = {"user_feature": tf.int32, "user_column": tf.int32, "user_time": tf.int64, "label": tf.float32}
+WINDOW_SPEC = {name: tf.TensorSpec([None], dtype) for name, dtype in DTYPES.items()}
 WINDOW_SPEC |= {"uid": tf.TensorSpec([], tf.string)}
 WINDOW_SPEC |= {name: tf.TensorSpec([], tf.int64) for name in ("start", "repeated")}
 PADDED_SHAPES = {name: spec.shape for name, spec in WINDOW_SPEC.items()}
+DAY = 86_400  # seconds
 
 
 def load_manifest(work_dir=WORK_DIR, constants=None):
-    """Return (manifest, index); records of another format, index, constants or limits are refused, and shards not whole."""
+    """Return (manifest, index); records of another format, index or constants are refused, and shards not whole."""
     path, index = Path(work_dir, "tfrecord/manifest.json").absolute(), load_index(work_dir)
     manifest = read_json(path, "get_tfrecord.py")
     check_same(path, manifest, {"format": FORMAT}, "get_tfrecord.py")
     check_same(path, manifest["constants"], constants or record_constants(), "get_tfrecord.py")
-    check_same(path, manifest["limits"], LIMITS, "get_tfrecord.py")
-    index.check(manifest["index"], path, "get_tfrecord.py")
+    check_same(path, manifest, {"index": index.fingerprint()}, "get_tfrecord.py")
     for name, shard in manifest["shards"].items():
         if not (path.parent / name).exists() or (path.parent / name).stat().st_size != shard["bytes"]:
             raise InputError(f"{path.parent / name}: not as {path.name} says; run get_tfrecord.py again")
@@ -84,6 +87,9 @@ def load_manifest(work_dir=WORK_DIR, constants=None):
 def shards_of(manifest, split, work_dir=WORK_DIR):
     """Return the paths of a split's shards."""
     return [str(Path(work_dir, "tfrecord", name)) for name in manifest["shards"] if name.startswith(split)]
+
+
+# ---------------------------------------------------------------- batches
 
 
 def make_dataset(manifest, work_dir=WORK_DIR, seed=None):
@@ -96,47 +102,18 @@ def make_dataset(manifest, work_dir=WORK_DIR, seed=None):
     if seed is not None:
         records = records.shuffle(SHUFFLE_BUFFER, seed)
     windows = records.batch(PARSE_BLOCK).map(parse_block, tf.data.AUTOTUNE).map(drop_single_clicks).unbatch()
-    return batch_windows(windows, manifest["splits"]["train"]["windows"])
+    return batch_windows(windows, {int(text): n for text, n in manifest["splits"]["train"]["windows"].items()})
 
 
 def dataset_from_clicks(users, index, constants):
-    """Return the training batches of users, an iterable of (uid, [click, ...]), without files: none is held out."""
+    """Return the training batches of users, an iterable of Historys, without files: nothing is held out."""
     encoder, windows = ClickEncoder(index), []
-    for uid, clicks in users:
-        of_user = split_windows(uid, *encoder.encode(clicks), encoder.current, 0.0, constants)["train"]
+    for uid, clicks, times, _ in users:
+        of_user = split_windows(uid, *encoder.encode(clicks), times, encoder.current, 0.0, constants)["train"]
         windows += [window for window in of_user if len(window["label"]) > 1]
-    lengths = np.bincount([len(window["label"]) for window in windows], minlength=constants["USER_MAX_LEN"] + 1)
+    lengths = dict(enumerate(np.bincount([len(window["label"]) for window in windows]).tolist()))
     dataset = tf.data.Dataset.from_generator(lambda: iter(windows), output_signature=WINDOW_SPEC)
     return batch_windows(dataset, lengths)
-
-
-def read_windows(paths, block=PARSE_BLOCK):
-    """Yield the windows of shards in blocks, {name: array [block, ...]} padded to the longest of the block."""
-    yield from tf.data.TFRecordDataset(paths).batch(block).map(parse_block).prefetch(2).as_numpy_iterator()
-
-
-def held_out(manifest, split, work_dir=WORK_DIR):
-    """Return {"uid" [n], "user_feature" [n, len], "user_column" [n, len], "target_column" [n], "history" [n]}.
-
-    One row for each user of "val" or "test", short histories first: so blocks of users hold little padding. The clicks are
-    those before the target, as many as infer.py would read, padded at the end; "history" says how many there were.
-    """
-    longest, users = manifest["constants"]["USER_MAX_LEN"], []
-    for block in read_windows(shards_of(manifest, split, work_dir)):
-        rows, places = np.nonzero(block["label"])
-        before = np.arange(block["label"].shape[1]) <= places[:, None]
-        clicks = {name: np.where(before, block[name][rows], 0) for name in ("user_feature", "user_column")}
-        users.append(
-            {
-                "uid": block["uid"][rows],
-                "target_column": block["user_column"][rows, places + 1],
-                "history": block["start"][rows] + places + 1,
-            }
-            | {name: np.pad(of, [(0, 0), (0, longest)])[:, :longest] for name, of in clicks.items()}
-        )
-    users = {name: np.concatenate([block[name] for block in users]) for name in users[0]}
-    order = np.argsort(users["history"], kind="stable")
-    return {name: values[order] for name, values in users.items()}
 
 
 @tf.function(autograph=False)  # traced once, not in every epoch
@@ -145,13 +122,17 @@ def parse_block(serialized):
     context, lists, _ = tf.io.parse_sequence_example(
         serialized,
         context_features={
-            name: tf.io.FixedLenFeature([], spec.dtype) for name, spec in WINDOW_SPEC.items() if name not in LISTS
+            name: tf.io.FixedLenFeature([], spec.dtype) for name, spec in WINDOW_SPEC.items() if name not in DTYPES
         },
         sequence_features={
-            name: tf.io.RaggedFeature(tf.float32 if dtype == tf.float32 else tf.int64) for name, dtype in LISTS.items()
+            name: tf.io.RaggedFeature(tf.float32 if dtype == tf.float32 else tf.int64) for name, dtype in DTYPES.items()
         },
     )
-    return context | {name: tf.cast(lists[name].merge_dims(1, 2).to_tensor(), dtype) for name, dtype in LISTS.items()}
+    window = {name: tf.cast(lists[name].merge_dims(1, 2).to_tensor(), dtype) for name, dtype in DTYPES.items()}
+    shape = tf.shape(window["user_feature"])
+    gaps = tf.pad(window["user_time"], [[0, 0], [0, shape[1] - tf.shape(window["user_time"])[1]]])
+    times = tf.where(window["user_feature"] != PAD, tf.cumsum(gaps, axis=1), 0)  # they are stored as differences
+    return context | window | {"user_time": times}
 
 
 @tf.function(autograph=False)
@@ -162,14 +143,15 @@ def drop_single_clicks(block):
 
 
 def bucket_windows(lengths):
-    """Return (longest window of each bucket, batch size of each bucket, batches in an epoch).
+    """Return (bounds of the buckets, batch size in each, batches in an epoch) for {length: number of windows}.
 
-    lengths[n] is the number of windows of n clicks; those of one click are no one's. A batch holds about BATCH_POSITIONS
-    clicks of windows whose lengths differ by less than a factor of two, but for the shortest, so little is padding.
+    Windows of one click are left out. A batch holds about BATCH_POSITIONS clicks of windows whose lengths differ by less
+    than a factor of two, but for the shortest; so little is padding.
     """
-    longest = len(lengths) - 1
-    bounds = sorted({-(-longest // 2**k) for k in range(5)})
-    windows = np.diff(np.cumsum([0, 0, *lengths[2:]])[[0, *bounds]])
+    bounds = sorted({-(-max(lengths) // 2**k) for k in range(5)})  # the longest window of each bucket
+    windows = np.zeros(len(bounds), int)
+    for length, number in lengths.items():
+        windows[np.searchsorted(bounds, length)] += number if length > 1 else 0
     positions = min(BATCH_POSITIONS, int(windows @ bounds) // MIN_STEPS)
     sizes = [max(1, positions // bound) for bound in bounds]
     return bounds, sizes, int(np.ceil(windows / sizes).sum())
@@ -178,66 +160,102 @@ def bucket_windows(lengths):
 def batch_windows(windows, lengths):
     """Return a dataset of batches of like length, whose size is known, with the targets; see bucket_windows()."""
     bounds, sizes, steps = bucket_windows(lengths)
-    bounds, sizes = tf.constant(bounds, tf.int64), tf.constant(sizes, tf.int64)
-
-    def bucket(window):
-        return tf.searchsorted(bounds, [tf.math.count_nonzero(window["user_feature"])], out_type=tf.int64)[0]
-
-    batches = windows.group_by_window(
-        key_func=bucket,
-        reduce_func=lambda key, group: group.padded_batch(sizes[key], padded_shapes=PADDED_SHAPES),
-        window_size_func=lambda key: sizes[key],
-    )
+    batches = windows.bucket_by_sequence_length(
+        lambda window: tf.math.count_nonzero(window["user_feature"], dtype=tf.int32),
+        [bound + 1 for bound in bounds[:-1]], sizes, padded_shapes=PADDED_SHAPES,
+    )  # fmt: skip
     return batches.map(add_targets, tf.data.AUTOTUNE).apply(tf.data.experimental.assert_cardinality(steps))
 
 
 def add_targets(batch):
     """Cut the padding that no window needs, and add what is clicked next at each position, as the page's top says."""
     longest = tf.reduce_max(tf.math.count_nonzero(batch["user_feature"], axis=1))
-    batch = batch | {name: batch[name][:, :longest] for name in LISTS}
+    batch = batch | {name: batch[name][:, :longest] for name in DTYPES}
     following = tf.signal.frame(tf.pad(batch["user_column"][:, 1:], [[0, 0], [0, AHEAD]]), AHEAD, 1, axis=1)
-    is_new = tf.range(1, longest + 1) >= batch["repeated"][:, None]
+    asked = tf.pad(batch["user_time"][:, 1:], [[0, 0], [0, 1]])
     return batch | {
-        "target_video": tf.where(is_new, tf.pad(batch["user_feature"][:, 1:], [[0, 0], [0, 1]]), 0),
+        "asked": asked,
+        "user_gap": gap_buckets(batch["user_time"], asked),
         "target_column": tf.where(batch["label"][..., None] > 0, following, 0),
     }
 
 
-def add_candidates(dataset, column_videos, num_videos, seed):
+def gap_buckets(times, asked):
+    """Return int32: by how many factors of two a moment asked for is after a time, in seconds, from 1; 0: one is not known."""
+    gaps = tf.cast(tf.clip_by_value(asked - times, 1, 2**30), tf.float64)
+    buckets = 1 + tf.cast(tf.math.log(gaps + 0.5) / tf.math.log(tf.constant(2.0, tf.float64)), tf.int32)
+    return tf.where((times > 0) & (asked > 0), buckets, 0)
+
+
+def add_candidates(dataset, column_videos, column_clicks, seed):
     """Add the column side to training batches; column_videos [columns + 1, item_len] is of column_table().
 
-    Up to MAX_CANDIDATES columns all are candidates. Of more, NUM_NEGATIVES draws without replacement are, each column
-    as likely as any other: that is known exactly, whatever a user clicks, which is not so of the batch's own targets.
+    Candidates are the columns that were clicked: column_clicks [columns + 1] counts it. One that nobody has clicked would
+    only learn to be pushed away. Up to MAX_CANDIDATES all are; of more, NUM_NEGATIVES draws without replacement are, each
+    column as likely as any other: that is known exactly, whatever a user clicks, which is not so of the batch's own targets.
     """
-    num_columns, width = len(column_videos) - 1, column_videos.shape[1]
-    column_videos = tf.constant(column_videos, tf.int32)
-    number = min(NUM_NEGATIVES, num_columns)
-    log_prob = np.log(number / num_columns, dtype=np.float32)
+    width, column_videos = column_videos.shape[1], tf.constant(column_videos, tf.int32)
+    columns = np.flatnonzero(column_clicks).astype(np.int32)
+    number = min(NUM_NEGATIVES, len(columns))
 
     def add(batch, draw):
-        dropout_seed, column_seed, video_seed, place_seed = tf.unstack(tf.random.split(draw, 4))
-        if num_columns <= MAX_CANDIDATES:
-            items, place, log_probs = tf.range(1, num_columns + 1), batch["target_column"] - 1, tf.zeros([num_columns])
+        dropout_seed, column_seed, place_seed = tf.unstack(tf.random.split(draw, 3))
+        if len(columns) <= MAX_CANDIDATES:
+            items, place = tf.constant(columns), tf.searchsorted(columns, tf.reshape(batch["target_column"], [-1]))
+            log_probs = tf.zeros([len(columns)])
         else:
             own, place = tf.unique(tf.reshape(batch["target_column"], [-1]))
-            drawn = tf.random.experimental.index_shuffle(tf.range(number), column_seed, num_columns - 1)
-            items, log_probs = tf.concat([own, 1 + tf.sort(drawn)], 0), tf.fill([number], log_prob)
+            drawn = tf.random.experimental.index_shuffle(tf.range(number), column_seed, len(columns) - 1)
+            items = tf.concat([own, tf.gather(columns, tf.sort(drawn))], 0)
+            log_probs = tf.fill([number], np.log(number / len(columns), dtype=np.float32))
         places = tf.range(width)
-        if width > ITEM_SAMPLE and num_columns * width > BATCH_POSITIONS:
+        if width > ITEM_SAMPLE and len(columns) * width > BATCH_POSITIONS:
             others = tf.random.experimental.index_shuffle(tf.range(ITEM_SAMPLE - 1), place_seed, width - 2)
             places = tf.concat([[0], 1 + others], 0)
         return batch | {
             "item_column": items,
             "item_feature": tf.gather(tf.gather(column_videos, items), places, axis=1),
             "item_log_prob": log_probs,
-            "target_item": tf.reshape(tf.maximum(place, 0), tf.shape(batch["target_column"])),
-            "negative_video": FIRST_VIDEO
-            + tf.random.stateless_uniform([AUX_NEGATIVES], video_seed, maxval=num_videos, dtype=tf.int32),
+            "target_item": tf.reshape(place, tf.shape(batch["target_column"])),
             "seed": dropout_seed,
         }
 
     draws = tf.data.Dataset.random(seed).batch(2, drop_remainder=True)
     return tf.data.Dataset.zip(dataset, draws).map(add, tf.data.AUTOTUNE).prefetch(4)
+
+
+# ---------------------------------------------------------------- what is held out, and which videos a column holds
+
+
+def held_out(manifest, split, work_dir=WORK_DIR):
+    """Return {"uid" [n], "user_feature", "user_column", "user_time" [n, len], "now" [n], "target_column" [n], "history" [n]}.
+
+    One row for each user of "val" or "test", short histories first: so blocks of users hold little padding. The clicks are
+    those that infer.py would read before the visit of the target, padded at the end; "history" says how many there were,
+    "now" when the visit began, 0 where it is not known.
+    """
+    longest, users = manifest["constants"]["USER_MAX_LEN"], []
+    for block in read_windows(shards_of(manifest, split, work_dir)):
+        rows, places = np.nonzero(block["label"])
+        before = block["repeated"][rows]
+        read = np.arange(block["label"].shape[1]) < before[:, None]
+        clicks = {name: np.where(read, block[name][rows], 0) for name in ("user_feature", "user_column", "user_time")}
+        target = {
+            "uid": block["uid"][rows],
+            "target_column": block["user_column"][rows, places + 1],
+            "now": block["user_time"][rows, before],
+            "history": block["start"][rows] + before,
+        }
+        padded = {name: np.pad(of, [(0, 0), (0, longest)])[:, :longest] for name, of in clicks.items()}
+        users.append(target | padded)
+    users = {name: np.concatenate([block[name] for block in users]) for name in users[0]}
+    order = np.argsort(users["history"], kind="stable")
+    return {name: values[order] for name, values in users.items()}
+
+
+def read_windows(paths, block=PARSE_BLOCK):
+    """Yield the windows of shards in blocks, {name: array [block, ...]} padded to the longest of the block."""
+    yield from tf.data.TFRecordDataset(paths).batch(block).map(parse_block).prefetch(2).as_numpy_iterator()
 
 
 def column_table(index, video_clicks, max_len=ITEM_MAX_LEN):
@@ -255,7 +273,7 @@ def column_table(index, video_clicks, max_len=ITEM_MAX_LEN):
     return table
 
 
-def video_table(index, max_len=VIDEO_COLUMNS, num_columns=None):
+def shelves_table(index, max_len=VIDEO_COLUMNS, num_columns=None):
     """Return int32 [videos, max_len]: the columns that show each video, those of fewest videos first, padded.
 
     A column of one video says nothing more about it. Of the index's columns only the first num_columns count, those that a
@@ -270,6 +288,119 @@ def video_table(index, max_len=VIDEO_COLUMNS, num_columns=None):
             table[videos, taken[videos]] = number
             taken[videos] += 1
     return table
+
+
+# ---------------------------------------------------------------- counting: what was clicked, when, and near what
+
+
+class Pairs(NamedTuple):
+    """A sparse table of sums: rising keys row * num_numbers + column number [n], and their values, float [n].
+
+    num_numbers is the number of columns + 1: column 0 is no column, or the sum of what a row lost where it was cut.
+    """
+
+    keys: np.ndarray
+    values: np.ndarray
+
+    def strongest(self, num_numbers, width):
+        """Return the table with the `width` largest columns of each row; what the others held goes to column 0."""
+        rows, columns = np.divmod(self.keys, num_numbers)
+        order = np.lexsort((-np.where(columns > 0, self.values, 0), rows))
+        lost = np.zeros(len(rows), bool)
+        lost[order] = np.arange(len(rows)) - np.searchsorted(rows, rows) >= width  # the place within the row
+        return add_pairs(Pairs(np.where(lost, self.keys - columns, self.keys), self.values))
+
+
+def add_pairs(*tables):
+    """Return the sum of Pairs, whose keys may come in any order and more than once."""
+    keys, place = np.unique(np.concatenate([table.keys for table in tables]), return_inverse=True)
+    return Pairs(keys, np.bincount(place, np.concatenate([table.values for table in tables]), len(keys)))
+
+
+def ones(keys):
+    """Return Pairs that count each key once."""
+    return Pairs(keys, np.ones(len(keys)))
+
+
+class Counts(NamedTuple):
+    """Tables of all that is counted; their columns are column numbers."""
+
+    clicks: Pairs  # of each video in each column, 0 where in none
+    near: Pairs  # of each video and each column clicked near it, nearer ones weighing more
+    follows: Pairs  # of each column and the column clicked next
+    daily: Pairs  # of each day since 1970 and each column clicked then
+
+
+def add_counts(*counts, num_numbers):
+    """Return the sum; of more than MAX_PAIRS near pairs each video's strongest, many more than a memory keeps."""
+    total = Counts(*(add_pairs(*tables) for tables in zip(*counts, strict=True)))
+    if len(total.near.keys) <= MAX_PAIRS:
+        return total
+    return total._replace(near=total.near.strongest(num_numbers, MAX_WIDTH))
+
+
+def count_windows(manifest, splits, index, work_dir=WORK_DIR, num_workers=NUM_WORKERS):
+    """Return the Counts of the windows of splits, computed by map_files()."""
+    paths = [path for split in splits for path in shards_of(manifest, split, work_dir)]
+    tasks = put_together(((path, os.path.getsize(path)) for path in paths), COUNT_BYTES)
+    num_numbers, max_lag = 1 + len(index.columns), min(MAX_LAG, manifest["constants"]["WINDOW_OVERLAP"])
+    count_task = functools.partial(count_shards, max_lag=max_lag, num_numbers=num_numbers)
+    return sum_counts(map_files(count_task, tasks, "count", num_workers), num_numbers)
+
+
+def count_shards(paths, max_lag, num_numbers):
+    """Return the Counts of the windows of shards, of pairs up to max_lag clicks apart."""
+    blocks = (count_block(block, max_lag, num_numbers) for block in read_windows(paths, COUNT_BLOCK))
+    return sum_counts(blocks, num_numbers)
+
+
+def sum_counts(counts, num_numbers):
+    """Return the sum of many Counts, taken as they come; those of like size are added first, so each a few times only."""
+    sums = [Counts(*(Pairs(np.zeros(0, np.int64), np.zeros(0)) for _ in Counts._fields))]
+    for more in counts:
+        sums.append(more)
+        while len(sums) > 1 and len(sums[-2].near.keys) < 2 * len(sums[-1].near.keys):
+            sums[-2:] = [add_counts(*sums[-2:], num_numbers=num_numbers)]
+    return add_counts(*sums, num_numbers=num_numbers)
+
+
+def count_block(block, max_lag, num_numbers):
+    """Return the Counts of windows; a pair counts in the window in which its later click is new, so once."""
+    videos, columns = block["user_feature"].astype(np.int64), block["user_column"].astype(np.int64)
+    is_new = (np.arange(videos.shape[1]) >= block["repeated"][:, None]) & (videos != PAD)
+    near = [Pairs(np.zeros(0, np.int64), np.zeros(0))]
+    for lag in range(1, min(videos.shape[1], 1 + max_lag)):
+        earlier, later = np.s_[:, :-lag], np.s_[:, lag:]
+        for video, column, weight in ((earlier, later, 1.0), (later, earlier, BACKWARD)):
+            counted = is_new[later] & (columns[column] > 0) & (videos[video] >= FIRST_VIDEO)
+            keys = videos[video][counted] * num_numbers + columns[column][counted]
+            near.append(Pairs(keys, np.full(len(keys), weight * NEAR_DECAY ** (lag - 1))))
+    rows, places = np.nonzero(columns)  # of the column clicks
+    clicked, new = columns[rows, places], is_new[rows, places]
+    follows = (rows[1:] == rows[:-1]) & new[1:]
+    days = block["user_time"][rows, places] // DAY
+    return Counts(
+        clicks=add_pairs(ones((videos * num_numbers + columns)[is_new])),
+        near=add_pairs(*near),
+        follows=add_pairs(ones((clicked[:-1] * num_numbers + clicked[1:])[follows])),
+        daily=add_pairs(ones((days * num_numbers + clicked)[new & (days > 0)])),
+    )
+
+
+# ---------------------------------------------------------------- running
+
+
+def cluster_worker():
+    """Return (this process's number, how many there are) in the training cluster of TF_CONFIG; (0, 1) without one."""
+    try:
+        config = json.loads(os.environ.get("TF_CONFIG") or "{}")
+        cluster, task = config.get("cluster"), config.get("task", {})
+        if not cluster:
+            return 0, 1
+        workers = [(kind, n) for kind in ("chief", "worker") for n in range(len(cluster.get(kind, [])))]
+        return workers.index((task.get("type", "worker"), int(task.get("index", 0)))), len(workers)
+    except (ValueError, AttributeError, TypeError) as error:
+        raise InputError(f"TF_CONFIG names no chief or worker of its cluster ({error}); see README.md") from error
 
 
 @contextlib.contextmanager
@@ -303,11 +434,13 @@ def main():
     titles, names = read_names(DATA_DIR, index.videos)
     vids, cids = ["", "an unknown video", *index.videos], ["", *index.columns]
     print(f"user {batch['uid'][0].decode()}:")
-    for number, column, label in zip(*(batch[name][0] for name in LISTS), strict=True):
+    for number, column, label in zip(
+        *(batch[name][0] for name in ("user_feature", "user_column", "label")), strict=True
+    ):
         if number:
             shelf = f"  in {names.get(cids[column], cids[column])}" if column else ""
             print(f"  {titles.get(vids[number], vids[number])}{shelf}{'  -> then:' if label else ''}")
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(__file__)

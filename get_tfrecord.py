@@ -1,6 +1,7 @@
-"""Cut each user's clicks into windows, hold out the last column click of some users, and write all as TFRecord shards.
+"""Cut each user's clicks into windows, hold out the last visit of some users, and write all as TFRecord shards.
 
-Reads   DATA_DIR/click_seq/*   {"uid": "u1", "click_seq": ["v1", "v2_c7"]}, a line a user, oldest click first
+Reads   DATA_DIR/click_seq/*   {"uid": "u1", "click_seq": ["v1", "v2_c7"], "times": [1764105004, 1764105060]}
+                               a line a user, oldest click first; times, in unix seconds, are optional
         WORK_DIR/indexing/
 Writes  WORK_DIR/tfrecord/{train,val,test}-*.tfrecord   one tf.train.SequenceExample for each window
         WORK_DIR/tfrecord/part-*.json                   what is in the shards of one task
@@ -9,129 +10,115 @@ Writes  WORK_DIR/tfrecord/{train,val,test}-*.tfrecord   one tf.train.SequenceExa
     python get_tfrecord.py
 
 A window is one record with its clicks stored once; every column click in it that has a history is a training target.
-What is held out is what is served: of some users the last click in a current column, after everything that they did before.
+What is held out is what is served: of some users what they click first, in a current column, when they come back.
+The second half of this file is how work on files is shared out among processes, or on a Spark cluster.
 """
 
 import collections
 import contextlib
+import dataclasses
 import functools
 import hashlib
-import heapq
+import importlib
 import itertools
 import math
+import os
+import signal
 import sys
+import threading
+import time
 from pathlib import Path
+from typing import NamedTuple
 
 from get_indexing import (
-    DATA_DIR, LIMITS, NUM_WORKERS, RANGE_BYTES, UNKNOWN, WORK_DIR,
-    InputError, Tallies, Tally, cut_files, file_fingerprint, find_files, fingerprint, load_index, map_files,
-    only_one, read_clicks, read_json, remove_leftovers, replacing, run_script, split_click, write_json,
+    DATA_DIR, UNKNOWN, WORK_DIR,
+    BadLine, InputError, Records, Tally, constants_of, content_of, file_fingerprint, find_files, fingerprint, load_index,
+    name_unread, only_one, read_json, remove_leftovers, replacing, run_script, text_id, write_json,
 )  # fmt: skip
 
-USER_MAX_LEN = 50  # clicks in a window, and the most that the user tower reads
-WINDOW_OVERLAP = 16  # clicks that a window repeats from the one before it: the history of its first target
-MIN_HISTORY = 1  # clicks that a target must have before it
-HELD_OUT_USERS = 3000  # for validation, and as many for the test; of fewer users half each
-SKETCH_SIZE = 4096  # users by whom it is estimated how many there are
-SPLITS = ("train", "val", "test")
-FORMAT = 3  # of records and manifest
-MADE_WITH = ("format", "index", "current_columns", "constants", "limits", "held_out_share", "input")  # in the manifest
+USER_MAX_LEN: int = 50  # clicks in a window, and the most that the user tower reads
+WINDOW_OVERLAP: int = 16  # clicks that a window repeats from the one before it: the history of its first target
+MIN_HISTORY: int = 1  # clicks that a target must have before it
+VISIT_GAP: int = 1800  # seconds without a click that end a visit
+HELD_OUT_USERS: int = 3000  # for validation, and as many for the test, up to twice as many; of fewer users half each
+RANGE_BYTES: int = 4 << 20  # of input files: the work of one task
+NUM_WORKERS: int | None = None  # processes that work on files; None: one for each core
+TASKS_AHEAD: int = 4  # tasks for each worker, whose results may wait
 
-rules = {
-    "a whole number in [2, inf)": ("USER_MAX_LEN", "SKETCH_SIZE"),
-    "a whole number in [1, inf)": ("WINDOW_OVERLAP", "MIN_HISTORY", "HELD_OUT_USERS"),
-}
+SPLITS = ("train", "val", "test")
+LISTS = ("user_feature", "user_column", "user_time", "label")  # of a record
+FORMAT = 4  # of records and manifest
+MADE_WITH = ("format", "index", "current_columns", "constants", "held_out_share", "input")  # in the manifest
+COUNTED = ("clicks", "histories", "days", "held_out", "users", "targets", *(f"{split} windows" for split in SPLITS))
+LAST_SECOND = 10**11  # of times: beyond are milliseconds
+UNPACKS_TO = 8  # bytes that one of a gzip file holds, or so
 
 
 def get_tfrecord(data_dir=DATA_DIR, work_dir=WORK_DIR, num_workers=NUM_WORKERS, **constants):
     """Write the shards and their manifest, which is returned; shards that still stand for their input are kept.
 
-    constants are those of record_constants().
+    constants, by their names, take the place of those at the top.
     """
     settings, index, folder = record_constants(**constants), load_index(work_dir), Path(work_dir, "tfrecord").absolute()
-    files = find_files(Path(data_dir, "click_seq"))
-    tallies, sketch = survey(cut_files(files, RANGE_BYTES), num_workers)
+    contents = survey(Path(data_dir, "click_seq"), num_workers)
     made_with = {
         "format": FORMAT,
         "index": index.fingerprint(),
         "current_columns": fingerprint([cid for cid, videos in index.columns.items() if videos]),  # these are held out
         "constants": settings,
-        "limits": LIMITS,
-        "held_out_share": min(settings["HELD_OUT_USERS"] / max(count_users(sketch), 1), 0.5),
-        "input": tallies.digests(),
+        "held_out_share": held_out_share(
+            sum(lines for _, lines in contents.values()), settings["HELD_OUT_USERS"], folder
+        ),
     }
-    range_bytes = standing_range_bytes(folder, made_with)
-    tasks = cut_files(files, range_bytes)
-    of_parts = write_records(tasks, folder, index, made_with, num_workers)
-    of_parts["report"] = tally_report(tallies, sketch) | of_parts["report"]
-    manifest = made_with | {"range_bytes": range_bytes} | of_parts
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(folder)
+    write = functools.partial(write_shards, folder=folder, index=index, made_with=made_with, contents=contents)
+    parts = map_files(write, cut_files(contents, settings["RANGE_BYTES"]), "write records", num_workers)
+    manifest = made_with | {"input": digests(contents)} | add_parts(parts, made_with["held_out_share"])
     check_enough(manifest)
-    # Where it says the same it is written all the same: it is as new then as the clicks that it was compared with.
+    if survey(Path(data_dir, "click_seq"), num_workers) != contents:
+        raise InputError("the clicks were changed while they were read; run get_tfrecord.py again")
     write_json(folder / "manifest.json", manifest)
     remove_others(folder, manifest["shards"])
-    print_report(manifest)
-    hint_at_ids(manifest["report"], tasks, index)
+    print_report(manifest, index)
     return manifest
 
 
-def record_constants(user_max_len=USER_MAX_LEN, window_overlap=WINDOW_OVERLAP, min_history=MIN_HISTORY,
-                     held_out_users=HELD_OUT_USERS):  # fmt: skip
+def record_constants(**constants):
     """Return the constants that shape the records, by name; values that contradict each other raise InputError."""
-    settings = dict(USER_MAX_LEN=user_max_len, WINDOW_OVERLAP=window_overlap, MIN_HISTORY=min_history,
-                    HELD_OUT_USERS=held_out_users)  # fmt: skip
-    if not 1 <= min_history <= window_overlap < user_max_len or held_out_users < 1:
-        raise InputError(
-            f"1 <= MIN_HISTORY <= WINDOW_OVERLAP < USER_MAX_LEN and 1 <= HELD_OUT_USERS must hold, not {settings}"
-        )
+    settings = constants_of("get_indexing", __name__, **constants)
+    if not settings["MIN_HISTORY"] <= settings["WINDOW_OVERLAP"] < settings["USER_MAX_LEN"]:
+        raise InputError(f"MIN_HISTORY <= WINDOW_OVERLAP < USER_MAX_LEN must hold, not {settings}")
     return settings
 
 
-def standing_range_bytes(folder, made_with):
-    """Return how the records that stand were cut, if they were made with the same, so that they stay; else RANGE_BYTES."""
+def survey(folder, num_workers=NUM_WORKERS):
+    """Return {path: (SHA-256, lines)} of the click files."""
+    if not (paths := find_files(folder)):
+        raise InputError(f"{folder.absolute()}: no .json, .jsonl, .json.gz or .jsonl.gz file")
+    return dict(zip(paths, map_files(content_of, paths, "read clicks", num_workers), strict=True))
+
+
+def digests(contents):
+    """Return {file name: SHA-256} of what survey() returns: the same wherever the folder is."""
+    return {Path(path).name: digest for path, (digest, _) in contents.items()}
+
+
+def held_out_share(lines, held_out_users, folder):
+    """Return the share of the users for validation, and for the test: a power of two, which few users more do not change.
+
+    It is the largest that gives no more than twice held_out_users. The share of the records that stand is kept while it
+    gives between half and four times as many.
+    """
+    share = 0.5
+    while share * lines > 2 * held_out_users:
+        share /= 2
     with contextlib.suppress(InputError, FileNotFoundError):
         former = read_json(folder / "manifest.json", "get_tfrecord.py")
-        if made_with.items() <= former.items():
-            return former.get("range_bytes", RANGE_BYTES)
-    return RANGE_BYTES
-
-
-# ---------------------------------------------------------------- the first pass: how many users, which bytes
-
-
-def survey(tasks, num_workers=None):
-    """Return (Tallies, sketch of the users) of the click files; too many bad lines are refused."""
-    tallies, sketch = Tallies(), collections.Counter()
-    with map_files(survey_ranges, tasks, "read clicks", num_workers) as results:
-        for of_ranges, some_users in results:
-            tallies.extend(of_ranges)
-            sketch = lowest_draws(sketch + some_users)
-    tallies.check()
-    return tallies, sketch
-
-
-def survey_ranges(ranges):
-    """Return ([Tally, ...], sketch of the users) of FileRanges."""
-    tallies, sketch = [], collections.Counter()
-    for uid, _ in read_clicks(ranges, tallies):
-        sketch[draw_of(uid)] += 1
-        if len(sketch) > 2 * SKETCH_SIZE:
-            sketch = lowest_draws(sketch)
-    return tallies, lowest_draws(sketch)
-
-
-def lowest_draws(sketch):
-    """Return a sketch of users, {draw: lines of that user}, cut to its lowest draws: one more than SKETCH_SIZE."""
-    return collections.Counter({draw: sketch[draw] for draw in heapq.nsmallest(SKETCH_SIZE + 1, sketch)})
-
-
-def count_users(sketch):
-    """Return about how many users there are; exactly, up to SKETCH_SIZE. As users come it never falls.
-
-    The k-th lowest of n even draws from [0, 1) is about k / n (Bar-Yossef et al. 2002), however often each is seen.
-    """
-    if len(sketch) <= SKETCH_SIZE:
-        return len(sketch)
-    return max(SKETCH_SIZE, (SKETCH_SIZE - 1) / sorted(sketch)[SKETCH_SIZE - 1])
+        stands = former.get("held_out_share", 0)
+        if held_out_users / 2 <= stands * lines <= 4 * held_out_users:
+            return stands
+    return share
 
 
 def draw_of(uid):
@@ -139,81 +126,58 @@ def draw_of(uid):
     return int.from_bytes(hashlib.blake2b(uid.encode(), digest_size=8).digest(), "big") / 2**64
 
 
-# ---------------------------------------------------------------- the second pass: windows
+# ---------------------------------------------------------------- clicks
 
 
-def write_records(tasks, folder, index, made_with, num_workers=None):
-    """Write the shards of all tasks; return {"shards", "splits", "report"} of them. Other clicks than surveyed are refused."""
-    folder.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(folder)
-    write = functools.partial(write_shards, folder=folder, index=index, made_with=made_with)
-    with map_files(write, list(enumerate(tasks)), "write records", num_workers) as parts:
-        of_parts, tallies = add_parts(parts)
-    if tallies.digests() != made_with["input"]:
-        for name in parts_of(of_parts["shards"]):  # so they are written anew
-            (folder / name).unlink(missing_ok=True)
-        raise InputError("the clicks were changed while they were read; run get_tfrecord.py again")
-    return of_parts
+class History(NamedTuple):
+    """A line of the click files."""
+
+    uid: str
+    clicks: list
+    times: list  # unix seconds of each click; 0 where they are not known
+    now: int  # the moment to rank for; 0 where it is not known
 
 
-def write_shards(numbered, folder, index, made_with):
-    """Write the shards of one task, (number, FileRanges), then their part file, and return what it says.
+def parse_history(record):
+    """{"uid", "click_seq", "times", "now"} -> History; the last two are optional."""
+    clicks, times, now = record["click_seq"], record.get("times"), record.get("now", 0)
+    if type(clicks) is not list or not (types := set(map(type, clicks))) <= {str, int}:
+        raise BadLine("wrong type of click_seq")
+    if times is not None and (type(times) is not list or len(times) != len(clicks)):
+        raise BadLine("not as many times as clicks")
+    for second in [*(times or ()), now]:
+        if type(second) not in (int, float) or not 0 <= second <= LAST_SECOND:
+            raise BadLine("times that are no unix seconds")
+    seconds = list(map(int, times or [0] * len(clicks)))
+    if any(later < earlier for earlier, later in itertools.pairwise(seconds)):
+        raise BadLine("times that fall")
+    return History(text_id(record["uid"], "uid"), list(map(str, clicks)) if int in types else clicks, seconds, int(now))
 
-    What stands is kept. Shards that no manifest lists yet are no one's, so they may stand beside the former ones.
+
+def split_click(click, videos, columns):
+    """Return (vid, cid) of a click "<vid>_<cid>" or (vid, None) of "<vid>", where both ids may contain underscores.
+
+    A known video as a whole is a plain click; else the split with both sides known; else the longest known column
+    after an underscore, whose video is unknown; else the longest known video before one, in no known column (then vid
+    is not the whole click); else the whole is an unknown video.
     """
-    number, ranges = numbered
-    of_all = {name: value for name, value in made_with.items() if name != "input"}
-    of_files = [(Path(path).name, made_with["input"][Path(path).name], *cut) for path, *cut in ranges]
-    name = f"{number:05}-{fingerprint(of_all, of_files)[:16]}"
-    part_file, shards = folder / f"part-{name}.json", {split: folder / f"{split}-{name}.tfrecord" for split in SPLITS}
-    with contextlib.suppress(FileNotFoundError, InputError, KeyError):  # gone or damaged: it is made again
-        part = read_json(part_file, "get_tfrecord.py")
-        if all(file_fingerprint(path) == part["shards"][path.name]["sha256"] for path in shards.values()):
-            return part
-    from tensorflow.errors import OpError
-
-    try:
-        part = write_windows(ranges, shards, ClickEncoder(index), made_with)
-    except OpError as error:  # TensorFlow's own, of a full disk say
-        raise OSError(f"{folder}: {error.message}") from None
-    part["shards"] = {
-        path.name: {"bytes": path.stat().st_size, "sha256": file_fingerprint(path)} for path in shards.values()
-    }
-    write_json(part_file, part)
-    return part
-
-
-def write_windows(ranges, shards, encoder, made_with):
-    """Write the windows of FileRanges into shards {split: path}; return the counts for their part file."""
-    from tensorflow.io import TFRecordWriter
-
-    settings, share = made_with["constants"], made_with["held_out_share"]
-    splits = {split: empty_counts(split, settings["USER_MAX_LEN"]) for split in SPLITS}
-    report, lengths = collections.Counter(clicks=0, unknown_videos=0, column_clicks=0), collections.Counter()
-    serialize, tallies = window_serializer(), []
-    with contextlib.ExitStack() as stack:  # the writers close first, then the shards take their names
-        temporary = {split: stack.enter_context(replacing(path)) for split, path in shards.items()}
-        writers = {split: stack.enter_context(TFRecordWriter(str(path))) for split, path in temporary.items()}
-        for uid, clicks in read_clicks(ranges, tallies):
-            videos, columns = encoder.encode(clicks)
-            lengths[len(clicks)] += 1
-            report["clicks"] += len(clicks)
-            report["unknown_videos"] += videos.count(UNKNOWN)
-            report["column_clicks"] += len(columns) - columns.count(0)
-            for split, windows in split_windows(uid, videos, columns, encoder.current, share, settings).items():
-                splits[split]["users"] += bool(windows)
-                for window in windows:
-                    splits[split]["targets"] += window["label"].count(1.0)
-                    splits[split]["windows"][len(window["label"])] += 1
-                    writers[split].write(serialize(window))
-    report["unknown_columns"] = encoder.unknown_columns
-    read = [(Path(tally.path).name, tally.digest) for tally in tallies]
-    return {"report": report, "lengths": sorted(lengths.items()), "splits": splits, "read": read}
-
-
-def empty_counts(split, max_len):
-    """Return a split's counts of users, of targets, and of windows by their length, a list; held-out ones are longer."""
-    return {"users": 0, "targets": 0, "windows": [0] * ((max_len if split == "train" else 2 * max_len) + 1)}
+    if click in videos:
+        return click, None
+    vid, _, cid = click.partition("_")
+    if vid in videos and cid in columns:  # the usual case, and the first that the loop would find
+        return vid, cid
+    unknown_video = unknown_column = None
+    at = click.find("_")
+    while at >= 0:
+        vid, cid = click[:at], click[at + 1 :]
+        if cid in columns:
+            if vid in videos:
+                return vid, cid
+            unknown_video = unknown_video or (vid, cid)
+        elif vid in videos:
+            unknown_column = vid, None
+        at = click.find("_", at + 1)
+    return unknown_video or unknown_column or (click, None)
 
 
 class ClickEncoder:
@@ -224,57 +188,164 @@ class ClickEncoder:
         self.columns = {cid: number for number, cid in enumerate(index.columns, start=1)}
         self.current = {number for number, videos in enumerate(index.columns.values(), start=1) if videos}
         self.unknown_columns = 0  # clicks on known videos in columns that no index knew, so far
+        self.unknown_video = ""  # one that was clicked
 
     def encode(self, clicks):
         """[click, ...] -> (video numbers, column numbers), lists of the same length; a column is 0 for none."""
         videos, columns = list(map(self.videos.get, clicks)), [0] * len(clicks)
-        for place, video in enumerate(videos):
+        for at, video in enumerate(videos):
             if video is None:
-                vid, cid = split_click(clicks[place], self.videos, self.columns)
-                videos[place], columns[place] = self.videos.get(vid, UNKNOWN), self.columns.get(cid, 0)
-                self.unknown_columns += cid is None and vid != clicks[place]
+                vid, cid = split_click(clicks[at], self.videos, self.columns)
+                videos[at], columns[at] = self.videos.get(vid, UNKNOWN), self.columns.get(cid, 0)
+                self.unknown_columns += cid is None and vid != clicks[at]
+                if videos[at] == UNKNOWN:
+                    self.unknown_video = vid
         return videos, columns
 
 
-def split_windows(uid, videos, columns, current, share, settings):
+# ---------------------------------------------------------------- windows
+
+
+def write_shards(task, folder, index, made_with, contents):
+    """Write the shards of one task, a list of byte ranges, then their part file; return what it says. What stands is kept.
+
+    They are named by all that they are made of. So they may stand beside former ones, which a manifest still lists.
+    """
+    name = fingerprint(made_with, [(Path(path).name, contents[path], start) for path, start, _ in task])[:16]
+    part_file, shards = folder / f"part-{name}.json", {split: folder / f"{split}-{name}.tfrecord" for split in SPLITS}
+    with contextlib.suppress(FileNotFoundError, InputError, KeyError):  # gone or damaged: it is made again
+        part = read_json(part_file, "get_tfrecord.py")
+        if all(file_fingerprint(path) == part["shards"][path.name]["sha256"] for path in shards.values()):
+            return part
+    from tensorflow.errors import OpError
+
+    try:
+        part = write_windows(task, shards, ClickEncoder(index), made_with)
+    except OpError as error:  # TensorFlow's own, of a full disk say
+        raise OSError(f"{folder}: {error.message}") from None
+    part["shards"] = {
+        path.name: {"bytes": path.stat().st_size, "sha256": file_fingerprint(path)} for path in shards.values()
+    }
+    write_json(part_file, part)
+    return part
+
+
+def write_windows(task, shards, encoder, made_with):
+    """Write the windows of a task into shards {split: path}; return what its part file says of them, {name: counts}."""
+    from tensorflow.io import TFRecordWriter
+
+    settings, share, serialize = made_with["constants"], made_with["held_out_share"], window_serializer()
+    part = {name: collections.Counter() for name in COUNTED} | {"tallies": []}
+    with contextlib.ExitStack() as stack:  # the writers close first, then the shards take their names
+        temporary = {split: stack.enter_context(replacing(path)) for split, path in shards.items()}
+        writers = {split: stack.enter_context(TFRecordWriter(str(path))) for split, path in temporary.items()}
+        for path, start, end in task:
+            records = Records(path, parse_history, start, end)
+            for uid, clicks, times, _ in records:
+                videos, columns = encoder.encode(clicks)
+                part["histories"][str(len(clicks))] += 1
+                part["clicks"].update(count_clicks(videos, columns, times, settings["VISIT_GAP"]))
+                part["days"].update(time.strftime("%Y-%m-%d", time.gmtime(t)) for t in {*times[:1], *times[-1:]} if t)
+                part["held_out"][uid] += split_of(uid, share) != "train"
+                of_splits = split_windows(uid, videos, columns, times, encoder.current, share, settings)
+                for split, windows in of_splits.items():
+                    part["users"][split] += bool(windows)
+                    for window in windows:
+                        part["targets"][split] += window["label"].count(1.0)
+                        part[f"{split} windows"][str(len(window["label"]))] += 1
+                        writers[split].write(serialize(window))
+            part["tallies"].append(dataclasses.asdict(records.tally))
+    part["clicks"]["unknown_columns"] = encoder.unknown_columns
+    return part | {"held_out": +part["held_out"], "unknown_video": encoder.unknown_video}
+
+
+def count_clicks(videos, columns, times, visit_gap):
+    """Return what the data report counts of one user's clicks."""
+    return {
+        "clicks": len(videos),
+        "unknown_videos": videos.count(UNKNOWN),
+        "column_clicks": len(columns) - columns.count(0),
+        "visits": len(visit_starts(times, visit_gap)) if any(times) else 0,
+    }
+
+
+def visit_starts(times, visit_gap):
+    """Return where visits begin: at the first click, and where the user was away for visit_gap seconds."""
+    return [at for at in range(len(times)) if at == 0 or times[at] - times[at - 1] >= visit_gap]
+
+
+def split_of(uid, share):
+    """Return the split of a user: validation takes the lowest draws and the test the highest, a share of each.
+
+    As the share falls, users only leave either: nobody ever enters who was trained on before.
+    """
+    draw = draw_of(uid)
+    return "val" if draw < share else "test" if draw >= 1 - share else "train"
+
+
+def split_windows(uid, videos, columns, times, current, share, settings):
     """Return {split: [window, ...]} of one user; of a held-out user, also what "val" or "test" holds of them.
 
-    Validation takes the lowest draws and the test the highest. As the share falls, users only leave either: nobody
-    ever enters who was trained on before. A target was clicked in a column and has MIN_HISTORY clicks before it, at least.
-    Of a held-out record there is one, after what a user tower reads; the clicks after it are there to be counted.
+    A target was clicked in a column and has MIN_HISTORY clicks before it, at least. What is held out is in one window,
+    after what a user tower reads; the clicks after the target are there to be counted.
     """
-    draw, first, place = draw_of(uid), settings["MIN_HISTORY"], None
-    split = "val" if draw < share else "test" if draw >= 1 - share else "train"
+    split, end, place = split_of(uid, share), len(videos), None
+    clicks = dict(user_feature=videos, user_column=columns, user_time=times)
     if split != "train":
-        places = range(len(columns) - 1, first - 1, -1)
-        place = next((place for place in places if columns[place] in current), None)
-    targets = [float(at >= first and column > 0) for at, column in enumerate(columns[:place])]
-    windows = {"train": list(cut_windows(uid, videos[:place], columns[:place], targets, settings))}
+        end, place = held_out_clicks(columns, times, current, settings)
+    targets = {at for at in range(settings["MIN_HISTORY"], end) if columns[at]}
+    bounds = window_bounds(0, 0, end, settings)
+    windows = {"train": [cut_window(uid, clicks, targets, *bound) for bound in bounds]}
     if place is not None:
-        targets, start = [float(at == place) for at in range(len(columns))], max(place - settings["USER_MAX_LEN"], 0)
-        windows[split] = list(cut_windows(uid, videos, columns, targets, settings, start, place - start))
+        bounds = window_bounds(max(end - settings["USER_MAX_LEN"], 0), end, len(videos), settings, place + 1)
+        windows[split] = [cut_window(uid, clicks, {place}, *bound) for bound in bounds]
     return windows
 
 
-def cut_windows(uid, videos, columns, targets, settings, start=0, repeated=0):
-    """Yield a user's windows as {"uid", "start", "repeated", "user_feature" [n], "user_column" [n], "label" [n]}.
+def held_out_clicks(columns, times, current, settings):
+    """Return (from which click on a user's clicks are held out, which of them is the target); (all, None) without one.
 
-    `start` is the window's place in the history, `repeated` how many of its first clicks are not new: those given, for
-    the first one; those of the window before, for others. label is 1.0 where the next click is new and, by targets
-    [clicks], a target.
+    With times it is the first click in a current column of the last visit that has one; without, the last one of all.
     """
-    max_len, overlap = settings["USER_MAX_LEN"], settings["WINDOW_OVERLAP"]
-    end = start + repeated + max_len
-    while start + repeated < len(videos):
-        targets_of_clicks = [0.0] * repeated + targets[start + repeated : end]
-        yield dict(uid=uid, start=start, repeated=repeated, user_feature=videos[start:end],
-                   user_column=columns[start:end], label=[*targets_of_clicks[1:], 0.0])  # fmt: skip
-        start, repeated, end = end - overlap, overlap, end - overlap + max_len
+    if any(times):
+        starts = visit_starts(times, settings["VISIT_GAP"])
+        visits = zip(reversed(starts), reversed([*starts[1:], len(times)]), strict=True)
+    else:
+        visits = ((at, at + 1) for at in reversed(range(len(columns))))
+    for start, end in visits:
+        place = next((at for at in range(start, end) if columns[at] in current), None)
+        if place is not None and start >= settings["MIN_HISTORY"]:
+            return start, place
+    return len(columns), None
+
+
+def window_bounds(start, new, number, settings, shortest_end=0):
+    """Yield (start, new, end) of the windows over clicks [start, number): a window is clicks [start, end).
+
+    Those from `new` on are in no window before it; those before `new` are the history that it repeats.
+    """
+    end = max(new + settings["USER_MAX_LEN"], shortest_end)
+    while new < number:
+        yield start, new, min(end, number)
+        start, new, end = (
+            end - settings["WINDOW_OVERLAP"],
+            end,
+            end - settings["WINDOW_OVERLAP"] + settings["USER_MAX_LEN"],
+        )
+
+
+def cut_window(uid, clicks, targets, start, new, end):
+    """Return a window: context "uid", "start" (its place in the history) and "repeated" (clicks in the window before it),
+    and lists [clicks] of its LISTS; the label is 1.0 where the next click is new and one of the targets."""
+    label = [float(at in targets and new <= at < end) for at in range(start + 1, end + 1)]
+    window = {name: numbers[start:end] for name, numbers in clicks.items()}
+    return dict(uid=uid, start=start, repeated=new - start, **window, label=label)
 
 
 def window_serializer():
     """Return serialize(window) -> bytes of a tf.train.SequenceExample, each list packed into one Feature.
 
+    Of user_time each is the difference to the one before, which takes half the bytes; there is none where none is known.
     It fills the same message each time, which takes half the time of making one.
     """
     from tensorflow.train import SequenceExample
@@ -283,16 +354,15 @@ def window_serializer():
     context, lists = example.context.feature, example.feature_lists.feature_list
     uid = context["uid"].bytes_list.value
     start, repeated = (context[name].int64_list.value for name in ("start", "repeated"))
-    values = {
-        "user_feature": lists["user_feature"].feature.add().int64_list.value,
-        "user_column": lists["user_column"].feature.add().int64_list.value,
-        "label": lists["label"].feature.add().float_list.value,
-    }
+    features = {name: lists[name].feature.add() for name in LISTS}
+    values = {name: (of.float_list if name == "label" else of.int64_list).value for name, of in features.items()}
 
     def serialize(window):
         uid[:], start[:], repeated[:] = [window["uid"].encode()], [window["start"]], [window["repeated"]]
+        times = window["user_time"]
+        gaps = [later - earlier for earlier, later in itertools.pairwise([0, *times])] if any(times) else []
         for name, value in values.items():
-            value[:] = window[name]
+            value[:] = gaps if name == "user_time" else window[name]
         return example.SerializeToString(deterministic=True)
 
     return serialize
@@ -301,115 +371,237 @@ def window_serializer():
 # ---------------------------------------------------------------- the manifest
 
 
-def add_parts(parts):
-    """Add up what the part files say: ({"shards", "splits", "report"} of the manifest, Tallies of what was read)."""
-    shards, splits, report, lengths, tallies = {}, {}, collections.Counter(), collections.Counter(), Tallies()
+def add_parts(parts, share):
+    """Add up what part files say: {"shards", "splits", "report"} of the manifest; too many bad lines are refused."""
+    shards, files, unknown, sums = {}, {}, "", {name: collections.Counter() for name in COUNTED}
     for part in parts:
-        tallies.extend(Tally(path, digest) for path, digest in part["read"])
         shards |= part["shards"]
-        report.update(part["report"])
-        lengths.update(dict(part["lengths"]))
-        for split, counts in part["splits"].items():
-            total = splits.setdefault(split, {"users": 0, "targets": 0, "windows": [0] * len(counts["windows"])})
-            total["users"] += counts["users"]
-            total["targets"] += counts["targets"]
-            total["windows"] = list(map(sum, zip(total["windows"], counts["windows"], strict=True)))
-    report["targets"] = sum(split["targets"] for split in splits.values())
-    history = {"p50": quantile(lengths, 0.5), "p90": quantile(lengths, 0.9), "max": max(lengths, default=0)}
-    return {"shards": shards, "splits": splits, "report": {**report, "history": history}}, tallies
+        unknown = unknown or part["unknown_video"]
+        for name, counts in sums.items():
+            counts.update(part[name])
+        for of_range in part["tallies"]:
+            tally = Tally(**of_range | {"skipped": collections.Counter(of_range["skipped"])})
+            files[tally.path] = files[tally.path] + tally if tally.path in files else tally
+    for tally in files.values():
+        tally.check()
+    lines_of, lengths = sums["held_out"].values(), {int(text): users for text, users in sums["histories"].items()}
+    return {
+        "shards": shards,
+        "splits": {
+            split: {
+                "users": sums["users"][split],
+                "targets": sums["targets"][split],
+                "windows": sums[f"{split} windows"],
+            }
+            for split in SPLITS
+        },
+        "report": {
+            "lines": sum(tally.lines for tally in files.values()),
+            "skipped": sum((tally.skipped for tally in files.values()), collections.Counter()),
+            **sums["clicks"],
+            "targets": sums["targets"].total(),
+            "history": {"p50": quantile(lengths, 0.5), "p90": quantile(lengths, 0.9), "max": max(lengths, default=0)},
+            "days": [min(sums["days"]), max(sums["days"])] if sums["days"] else [],
+            "unknown_video": unknown,
+            "users": round(len(lines_of) / min(2 * share, 1)),  # as far as those held out, by their uids, tell
+            "on_several_lines": sum(lines > 1 for lines in lines_of) / max(len(lines_of), 1),
+        },
+    }
 
 
 def quantile(counts, share):
-    """Return the lowest value of a Counter that at least that share of what it counts does not exceed."""
-    rank, seen = share * (counts.total() - 1), 0
+    """Return the lowest value of {value: count} that at least that share of what is counted does not exceed."""
+    rank = share * (sum(counts.values()) - 1)
     for value in sorted(counts):
-        seen += counts[value]
-        if seen > rank:
+        rank -= counts[value]
+        if rank < 0:
             return value
     return 0
 
 
-def tally_report(tallies, sketch):
-    """Return what the first pass says for the report."""
-    skipped = sum((tally.skipped for tally in tallies.values()), collections.Counter())
-    return {
-        "lines": sum(tally.lines for tally in tallies.values()),
-        "skipped": skipped,
-        "users": round(count_users(sketch)),
-        "on_several_lines": sum(lines > 1 for lines in sketch.values()) / max(len(sketch), 1),
-    }
-
-
 def check_enough(manifest):
     """Refuse records that cannot train: no click in any column, or no target for training, validation or the test."""
-    report, share = manifest["report"], manifest["held_out_share"]
+    report, splits = manifest["report"], manifest["splits"]
     if report["history"]["max"] == 1:
         raise InputError("every history is of one click; write one line for each user: all their clicks, oldest first")
     if not report["column_clicks"]:
         raise InputError(
             "no click was made in a known column; clicks look like <vid>_<cid>, the cid as in cid2vids*.json"
         )
-    users = f"{report['users']:,} users"
-    lacking = [split for split, counts in manifest["splits"].items() if not counts["targets"]]
-    if "train" in lacking:
-        raise InputError(f"the column clicks of {users} are all held out; more users or longer histories are needed")
+    lacking = [split for split in SPLITS if not splits[split]["targets"]]
+    if lacking == ["train"]:
+        raise InputError("all column clicks are held out; more users or longer histories are needed")
     if lacking:
-        enough = f"about {math.ceil(math.log(0.01) / math.log1p(-share)):,} users"
-        needed = f"{enough} are needed who clicked in a current column after other clicks"
-        raise InputError(f"none of {users} leaves a target for {lacking[0]}; {needed}")
+        needed = "at least 8 users are needed, each on one line with a uid of its own, who clicked in a current column after other clicks"
+        raise InputError(f"{report['lines']:,} lines leave no target for {lacking[-1]}; {needed}")
 
 
 def remove_others(folder, shards):
     """Remove the shards and part files of former input, and those that a killed run left: files of these names alone."""
-    current = shards.keys() | parts_of(shards)
+    current = shards.keys() | {f"part-{shard.partition('-')[2].removesuffix('.tfrecord')}.json" for shard in shards}
     for kind in ("part-{}.json", *(f"{split}-{{}}.tfrecord" for split in SPLITS)):
-        remove_leftovers(folder, kind.format(f"[0-9]*-{'[0-9a-f]' * 16}"), current)
+        remove_leftovers(folder, kind.format("[0-9a-f]" * 16), current)
 
 
-def parts_of(shards):
-    """Return the names of the part files of shards."""
-    return {f"part-{shard.partition('-')[2].removesuffix('.tfrecord')}.json" for shard in shards}
-
-
-def print_report(manifest):
-    """Print the data report: what was read, skipped and kept."""
+def print_report(manifest, index):
+    """Print the data report: what was read, skipped and kept, and what is odd."""
     report, history = manifest["report"], manifest["report"]["history"]
     skipped = ", ".join(f"{count:,} {reason}" for reason, count in report["skipped"].items()) or "none"
+    visits = f"; {report['visits']:,} visits, {' to '.join(report['days'])}" if report["days"] else ""
     print(f"{report['lines']:,} lines (skipped: {skipped}), {report['clicks']:,} clicks, "
           f"{report['unknown_videos']:,} of unknown videos, {report['column_clicks']:,} in columns, "
           f"{report['unknown_columns']:,} in unknown columns; "
-          f"history p50 {history['p50']}, p90 {history['p90']}, max {history['max']}")  # fmt: skip
+          f"history p50 {history['p50']}, p90 {history['p90']}, max {history['max']}{visits}")  # fmt: skip
     for split, counts in manifest["splits"].items():
-        windows = sum(counts["windows"])
+        windows = sum(counts["windows"].values())
         print(f"{split}: {counts['users']:,} users -> {counts['targets']:,} targets in {windows:,} windows")
+    for line in oddities(report, index):
+        print(line, file=sys.stderr)
+
+
+def oddities(report, index):
+    """Yield a line for each thing in the data that costs quality."""
+    lines, unknown = report["lines"] - sum(report["skipped"].values()), report["unknown_videos"] / report["clicks"]
     if report["on_several_lines"]:
-        lines = report["lines"] - sum(report["skipped"].values())
-        print(
+        yield (
             f"about {report['users']:,} users are on {lines:,} lines, {report['on_several_lines']:.1%} of them on several: "
-            "each line is trained on and ranked by itself; put all clicks of a user on one line",
-            file=sys.stderr,
+            "each line is trained on and ranked by itself; put all clicks of a user on one line"
         )
+    if unknown > 0.5:
+        yield (
+            f"{unknown:.0%} of the clicks are of videos on no shelf and in no catalogue, {report['unknown_video'][:80]!r} for "
+            f"one, where ids look like {next(iter(index.videos))[:80]!r}; write the ids alike in all raw data, or vid2title "
+            "lines of the videos, and run get_indexing.py and get_tfrecord.py again"
+        )
+    elif unknown:
+        yield f"{unknown:.1%} of the clicks are of unknown videos; vid2title lines make them known"
 
 
-def hint_at_ids(report, tasks, index):
-    """Print an unknown id and a known one where most clicks are of unknown videos: ids of another type, perhaps."""
-    if report["unknown_videos"] <= report["clicks"] / 2:
-        return
-    users = read_clicks(itertools.chain.from_iterable(tasks), [])
-    vids = (split_click(click, index.videos, index.columns)[0] for _, clicks in users for click in clicks)
-    unknown, known = next((vid for vid in vids if vid not in index.videos), ""), next(iter(index.videos))
-    share = report["unknown_videos"] / report["clicks"]
-    print(
-        f"{share:.0%} of the clicks are of videos on no shelf and in no catalogue, {unknown[:80]!r} for one, where ids look "
-        f"like {known[:80]!r}; write the ids alike in all raw data and run get_indexing.py and get_tfrecord.py again",
-        file=sys.stderr,
-    )
+# ---------------------------------------------------------------- work on files, shared out
 
 
-@only_one()
+def cut_files(paths, range_bytes=RANGE_BYTES):
+    """Return the tasks that cover the files: lists of byte ranges (path, start, end), of range_bytes or so between them.
+
+    A large file is cut, small ones are put together, and a compressed one stays whole.
+    """
+    sized = []
+    for path in paths:
+        size = os.path.getsize(path)
+        if path.endswith(".gz"):
+            sized.append(((path, 0, math.inf), size * UNPACKS_TO))
+        else:
+            sized += [((path, at, at + range_bytes), min(size - at, range_bytes)) for at in range(0, size, range_bytes)]
+    return put_together(sized, range_bytes)
+
+
+def put_together(sized, task_bytes):
+    """Return lists of the items of (item, bytes), in order, of task_bytes or so between them."""
+    tasks, room = [], 0
+    for item, size in sized:
+        if not tasks or size > room:
+            tasks.append([])
+            room = task_bytes
+        tasks[-1].append(item)
+        room -= size
+    return tasks
+
+
+def map_files(function, tasks, desc, num_workers=NUM_WORKERS):
+    """Return an iterator over function(task) of each task, in order, computed by spawned worker processes.
+
+    Started by spark-submit, the Spark cluster computes them. The function, a functools.partial say, is sent to each worker
+    once; a task may be tried twice, even at the same time.
+    """
+    from tqdm import tqdm
+
+    num_workers = min(num_workers or count_cores(), len(tasks))
+    if "PYSPARK_GATEWAY_PORT" in os.environ:
+        results = map_on_spark(function, tasks)
+    else:
+        results = map_on_workers(function, tasks, num_workers) if num_workers > 1 else map(function, tasks)
+    return tqdm(
+        results, total=len(tasks), desc=desc, unit="part", leave=False, disable=None
+    )  # None: silent where stderr is no terminal
+
+
+def map_on_workers(function, tasks, num_workers):
+    """Yield function(task) of each task, in order, computed by so many processes, which end with this one at the latest."""
+    import multiprocessing
+    from concurrent.futures import ProcessPoolExecutor
+    from concurrent.futures.process import BrokenProcessPool
+
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy in the workers, which are as many as the cores
+    pool = ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn"), start_worker, (function,))
+    waiting = collections.deque()
+    try:
+        for task in tasks:
+            if len(waiting) == TASKS_AHEAD * num_workers:
+                yield waiting.popleft().result()
+            waiting.append(pool.submit(run_task, task))
+        while waiting:
+            yield waiting.popleft().result()
+    except BrokenProcessPool as error:
+        died = "a worker process died, for lack of memory perhaps"
+        raise InputError(f"{died}; run again, or lower NUM_WORKERS in get_tfrecord.py") from error
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def start_worker(function):
+    """Make this process a worker, which ends when the one that started it does, however that ended."""
+    import multiprocessing
+
+    def end_with_parent():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the one that started it
+    os.environ["CUDA_VISIBLE_DEVICES"] = "-1"  # the workers would fight over it
+    run_task.function = function
+
+
+def run_task(task):
+    """Return what a worker's function makes of a task."""
+    return run_task.function(task)
+
+
+def map_on_spark(function, tasks):
+    """Yield function(task) of each task, in order, computed by the executors."""
+    context = importlib.import_module("pyspark").SparkContext.getOrCreate()
+    at_once = 8 * context.defaultParallelism  # results that wait here
+    for start in range(0, len(tasks), at_once):
+        part = tasks[start : start + at_once]
+        for outcome in context.parallelize(part, len(part)).map(functools.partial(attempt, function)).collect():
+            if isinstance(outcome, InputError | OSError):
+                raise InputError(outcome)
+            yield outcome
+
+
+def attempt(function, task):
+    """Return function(task), or the error that is worth one line."""
+    try:
+        return function(task)
+    except (InputError, OSError) as error:
+        return error
+
+
+def count_cores():
+    """Return how many cores this process may use: those of its affinity, within its control group's share of time."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # macOS has none
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return max(1, min(cores, int(quota) // int(period)))
+    except (OSError, ValueError):  # no control group, or one without a limit
+        return cores
+
+
 def main():
-    get_tfrecord()
+    with only_one(WORK_DIR):
+        name_unread(Path(DATA_DIR, "click_seq"))
+        get_tfrecord()
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(__file__)

@@ -2,17 +2,20 @@
 
 Reads   CLICKS_DIR/*, WORK_DIR/indexing/, WORK_DIR/model/; for the printed example also the titles in DATA_DIR
 Writes  RANKING_DIR/<input name>.json.gz   a line per user, in the order of the input:
-        {"uid": "u1", "columns": ["c3", ...], "scores": [-0.7, ...], "source": "model"}
-        RANKING_DIR/manifest.jsonl         a line per finished file: what it was made from; of two the later holds
+        {"uid": "u1", "columns": ["c3", ...], "scores": [-0.7, ...], "source": "model", "clicks": 57}
+        RANKING_DIR/<input name>.made_of.json  what that ranking was made of
+        RANKING_DIR/default.json           one such line, for users in no file
+        RANKING_DIR/served.csv             one line a run: how good the former rankings were for what was clicked since
 
     python infer.py
 
-Scores are log probabilities that the user's next column click is in the column. A user without any known click among
-those that the model reads gets the columns by popularity, "source": "popular". Finished files are not computed again
-unless something changed. A Ranker ranks the columns for one user, now, and says why.
+Scores are log probabilities that the user's next column click is in the column; "clicks" is how many clicks were known. A
+user without any known click among those that the model reads gets the columns by popularity, "source": "popular".
+Finished files are not computed again unless something changed. A Ranker ranks the columns for one user, now, and says why.
 """
 
 import contextlib
+import csv
 import functools
 import gzip
 import itertools
@@ -20,206 +23,191 @@ import json
 import math
 import os
 import shutil
-import sys
+import time
 from pathlib import Path
 from typing import NamedTuple
 
 from get_indexing import (
-    DATA_DIR, LIMITS, NUM_WORKERS, WORK_DIR,
-    InputError, Tallies, Tally, cut_files, file_fingerprint, find_files, fingerprint, input_name, load_index, map_files,
-    only_one, read_clicks, read_json, read_lines, read_names, remove_leftovers, replacing, run_script, split_click,
+    DATA_DIR, MAX_ID_CHARS, MAX_LINE_BYTES, WORK_DIR,
+    InputError, OrZero, Records, Tally, content_of, file_fingerprint, fingerprint, input_name, load_index, name_unread,
+    only_one, read_json, read_names, remove_leftovers, replacing, run_script, write_json,
 )  # fmt: skip
-from get_tfrecord import ClickEncoder
+from get_tfrecord import (
+    NUM_WORKERS, ClickEncoder, History, cut_files, draw_of, map_files, parse_history, split_click, survey,
+)  # fmt: skip
 
 import numpy as np
 
-CLICKS_DIR = f"{DATA_DIR}/click_seq"  # the users to rank for; name another folder to rank for others
-RANKING_DIR = f"{WORK_DIR}/ranking"  # one for each folder of users
-TOP_K = 0  # columns for each user; 0: all
-RANK_BYTES = 512 << 10  # of click files: the work of one task
-BATCH_USERS = 128  # ranked at once; fewer where columns are many
-GZIP_LEVEL = 1  # level 9 takes 70 times as long for 12 % less
-MEMO_SIZE = 1 << 18  # scores whose text is remembered
-DECIMALS = 4  # of the scores; equal ones go by the order of the columns
-EXAMPLE = 5  # last clicks and first columns of the user who is printed
-
-rules = {
-    "a path, without ~": ("CLICKS_DIR", "RANKING_DIR"),
-    "a whole number in [0, inf)": ("TOP_K",),
-    "a whole number in [1, inf)": ("RANK_BYTES", "BATCH_USERS", "MEMO_SIZE", "EXAMPLE"),
-    "a whole number in [0, 9]": ("GZIP_LEVEL", "DECIMALS"),
-}
-
-as_json = functools.partial(json.dumps, ensure_ascii=False)
+CLICKS_DIR: str = f"{DATA_DIR}/click_seq"  # the users to rank for; name another folder to rank for others
+RANKING_DIR: str = f"{WORK_DIR}/ranking"  # one for each folder of users
+TOP_K: OrZero = 0  # columns for each user; 0: all
+NOW_AFTER: int = 43_200  # seconds after the newest click of all that a user is taken to come, where "now" is not given
+DECIMALS: OrZero = 4  # of the scores; equal ones go by the order of the columns
+SERVED_USERS: int = 3000  # by whom the former rankings are judged, or up to twice as many
+RANK_BYTES: int = 512 << 10  # of click files: the work of one task
+BATCH_USERS: int = 128  # ranked at once; fewer where columns are many
+GZIP_LEVEL: OrZero = 1  # level 9 takes 70 times as long for 12 % less
+EXAMPLE: int = 5  # last clicks and first columns of the user who is printed
 
 
 def infer(clicks_dir=CLICKS_DIR, work_dir=WORK_DIR, ranking_dir=RANKING_DIR, top_k=TOP_K, num_workers=NUM_WORKERS):
     """Write the ranking of each click file as soon as it is whole, unless it stands still; return the paths of all."""
-    folder, work_dir = Path(ranking_dir).absolute(), Path(work_dir).absolute()
-    folder.mkdir(parents=True, exist_ok=True)
-    # By its name, which stays where all is moved and where a link leads elsewhere.
-    clicks_from = os.path.relpath(Path(clicks_dir).absolute(), folder)
-    remove_leftovers(folder)
+    clicks_dir, folder, work_dir = (Path(path).absolute() for path in (clicks_dir, ranking_dir, work_dir))
+    if clicks_dir.resolve() == folder.resolve():
+        raise InputError(f"{folder}: RANKING_DIR is the folder of the clicks; name another one in infer.py")
     index, model = load_index(work_dir), read_json(work_dir / "model/model.json", "train.py")
+    contents = survey(clicks_dir, num_workers)
+    newest = max(map_files(newest_click, cut_files(contents, RANK_BYTES), "read times", num_workers))
     made_with = {
         "model": model.get("id"),
         "index": fingerprint(index.videos, index.columns),
-        "clicks": clicks_from,
-        "constants": {"TOP_K": top_k, "DECIMALS": DECIMALS},
-        "limits": LIMITS,
+        "constants": {
+            "TOP_K": top_k,
+            "DECIMALS": DECIMALS,
+            "MAX_LINE_BYTES": MAX_LINE_BYTES,
+            "MAX_ID_CHARS": MAX_ID_CHARS,
+        },
+        "now": newest and newest + NOW_AFTER,
     }
-    manifest = read_manifest(folder)
-    outputs = {path: folder / f"{input_name(path)}.json.gz" for path in find_files(clicks_dir)}
-    for output in outputs.values():
-        check_folder(manifest.get(output.name), output, clicks_from)
-    stands = standing_rankings(outputs, manifest, made_with, num_workers)
-    tasks = cut_files([path for path in outputs if path not in stands], RANK_BYTES)
-    first = tasks[0][0] if tasks else None
-    rank = functools.partial(rank_ranges, folder=folder, work_dir=work_dir, made_with=made_with, explain=first)
+    if newest:
+        print(f'ranked for {moment(made_with["now"])}, NOW_AFTER the newest click, where a line has no "now"')
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(folder)
+    outputs = {path: folder / f"{input_name(path)}.json.gz" for path in contents}
+    former = {path: read_made_of(output) for path, output in outputs.items()}
+    for path, output in outputs.items():
+        check_folder(output, former[path], clicks_dir)
+    made_of = {path: json.loads(json.dumps(made_with | {"input": content})) for path, content in contents.items()}
+    todo = [path for path in contents if not made_of[path].items() <= former[path].items()]
+    served = [(path, outputs[path], former[path]["model"]) for path in todo if former[path]]
+    judge_served(folder, served, index, sum(lines for _, lines in contents.values()), num_workers)
 
-    users, examples = 0, []
-    with map_files(rank, tasks, "rank", num_workers) as results:
-        parts = parts_in_order(tasks, results, examples)
-        for path, of_file in itertools.groupby(parts, key=lambda part: part[0].path):
-            tally, manifest[outputs[path].name] = join_parts(outputs[path], of_file, made_with)
-            users += tally.lines - tally.skipped.total()
-    remove_leftovers(folder)  # of a task that was tried twice
-    name_the_gone(folder, manifest, outputs, clicks_from)
+    tasks = cut_files(todo, RANK_BYTES)
+    first = tasks[0][0] if tasks else None
+    rank = functools.partial(rank_ranges, folder=folder, work_dir=work_dir, made_with=made_with, first=first)
+    ranked, changed, example = 0, [], None
+    parts = itertools.chain.from_iterable(map_files(rank, tasks, "rank", num_workers))
+    for path, of_file in itertools.groupby(parts, key=lambda part: part.path):
+        of_file = list(of_file)
+        example = example or of_file[0].example
+        if (users := join_parts(outputs[path], of_file, made_of[path], clicks_dir)) is None:
+            changed.append(path)
+        else:
+            ranked += users
     print(
-        f"{users:,} users ranked in {len(outputs) - len(stands):,} files, {len(outputs):,} files stand in {ranking_dir}"
+        f"{ranked:,} users ranked in {len(todo) - len(changed):,} files, {len(outputs):,} files stand in {ranking_dir}"
     )
-    for example in examples:
+    if example:
         print_example(*example, index)
+    if changed:
+        raise InputError(
+            f"{', '.join(changed)}: changed while it was ranked, so the former ranking stays; run infer.py again"
+        )
     return list(outputs.values())
 
 
-def parts_in_order(tasks, results, examples):
-    """Yield (FileRange, Tally) of the tasks' results; what they explain goes to the list of examples."""
-    for ranges, (tallies, explained) in zip(tasks, results, strict=True):
-        examples += explained
-        yield from zip(ranges, tallies, strict=True)
+def newest_click(ranges):
+    """Return the newest time of the clicks in byte ranges of click files, 0 where none is known."""
+    records = itertools.chain.from_iterable(Records(path, parse_history, start, end) for path, start, end in ranges)
+    return max((history.times[-1] for history in records if history.times), default=0)
 
 
-def name_the_gone(folder, manifest, outputs, clicks_from):
-    """Print a line for each ranking that stands though its click file, of this folder, is gone."""
-    for name in sorted(manifest.keys() - {output.name for output in outputs.values()}):
-        if manifest[name]["clicks"] == clicks_from and (folder / name).exists():
-            print(
-                f"{folder / name}: no click file of this name any more; remove it if it should not be published",
-                file=sys.stderr,
-            )
+def moment(now):
+    """Return a time in words, UTC."""
+    return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(now))
 
 
-def join_parts(output, parts, made_with):
-    """Write a ranking from its parts, (FileRange, Tally) in order; return (Tally of all, its entry of the manifest).
-
-    The entry, which knows the ranking by its hash, is written just before: no ranking stands that the manifest lacks.
-    """
-    tallies = Tallies()
-    with replacing(output, durable=False) as temporary:
-        with open(temporary, "wb") as whole:
-            for file_range, tally in parts:  # gzip files in a row are one gzip file
-                with open(part_of(output.parent, file_range), "rb") as part:
-                    shutil.copyfileobj(part, whole)
-                part_of(output.parent, file_range).unlink()
-                tallies.extend([tally])
-        tallies.check()
-        (tally,) = tallies.values()
-        entry = made_with | {"input": tally.hexdigest(), "sha256": file_fingerprint(temporary)}
-        with open(output.parent / "manifest.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps({output.name: entry}) + "\n")
-    return tally, entry
+# ---------------------------------------------------------------- rankings, and what they were made of
 
 
-def read_manifest(folder):
-    """Return {output name: what it was made from}, and write it anew without damaged lines: a killed run cuts one short."""
-    path, manifest = folder / "manifest.jsonl", {}
-    if path.exists():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            with contextlib.suppress(ValueError, TypeError, AttributeError):
-                manifest |= {
-                    name: of for name, of in json.loads(line).items() if {"clicks", "input", "sha256"} <= of.keys()
-                }
-        with replacing(path) as temporary:
-            temporary.write_text(
-                "".join(json.dumps({name: of}) + "\n" for name, of in manifest.items()), encoding="utf-8"
-            )
-    return manifest
+def made_of_file(output):
+    """Return the path of the file beside a ranking that says what it was made of."""
+    return output.with_name(f"{output.name.removesuffix('.json.gz')}.made_of.json")
 
 
-def check_folder(made_from, output, clicks_from):
-    """Refuse to write over the ranking of another folder's file of the same name; folders are as seen from the rankings."""
-    if made_from and made_from["clicks"] != clicks_from and output.exists():
-        former, now = (os.path.normpath(output.parent / clicks) for clicks in (made_from["clicks"], clicks_from))
+def read_made_of(output):
+    """Return what a ranking was made of, {} where it is not what the file beside it says, or has none."""
+    with contextlib.suppress(FileNotFoundError, InputError):
+        made_of = read_json(made_of_file(output), "infer.py")
+        if made_of.get("sha256") == file_fingerprint(output):
+            return made_of
+    return {}
+
+
+def check_folder(output, former, clicks_dir):
+    """Refuse to write over the ranking of another folder's file of the same name; all may have been moved, or a part."""
+    relative = os.path.relpath(clicks_dir, output.parent)
+    if former and former["clicks"]["absolute"] != str(clicks_dir) and former["clicks"]["relative"] != relative:
         raise InputError(
-            f"{output} is the ranking of a file in {former}, not in {now}; give this folder a RANKING_DIR of its own "
-            "in infer.py"
+            f"{output} is the ranking of a file in {former['clicks']['absolute']}, not in {clicks_dir}; give this folder a "
+            "RANKING_DIR of its own in infer.py"
         )
 
 
-def standing_rankings(outputs, manifest, made_with, num_workers):
-    """Return the paths of the click files whose rankings stand: those made with the same, of the same clicks."""
-    maybe = [
-        path
-        for path, output in outputs.items()
-        if output.exists() and made_with.items() <= manifest.get(output.name, {}).items()
-    ]
-    tallies = Tallies()
-    with map_files(read_digests, cut_files(maybe), "check rankings", num_workers) as results:
-        for of_task in results:
-            tallies.extend(of_task)
-    return {
-        path
-        for path in maybe
-        if manifest[outputs[path].name]
-        == made_with | {"input": tallies[path].hexdigest(), "sha256": file_fingerprint(outputs[path])}
-    }
+class Part(NamedTuple):
+    """The ranking of one byte range of a click file."""
+
+    path: str  # of the click file
+    file: Path  # with the ranking
+    tally: Tally
+    example: tuple | None  # (History, [Reason, ...]) of its first user
 
 
-def read_digests(ranges):
-    """Return the [Tally, ...] of FileRanges, which hold their digests."""
-    tallies = []
-    for file_range in ranges:
-        tallies.append(Tally(file_range.path))
-        for line, offset in read_lines(file_range):
-            tallies[-1].count(line, offset)
-    return tallies
+def join_parts(output, parts, made_of, clicks_dir):
+    """Write a ranking from its Parts, and before it what it was made of; return how many users there are.
 
-
-def part_of(folder, file_range):
-    """Return the path of the ranking of one FileRange, a leftover unless it is joined with the others of its file."""
-    return folder / f".part.{fingerprint(input_name(file_range.path), file_range.start)[:32]}.tmp"
-
-
-def rank_ranges(ranges, folder, work_dir, made_with, explain=None):
-    """Rank the users of FileRanges, each into its part file; return ([Tally, ...], [(uid, last clicks, Reasons)]).
-
-    The example is the first user of the FileRange that is to be explained, if it is one of them.
+    None, and the former ranking stays, where the click file is no longer what it was.
     """
-    ranker, tallies, examples = load_ranker(work_dir, made_with["model"], made_with["index"]), [], []
+    tally = functools.reduce(lambda one, other: one + other, (part.tally for part in parts))
+    tally.check()
+    if list(content_of(tally.path)) != made_of["input"]:
+        return None
+    with replacing(output, durable=False) as temporary:
+        with open(temporary, "wb") as whole:
+            for part in parts:  # gzip files in a row are one gzip file
+                with open(part.file, "rb") as file:
+                    shutil.copyfileobj(file, whole)
+                part.file.unlink()
+        places = {"absolute": str(clicks_dir), "relative": os.path.relpath(clicks_dir, output.parent)}
+        write_json(made_of_file(output), made_of | {"clicks": places, "sha256": file_fingerprint(temporary)})
+    return tally.lines - tally.skipped.total()
+
+
+def rank_ranges(ranges, folder, work_dir, made_with, first=None):
+    """Rank the users of byte ranges of click files; return the Part of each. With the `first` comes what there is one of."""
+    ranker, parts = load_ranker(work_dir), []
+    if (ranker.id, fingerprint(ranker.index.videos, ranker.index.columns)) != (made_with["model"], made_with["index"]):
+        raise InputError(f"{work_dir}: model or index changed while infer.py was at work; run it again")
     at_once = max(1, min(BATCH_USERS, ranker.scores_at_once // len(ranker.cids)))  # users
-    for file_range in ranges:
-        users = read_clicks([file_range], tallies)
+    for path, start, end in ranges:
+        records, example = Records(path, parse_history, start, end), None
+        file = folder / f".part.{fingerprint(input_name(path), start)[:32]}.tmp"  # a leftover until it is joined
         with (
-            replacing(part_of(folder, file_range), durable=False) as temporary,
-            open(temporary, "wb") as file,
-            gzip.GzipFile("", "wb", GZIP_LEVEL, file, mtime=0) as packed,
+            replacing(file, durable=False) as temporary,
+            open(temporary, "wb") as raw,
+            gzip.GzipFile("", "wb", GZIP_LEVEL, raw, mtime=0) as packed,
         ):
-            while block := list(itertools.islice(users, at_once)):
+            histories = (history._replace(now=history.now or made_with["now"]) for history in records)
+            while block := list(itertools.islice(histories, at_once)):
                 packed.write("".join(ranker.lines(block, made_with["constants"]["TOP_K"])).encode())
-                if file_range == explain and not examples:
-                    uid, clicks = block[0]
-                    examples = [(uid, clicks[-EXAMPLE:], ranker.why(clicks, EXAMPLE))]
-    return tallies, examples
+                if (path, start, end) == first and not example:
+                    _, clicks, times, now = block[0]
+                    example = block[0], ranker.why(clicks, EXAMPLE, times, now)
+        if (path, start, end) == first:
+            with replacing(folder / "default.json") as temporary:
+                nobody = History("", [], [], made_with["now"])
+                temporary.write_text("".join(ranker.lines([nobody])), encoding="utf-8")
+        parts.append(Part(path, file, records.tally, example))
+    return parts
 
 
 @functools.lru_cache(maxsize=1)
-def load_ranker(work_dir, model, index):
-    """Return the Ranker of work_dir, once for a process; another model or index than the run began with ends it."""
-    ranker = Ranker(work_dir)
-    if (ranker.id, fingerprint(ranker.index.videos, ranker.index.columns)) != (model, index):
-        raise InputError(f"{work_dir}: model or index changed while infer.py was at work; run it again")
-    return ranker
+def load_ranker(work_dir):
+    """Return the Ranker of work_dir, once for a process."""
+    return Ranker(work_dir)
+
+
+# ---------------------------------------------------------------- one user
 
 
 class Ranker:
@@ -229,10 +217,10 @@ class Ranker:
     """
 
     def __init__(self, work_dir=WORK_DIR):
-        from model_tf2 import SCORES_AT_ONCE, Scorer
+        from model_tf2 import SCORES_AT_ONCE, Scorer, Users
         from train import load_model
 
-        self.index = load_index(work_dir)
+        self.index, self.users, self.scores_at_once = load_index(work_dir), Users, SCORES_AT_ONCE
         model, memory, self.mix, saved = load_model(work_dir, self.index)
         self.id, self.encoder = saved["id"], ClickEncoder(self.index)
         self.user_max_len = saved["records"]["constants"]["USER_MAX_LEN"]
@@ -241,75 +229,86 @@ class Ranker:
                 "no column holds a video, so there is nothing to rank; run get_indexing.py on today's columns"
             )
         self.scorer = Scorer(model, memory, self.index, saved["constants"]["ITEM_MAX_LEN"])
-        self.scores_at_once = SCORES_AT_ONCE
         self.cids = self.scorer.cids
-        self.texts = list(map(as_json, self.cids)), ScoreTexts()
 
-    def rank(self, clicks, top_k=TOP_K):
+    def rank(self, clicks, top_k=TOP_K, times=None, now=None):
         """Return [(cid, probability), ...] for a user's clicks, oldest first: the best column first, top_k of them or all.
 
-        The logarithm of a probability is the score that the ranking files hold.
+        times are unix seconds, one a click, and now is the moment to rank for, where they are known. What is no list of
+        texts or integers raises TypeError. The logarithm of a probability is the score that the ranking files hold.
         """
-        (places,), (costs,) = best_first(self.scores(*self.padded([self.encode(clicks)])), top_k)
-        probabilities = np.exp(np.array(costs) / -(10.0**DECIMALS)).tolist()
-        return list(zip(map(self.cids.__getitem__, places), probabilities, strict=True))
+        (scores,) = self.scores(self.padded([self.encode(clicks, times, now)]))
+        return [(self.cids[place], math.exp(scores[place])) for place in best_first(scores, top_k)]
 
-    def why(self, clicks, top_k=EXAMPLE):
-        """Return the Reason of each of the first columns for a user's clicks, oldest first.
+    def why(self, clicks, top_k=EXAMPLE, times=None, now=None):
+        """Return the Reason of each of the first columns for a user's clicks, as rank() takes them.
 
         Each of the clicks that the model reads is left out once, which lets an earlier one in, and the columns are ranked
         again: what a click does is how much the log probability of a column falls without it. So it holds for all parts of
         the model together.
         """
-        history = self.encoder.encode(clicks[-self.user_max_len - 1 :])
-        first = max(0, len(history[0]) - self.user_max_len)
-        without = [[numbers[:i] + numbers[i + 1 :] for numbers in history] for i in range(first, len(history[0]))]
-        padded = self.padded([history, *without])
-        scores, of_towers = self.scores(*padded), self.share_of_towers(*padded[:, :1])
+        history = self.encode(clicks, times, now, self.user_max_len + 1)
+        *lists, now = history
+        first = max(0, len(lists[0]) - self.user_max_len)
+        without = [(*(of[:i] + of[i + 1 :] for of in lists), now) for i in range(first, len(lists[0]))]
+        users = self.padded([history, *without])
+        scores, shares = self.scores(users), self.shares(self.users(*(of[:1] for of in users)))
         effects, unread = scores[0] - scores[1:], [0.0] * (len(clicks) - len(without))
-        (places,), _ = best_first(scores[:1], top_k)
         return [
-            Reason(self.cids[place], math.exp(scores[0, place]), of_towers[place], unread + effects[:, place].tolist())
-            for place in places
+            Reason(self.cids[place], math.exp(scores[0, place]), *shares[place], unread + effects[:, place].tolist())
+            for place in best_first(scores[0], top_k)
         ]
 
-    def share_of_towers(self, videos, columns):
-        """Return which share of each current column's probability the towers give one user, a list; None: popularity."""
-        if not self.scorer.is_known(videos, columns)[0]:
-            return [None] * len(self.cids)
-        weight, (towers, memory) = self.mix.memory_weight, self.scorer.parts(videos, columns, self.mix)
-        return ((1 - weight) * towers / ((1 - weight) * towers + weight * memory))[0].tolist()
+    def shares(self, user):
+        """Return which shares of each current column's probability towers and memory give one user; None: popularity."""
+        if not user.is_known()[0]:
+            return [(None, None)] * len(self.cids)
+        memory, habit = self.mix.memory_weight, self.mix.habit_weight
+        weighted = np.array([1 - memory - habit, memory, habit])[:, None] * np.concatenate(
+            self.scorer.parts(user, self.mix)
+        )
+        return (weighted / weighted.sum(axis=0))[:2].T.tolist()
 
-    def encode(self, clicks):
-        """Return (videos, columns) of the last clicks, as many as are read."""
-        return self.encoder.encode(clicks[-self.user_max_len :])
+    def encode(self, clicks, times=None, now=None, longest=None):
+        """Return (video numbers, column numbers, times of the last clicks, as many as are read, now); 0 is not known."""
+        if type(clicks) is not list or not all(type(click) in (str, int) for click in clicks):
+            raise TypeError(f"clicks must be a list of texts or integers, not {clicks!r:.80}")
+        times = times or [0] * len(clicks)
+        if len(times) != len(clicks):
+            raise TypeError(f"{len(times):,} times for {len(clicks):,} clicks")
+        last = longest or self.user_max_len
+        return *self.encoder.encode(list(map(str, clicks[-last:]))), list(map(int, times[-last:])), int(now or 0)
 
-    def scores(self, videos, columns):
-        """Return log probabilities float64 [n, current columns] of padded histories."""
-        scores = np.log(self.scorer.probabilities(videos, columns, self.mix))
+    def scores(self, users):
+        """Return log probabilities float64 [n, current columns] of Users."""
+        scores = np.log(self.scorer.probabilities(users, self.mix))
         if not np.isfinite(scores).all():
             raise InputError("the model gives scores that are not finite; run train.py again")
         return scores
 
     def padded(self, histories):
-        """Return int32 [2, n, len]: videos and columns of the last clicks of encoded histories, 0 padded at the end."""
-        last = [[numbers[-self.user_max_len :] for numbers in history] for history in histories]
-        padded = np.zeros([2, len(last), max(1, *(len(videos) for videos, _ in last))], np.int32)
-        for user, history in enumerate(last):
-            for row, numbers in zip(padded[:, user], history, strict=True):
-                row[: len(numbers)] = numbers
-        return padded
+        """Return encoded histories as Users: of each the last clicks that are read, 0 padded at the end."""
+        longest = max(1, *(min(len(videos), self.user_max_len) for videos, *_ in histories))
+        padded = np.zeros([3, len(histories), longest], np.int64)
+        for user, (*lists, _) in enumerate(histories):
+            for row, numbers in zip(padded[:, user], lists, strict=True):
+                last = numbers[-self.user_max_len :]
+                row[: len(last)] = last
+        return self.users(*padded, np.array([now for *_, now in histories]))
 
-    def lines(self, users, top_k=TOP_K):
-        """Yield the output line of each of users, a list of (uid, clicks)."""
-        padded = self.padded([self.encode(clicks) for _, clicks in users])
-        best, known = best_first(self.scores(*padded), top_k), self.scorer.is_known(*padded)
-        for (uid, _), is_known, *of_user in zip(users, known, *best, strict=True):
-            columns, scores = (
-                ", ".join(map(texts.__getitem__, of)) for texts, of in zip(self.texts, of_user, strict=True)
-            )
-            source = "model" if is_known else "popular"
-            yield (f'{{"uid": {as_json(uid)}, "columns": [{columns}], "scores": [{scores}], "source": "{source}"}}\n')
+    def lines(self, histories, top_k=TOP_K):
+        """Yield the output line of each of the Historys, a list."""
+        users = self.padded([self.encode(clicks, times, now) for _, clicks, times, now in histories])
+        for history, scores, is_known in zip(histories, self.scores(users), users.is_known(), strict=True):
+            best = best_first(scores, top_k)
+            line = {
+                "uid": history.uid,
+                "columns": [self.cids[place] for place in best],
+                "scores": np.round(scores[best], DECIMALS).tolist(),
+                "source": "model" if is_known else "popular",
+                "clicks": len(history.clicks),
+            }
+            yield json.dumps(line, ensure_ascii=False) + "\n"
 
 
 class Reason(NamedTuple):
@@ -317,55 +316,105 @@ class Reason(NamedTuple):
 
     cid: str
     probability: float
-    of_towers: float | None  # share of the probability that the towers give, the rest is the memory's; None: popularity
+    of_towers: float | None  # share of the probability that the towers give; None: popularity
+    of_memory: float | None  # and that the memory gives; the rest is habit
     effects: list  # of each of the user's clicks: above 0 it speaks for the column, 0 without it nothing changes
 
 
 def best_first(scores, top_k=0):
-    """Return (places, costs), lists [n, top_k or columns], of scores [n, columns]: the best first, of equals the first.
-
-    A cost is -score * 10**DECIMALS as an integer. Cost and place in one number need one sort, which has no ties.
-    """
-    num_columns = scores.shape[1]
-    bits = num_columns.bit_length()
-    keys = (np.rint(scores * -(10.0**DECIMALS)).astype(np.int64) << bits) + np.arange(num_columns)
-    if 0 < top_k < num_columns:
-        keys = np.partition(keys, top_k - 1)[:, :top_k]
-    keys.sort()
-    return (keys & (1 << bits) - 1).tolist(), (keys >> bits).tolist()
+    """Return the places of scores [columns], the best first, of equals the first: top_k of them, or all."""
+    return np.argsort(-scores, kind="stable")[: top_k or None]
 
 
-class ScoreTexts(dict):
-    """The JSON text of each cost, remembered: users share most scores, and lru_cache() would take a fifth of the time."""
-
-    def __missing__(self, cost):
-        if len(self) >= MEMO_SIZE:
-            self.clear()
-        text = self[cost] = as_json(-cost / 10**DECIMALS)
-        return text
-
-
-def print_example(uid, clicks, reasons, index, data_dir=DATA_DIR):
+def print_example(history, reasons, index, data_dir=DATA_DIR):
     """Print in words what a user clicked last, the columns that come first for them, and the clicks that speak for each."""
-    split = [split_click(click, index.videos, index.columns) for click in clicks]
+    split = [split_click(click, index.videos, index.columns) for click in history.clicks[-EXAMPLE:]]
     titles, names = read_names(data_dir, {vid for vid, _ in split})
     named = [titles.get(vid, vid) + (f"  in {names.get(cid, cid)}" if cid else "") for vid, cid in split]
-    print(f"user {uid} clicked last:", *named, sep="\n  ")
-    print("and is shown first, by these of the clicks:")
+    print(f"user {history.uid} clicked last:", *named, sep="\n  ")
+    when = ""
+    if any(history.times) and history.now:
+        when = f", opened after {(history.now - history.times[-1]) / 3600:.0f} hours, on {moment(history.now)},"
+    print(f"and is shown first{when} by these of the clicks:")
     for reason in reasons:
-        share = "(popular)"
+        shares = "popular"
         if reason.of_towers is not None:
-            share = f"(towers {reason.of_towers:.0%}, memory {1 - reason.of_towers:.0%})"
-        print(f"  {reason.probability:6.1%}  {names.get(reason.cid, reason.cid)}  {share}")
+            habit = 1 - reason.of_towers - reason.of_memory
+            shares = f"towers {reason.of_towers:.0%}, memory {reason.of_memory:.0%}, habit {habit:.0%}"
+        print(f"  {reason.probability:6.1%}  {names.get(reason.cid, reason.cid)}  ({shares})")
         for effect, click in sorted(zip(reason.effects[-len(named) :], named, strict=True), reverse=True):
             if effect > 0.05:
                 print(f"          {effect:+.2f}  {click}")
 
 
-@only_one()
+# ---------------------------------------------------------------- were the former rankings right?
+
+
+def judge_served(folder, served, index, lines, num_workers=NUM_WORKERS):
+    """Say how good the standing rankings were for what users clicked since, and append it to served.csv.
+
+    served are [(click file, its ranking, its model), ...]; lines are those of all click files. Of a sample of the users the
+    place of the first click is taken in a column that was ranked, beside the user's own recent columns, and popularity as
+    default.json has it.
+    """
+    share = 1.0
+    while share * lines > 2 * SERVED_USERS:
+        share /= 2
+    popular = (
+        json.loads((folder / "default.json").read_text(encoding="utf-8")) if (folder / "default.json").exists() else {}
+    )
+    popular = {cid: place for place, cid in enumerate(popular.get("columns", ()))}
+    judge = functools.partial(judge_file, index=index, share=share, popular=popular)
+    ranks = np.array([rank for ranks in map_files(judge, served, "served", num_workers) for rank in ranks])
+    if not len(ranks):
+        return
+    hits, gains = (ranks <= 10).mean(axis=0), np.where(ranks <= 10, 1 / np.log2(ranks + 1), 0).mean(axis=0)
+    print(
+        f"served: of the former rankings, for what {len(ranks):,} users clicked first since: NDCG@10 {gains[0]:.4f}, HR@10 "
+        f"{hits[0]:.4f}; own columns {gains[1]:.4f}, {hits[1]:.4f}; popularity {gains[2]:.4f}, {hits[2]:.4f}"
+    )
+    path = folder / "served.csv"
+    former = list(csv.reader(path.read_text(encoding="utf-8").splitlines())) if path.exists() else []
+    figures = [f"{value:.4f}" for pair in zip(hits, gains, strict=True) for value in pair]
+    head = [f"{name}{metric}" for name in ("", "own ", "popular ") for metric in ("HR@10", "NDCG@10")]
+    row = [time.strftime("%Y-%m-%d %H:%M:%S"), served[0][2], len(ranks), *figures]
+    with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([*(former or [["date", "model", "users", *head]]), row])
+
+
+def judge_file(served, index, share, popular):
+    """Return [(rank, rank by own columns, rank by popularity), ...] of what users of one click file clicked since."""
+    clicks_path, output, _ = served
+    encoder, cids, ranks, former = ClickEncoder(index), ["", *index.columns], [], {}
+    with gzip.open(output, "rt", encoding="utf-8") as lines:
+        for line in lines:
+            uid = json.loads(line.partition(', "columns"')[0] + "}")["uid"]
+            if draw_of(uid) < share:
+                ranking = json.loads(line)
+                former[uid] = ranking["columns"], ranking["clicks"]
+    for history in Records(clicks_path, parse_history):
+        if history.uid not in former:
+            continue
+        columns, number = former[history.uid]
+        clicked = [cids[column] for column in encoder.encode(history.clicks)[1]]
+        target = next((cid for cid in clicked[number:] if cid in columns), None)
+        if target is None:
+            continue
+        own = {}
+        for age, cid in enumerate(cid for cid in reversed(clicked[:number]) if cid):
+            own[cid] = own.get(cid, 0) + 0.8**age
+        last = len(popular)
+        by_own = sorted(columns, key=lambda cid: (-own.get(cid, 0), popular.get(cid, last)))
+        by_popularity = sorted(columns, key=lambda cid: popular.get(cid, last))
+        ranks.append([1 + order.index(target) for order in (columns, by_own, by_popularity)])
+    return ranks
+
+
 def main():
-    infer()
+    with only_one(RANKING_DIR):
+        name_unread(CLICKS_DIR)
+        infer()
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(__file__)

@@ -1,18 +1,15 @@
-"""Train the towers, count the memory, choose how to mix them, measure it all beside simple baselines, and publish it.
+"""Train the towers, count memory and habit, choose how to mix them, measure it all beside simple baselines, and publish it.
 
-Reads   WORK_DIR/tfrecord/, WORK_DIR/indexing/, the model that stands in WORK_DIR/model/, the titles in DATA_DIR
+Reads   WORK_DIR/tfrecord/, WORK_DIR/indexing/, the model that stands in WORK_DIR/model/
 Writes  WORK_DIR/model/checkpoint.npz      where a run that was killed goes on; gone when it has ended
         WORK_DIR/model/history.csv         one line an epoch
         WORK_DIR/model/logs/               for TensorBoard, where it is installed: a folder a run
     and when all has ended, together
-        WORK_DIR/model/<hash>.weights.h5   the towers' best weights
-        WORK_DIR/model/<hash>.memory.npz   the memory
+        WORK_DIR/model/<id>.weights.h5     the towers' best weights
+        WORK_DIR/model/<id>.memory.npz     what was counted
         WORK_DIR/model/model.json          which of them belong together, and all that is needed to serve them
         WORK_DIR/model/metrics.json        the table that is printed at the end, on the test users
         WORK_DIR/model/test.csv            one line a test user: the target, and its rank in every row of the table
-    and after that
-        WORK_DIR/model/projector/          vectors and names of the columns and of the most clicked videos
-        WORK_DIR/model/projector_config.pbtxt  with which TensorBoard's projector shows them
 
     python train.py
 
@@ -29,103 +26,98 @@ import os
 import platform
 import signal
 import sys
-import tempfile
 import time
+import uuid
 import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
 from get_dataset import (
-    DATASET_CONSTANTS, add_candidates, column_table, held_out, load_manifest, make_dataset, tensorflow_errors_named,
-    video_table,
+    add_candidates, add_counts, cluster_worker, column_table, count_windows, held_out, load_manifest,
+    make_dataset, shelves_table, tensorflow_errors_named,
 )  # fmt: skip
 from get_indexing import (
-    DATA_DIR, ENDINGS, FIRST_VIDEO, WORK_DIR,
-    InputError, check_same, cluster_worker, file_fingerprint, fingerprint, load_index, only_one, progress, read_json,
-    read_names, remove_leftovers, replacing, run_script, write_json,
+    DATA_DIR, FIRST_VIDEO, WORK_DIR,
+    InputError, OrZero, check_same, constants_of, file_fingerprint, fingerprint, load_index, only_one, read_json,
+    remove_leftovers, replacing, run_script, write_json,
 )  # fmt: skip
-from get_tfrecord import MADE_WITH
+from get_tfrecord import MADE_WITH, digests, survey
 from model_tf2 import (
-    LOSS, LOSSES, MODEL_CONSTANTS, SCORES_AT_ONCE,
-    Counts, CountTable, Memory, Mix, Scorer, build_model, by_rarity, count_windows, mix, sum_by_place,
-    training_loss,
+    LOSS, SCORES_AT_ONCE,
+    CountTable, Memory, Mix, Scorer, Users, build_model, by_rarity, recency, sum_by_number, training_loss,
 )  # fmt: skip
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-EPOCHS = 6  # at most; the learning rate falls along a cosine over so many
-PATIENCE = 4  # epochs without a better validation NDCG@10 before training ends
-LEARNING_RATE = 3e-3  # of Adam, at the start
-KERNEL_RATE = 3.0  # of Muon for the kernels, in learning rates of Adam
-LOWEST_RATE = 0.02  # of the learning rate, at the end
-WARM_START = True  # False trains from nothing also where a model stands
-WARM_EPOCHS = 2  # instead of EPOCHS where training starts from the weights of a model
-WARM_RATE = 0.5  # of LEARNING_RATE, then
-SEED = 1  # of weights, dropout, shuffling and negatives
-MEMORY = True  # False leaves the plain two towers
-MEMORY_DECAYS = (0.7, 0.9)  # per click between two that are counted as near; chosen on validation
-MEMORY_WEIGHTS = tuple(tenth / 10 for tenth in range(10))  # of the memory in the mix; chosen on validation
-REPEATS = (1.0, 0.5, 0.001)  # factors for columns that the user clicked before; chosen on validation
-CLUSTER_TIMEOUT = 600  # seconds that a worker waits for the others
-RESAMPLES = 1000  # of the test users, for the intervals
-PROJECTOR_VIDEOS = 10_000  # of the most clicked, whose vectors are written out
-MODEL_FORMAT = 4  # of model.json
-NO_LOSSES = {"loss": None, "column_loss": None, "targets": None}  # of epoch 0
-ASTRAY = "the model that stands is kept; lower LEARNING_RATE and run train.py again"  # where numbers are not finite
+EPOCHS: int = 6  # at most; the learning rate falls along a cosine over so many
+PATIENCE: int = 4  # epochs without a better validation NDCG@10 before training ends
+LEARNING_RATE: float = 3e-3  # of Adam, at the start
+KERNEL_RATE: float = 3.0  # of Muon for the kernels, in learning rates of Adam
+LOWEST_RATE: float = 0.02  # of the learning rate, at the end
+WARM_START: bool = True  # False trains from nothing also where a model stands
+WARM_EPOCHS: int = 2  # instead of EPOCHS where training starts from the weights of a model
+WARM_RATE: float = 0.5  # of LEARNING_RATE, then
+SEED: OrZero = 1  # of weights, dropout, shuffling and negatives
+MEMORY: bool = True  # False leaves the plain two towers
+MIX_WEIGHTS: tuple[float, ...] = (0.0, 0.2, 0.4, 0.6, 0.8)  # of memory, and of habit, to choose from on validation
+HABIT_POPULARITIES: tuple[float, ...] = (0.1, 0.6)  # shares of recent popularity in habit, to choose from
+CLICKED_FACTORS: tuple[float, ...] = (1.0, 0.5, 0.001)  # for columns that the user clicked before, to choose from
+CLUSTER_TIMEOUT: int = 600  # seconds that a worker waits for the others
 
-rules = {
-    "a whole number in [1, inf)": ("EPOCHS", "PATIENCE", "WARM_EPOCHS", "CLUSTER_TIMEOUT", "RESAMPLES", "PROJECTOR_VIDEOS"),
-    "a whole number in [0, 4294967295]": ("SEED",),
-    "a number in (0, inf)": ("LEARNING_RATE", "KERNEL_RATE", "WARM_RATE"),
-    "a number in [0, 1]": ("LOWEST_RATE",),
-    "a tuple, not empty, of a number in (0, 1]": ("MEMORY_DECAYS", "REPEATS"),
-    "a tuple, not empty, of a number in [0, 1]": ("MEMORY_WEIGHTS",),
-    "one of True, False": ("WARM_START", "MEMORY"),
-}  # fmt: skip
+MODEL_FORMAT = 5  # of model.json
+NO_LOSS = {"loss": None, "targets": None}  # of epoch 0
+NOT_FINITE = "the model that stands is kept; lower LEARNING_RATE and run train.py again"
+GAPS = {"within an hour": 3600, "within a day": 86_400, "within a week": 604_800, "later": np.inf}  # slices, in seconds
 
 
-def train(work_dir=WORK_DIR, record_constants=None, epochs=EPOCHS, patience=PATIENCE, learning_rate=LEARNING_RATE,
-          loss=LOSS, use_memory=MEMORY, warm_start=WARM_START, warm_epochs=WARM_EPOCHS, seed=SEED, data_dir=DATA_DIR,
-          **arguments):  # fmt: skip
-    """Train on the records under work_dir and return the metrics of the test users, {ranking: {metric: value}}.
+def train(work_dir=WORK_DIR, record_constants=None, loss=LOSS, arguments=None, **constants):
+    """Train on the records under work_dir and return the metrics of the test users, {row: {metric: value}}.
 
-    record_constants are those that the records must be made with, by default today's; arguments are BST_DSSM's; data_dir
-    is where the titles are. A run that was killed goes on after its last finished epoch, to the same weights; one over
-    the same as the model that stands does nothing. In a cluster (TF_CONFIG) every worker calls this; only the first
-    one writes, and returns the metrics where it has trained.
+    record_constants are those that the records must be made with, by default today's; arguments are BST_DSSM's; constants,
+    by their names, take the place of those above. A run that was killed goes on after its last finished epoch, to the same
+    weights; one over the same as the model that stands does nothing. In a cluster (TF_CONFIG) every worker calls this; only
+    the first one writes, and returns the metrics where it has trained.
     """
-    if loss not in LOSSES:
-        raise InputError(f"LOSS = {loss!r}: it must be one of {', '.join(LOSSES)}")
+    settings = constants_of("get_dataset", "model_tf2") | {"LOSS": loss} | constants_of(__name__, **constants)
     strategy = make_strategy()
-    keras.utils.set_random_seed(seed)
+    keras.utils.set_random_seed(settings["SEED"])
     tf.config.experimental.enable_op_determinism()
     manifest, index = load_manifest(work_dir, record_constants)
-    dropout, ahead_decay = by_rarity(manifest["report"]["clicks"], len(index.videos))
-    video_columns = video_table(index)
-    of_data = dict(
-        num_videos=len(index.videos), num_columns=len(index.columns), dropout=dropout, column_map=bool(video_columns.any()),
-    )  # fmt: skip
-    with strategy.scope():
-        model = build_model(**of_data | arguments, video_columns=video_columns)
-    constants = dict(
-        EPOCHS=epochs, PATIENCE=patience, LEARNING_RATE=learning_rate, KERNEL_RATE=KERNEL_RATE, LOWEST_RATE=LOWEST_RATE,
-        WARM_START=warm_start, WARM_EPOCHS=warm_epochs, WARM_RATE=WARM_RATE, LOSS=loss, AHEAD_DECAY=ahead_decay, SEED=seed,
-        MEMORY=use_memory, MEMORY_DECAYS=MEMORY_DECAYS, MEMORY_WEIGHTS=MEMORY_WEIGHTS, REPEATS=REPEATS,
-        **DATASET_CONSTANTS, **MODEL_CONSTANTS,
-    )  # fmt: skip
-    metrics = replace_model(strategy, model, describe_run(constants, model, manifest, index), manifest, index, work_dir)
+    run = describe_run(settings, arguments or {}, manifest, index)
+    folder = Path(work_dir, "model")
     if is_first():
-        write_projector(work_dir, index, data_dir)
-    return metrics
+        remove_leftovers(folder)
+    standing, why_cold = find_standing(work_dir, index, run)
+    if standing and run.items() <= standing.saved.items():
+        print(f"nothing to train: {folder / 'model.json'} was made of these records with these constants")
+        (folder / "checkpoint.npz").unlink(missing_ok=True)
+        return standing.saved["test"]
+    with tensorflow_errors_named():
+        counts = count_windows(manifest, ["train"], index, work_dir)
+        scorer, ahead_decay = make_scorer(strategy, Memory.of_counts(counts, index), index, run["shape"])
+        why_cold = why_cold or other_shape(standing.saved["arguments"], scorer.model.arguments)
+        start = (
+            f"from nothing: {why_cold}" if why_cold else f"from the weights of the model of {standing.saved['date']}"
+        )
+        print(f"training starts {start}; {settings['EPOCHS' if why_cold else 'WARM_EPOCHS']:,} epochs at most")
+        if not why_cold:
+            grow(standing.model, scorer.model, index)
+        run_from = run | {"from": None if why_cold else standing.saved["weights"]}
+        weights, logs = fit(strategy, scorer, ahead_decay, manifest, index, work_dir, run_from)
+        if not is_first():
+            return None
+        scorer.model.set_weights(weights)
+        scorer.refresh()
+        return choose_and_publish(scorer, standing, counts, run, manifest, index, work_dir, logs)
 
 
-def describe_run(constants, model, manifest, index):
+def describe_run(settings, shape, manifest, index):
     """Return all that shapes a training, as it will be read from model.json again."""
     run = {
-        "constants": constants,
-        "arguments": model.arguments,
+        "constants": settings,
+        "shape": shape,
         "records": {name: manifest[name] for name in MADE_WITH},
         "index": index.fingerprint(),
         "columns_hold": fingerprint(index.columns),
@@ -135,34 +127,14 @@ def describe_run(constants, model, manifest, index):
     return json.loads(json.dumps(run))
 
 
-def replace_model(strategy, model, run, manifest, index, work_dir):
-    """Train the model, from the weights that stand where it can, and publish it; return the metrics of the test users.
-
-    Nothing is done where the model that stands is of the same run.
-    """
-    folder = Path(work_dir, "model")
-    if is_first():
-        remove_leftovers(folder)
-        remove_leftovers(folder, ".new.*")  # drafts of save_by_hash()
-    standing, why_cold = what_stands(work_dir, index, run)
-    if standing and run.items() <= standing.saved.items():
-        print(f"nothing to train: {folder / 'model.json'} was made of these records with these constants")
-        (folder / "checkpoint.npz").unlink(missing_ok=True)
-        return standing.saved["test"]
-    start = f"from nothing: {why_cold}" if why_cold else f"from the weights of the model of {standing.saved['date']}"
-    print(f"training starts {start}; {run['constants']['EPOCHS' if why_cold else 'WARM_EPOCHS']:,} epochs at most")
-    with tensorflow_errors_named():
-        counts = count_windows(manifest, ["train"], MEMORY_DECAYS, index, work_dir)
-        if not why_cold:
-            grow(standing.model, model, index)
-        scorer = Scorer(model, Memory.of_counts(counts, 0, index), index)
-        run_from = run | {"from": None if why_cold else standing.saved["weights"]}
-        weights, logs = fit(strategy, scorer, manifest, index, work_dir, run_from)
-        if not is_first():
-            return None
-        model.set_weights(weights)
-        scorer.refresh()
-        return finish(scorer, standing, counts, run, manifest, index, work_dir, logs)
+def make_scorer(strategy, memory, index, shape):
+    """Return (the Scorer of a new model for what was counted, AHEAD_DECAY)."""
+    dropout, ahead_decay = by_rarity(memory.video_clicks.sum(), np.count_nonzero(memory.video_clicks))
+    shelves = shelves_table(index)
+    arguments = dict(num_videos=len(index.videos), num_columns=len(index.columns), column_map=bool(shelves.any()))
+    with strategy.scope():
+        model = build_model(**arguments | {"dropout": dropout} | shape, shelves=shelves)
+    return Scorer(model, memory, index), ahead_decay
 
 
 def is_first():
@@ -172,14 +144,9 @@ def is_first():
 
 def make_strategy():
     """Return how to train: on the cluster of TF_CONFIG, on all GPUs of this machine, or on its one device."""
-    for gpu in tf.config.list_physical_devices("GPU"):
-        tf.config.experimental.set_memory_growth(gpu, True)
     worker, workers = cluster_worker()
     if workers > 1:
-        print(
-            f"worker {worker} waits for all {workers} of TF_CONFIG; after {CLUSTER_TIMEOUT} s an alarm ends it",
-            file=sys.stderr,
-        )
+        print(f"worker {worker} waits for all {workers} of TF_CONFIG, {CLUSTER_TIMEOUT} s at most", file=sys.stderr)
         signal.alarm(CLUSTER_TIMEOUT)  # TensorFlow itself waits for ever, and lets no other thread run
         options = tf.distribute.experimental.CommunicationOptions(timeout_seconds=CLUSTER_TIMEOUT)
         strategy = tf.distribute.MultiWorkerMirroredStrategy(communication_options=options)
@@ -193,33 +160,33 @@ def make_strategy():
 # ---------------------------------------------------------------- fitting the towers
 
 
-def fit(strategy, scorer, manifest, index, work_dir, run):
+def fit(strategy, scorer, ahead_decay, manifest, index, work_dir, run):
     """Train the scorer's towers; return (the weights of the best epoch, the folder of the run's logs).
 
     Epoch 0 is the weights as they come, where `run` says from which model. A checkpoint of the same run goes on.
     """
-    model, folder, constants, is_warm = scorer.model, Path(work_dir, "model"), run["constants"], bool(run["from"])
-    epochs = constants["WARM_EPOCHS" if is_warm else "EPOCHS"]
-    rate = constants["LEARNING_RATE"] * (constants["WARM_RATE"] if is_warm else 1)
-    column_videos = column_table(index, scorer.memory.video_clicks)
-    batches_of = functools.partial(epoch_batches, manifest, index, work_dir, column_videos, constants["SEED"])
+    model, memory, folder, constants = scorer.model, scorer.memory, Path(work_dir, "model"), run["constants"]
+    epochs = constants["WARM_EPOCHS" if run["from"] else "EPOCHS"]
+    rate = constants["LEARNING_RATE"] * (constants["WARM_RATE"] if run["from"] else 1)
+    batches_of = functools.partial(epoch_batches, manifest, index, work_dir, memory, constants["SEED"])
     any_epoch = batches_of(0)  # for its length and its shapes
     with strategy.scope():
-        schedule = keras.optimizers.schedules.CosineDecay(rate, epochs * len(any_epoch), LOWEST_RATE)
-        optimizer = MuonAdam(model.trainable_variables, schedule)
-    settings = constants["AHEAD_DECAY"], constants["LOSS"]
-    train_step = make_train_step(strategy, model, optimizer, any_epoch.element_spec, *settings)
-    validation = scorer.rankable(held_out(manifest, "val", work_dir))
+        schedule = keras.optimizers.schedules.CosineDecay(rate, epochs * len(any_epoch), constants["LOWEST_RATE"])
+        optimizer = MuonAdam(model, schedule, constants["KERNEL_RATE"])
+    trends = tf.constant(memory.trend.table) if len(memory.trend.table) > 1 else None
+    loss = functools.partial(training_loss, model, kind=constants["LOSS"], ahead_decay=ahead_decay, trends=trends)
+    train_step = make_train_step(strategy, loss, optimizer, any_epoch.element_spec)
+    validation = rankable(held_out(manifest, "val", work_dir), scorer)
     log_name, history, best = restore_checkpoint(folder, model, optimizer, run)
-    print("epoch      loss    column   targets | validation HR@10   NDCG@10       MRR      GAUC | seconds")
-    next_epoch = history[-1]["epoch"] + 1 if history else int(not is_warm)
+    print("epoch      loss   targets | validation HR@10   NDCG@10       MRR      GAUC | seconds")
+    next_epoch = history[-1]["epoch"] + 1 if history else int(not run["from"])
     for epoch in range(next_epoch, epochs + 1):
         if epoch > best_epoch(history) + constants["PATIENCE"]:
             break
         clock = time.time()
-        losses = train_epoch(train_step, batches_of(epoch), epoch, optimizer) if epoch else NO_LOSSES
-        metrics = agreed(strategy, validate(scorer, validation))
-        history.append({"epoch": epoch, **losses, **metrics, "seconds": round(time.time() - clock, 1)})
+        trained = train_epoch(train_step, batches_of(epoch), epoch, optimizer) if epoch else NO_LOSS
+        metrics = broadcast(strategy, validate(scorer, validation))
+        history.append({"epoch": epoch, **trained, **metrics, "seconds": round(time.time() - clock, 1)})
         if best_epoch(history) == epoch:
             best = model.get_weights()
         if is_first():
@@ -230,97 +197,70 @@ def fit(strategy, scorer, manifest, index, work_dir, run):
     return best, folder / "logs" / log_name
 
 
-def epoch_batches(manifest, index, work_dir, column_videos, seed, epoch):
+def epoch_batches(manifest, index, work_dir, memory, seed, epoch):
     """Return the training batches of an epoch, in an order and with candidates of its own."""
     draw = seed * 1_000_000 + epoch
-    return add_candidates(make_dataset(manifest, work_dir, seed=draw), column_videos, len(index.videos), seed=draw)
+    batches = make_dataset(manifest, work_dir, seed=draw).map(memory.trend.add_rows)
+    column_videos = column_table(index, memory.video_clicks)
+    return add_candidates(batches, column_videos, memory.column_clicks, seed=draw)
 
 
 def validate(scorer, users):
     """Return {metric: mean over users} of the towers as they are now."""
     scorer.refresh()
-    ranks = ranks_of(users, scorer, lambda *clicks: [("towers", scorer.towers(*clicks))])
+    ranks = ranks_of(users, scorer, lambda block: [("towers", scorer.towers(block))])
     return means(metrics_of(ranks["towers"], len(scorer.numbers)))
 
 
-# ---------------------------------------------------------------- one epoch
-
-
 class MuonAdam:
-    """Muon (Jordan et al. 2024) for the kernels, and for all else Adam (Kingma and Ba 2015).
+    """Keras' Muon (Jordan et al. 2024) for kernels, its Adam (Kingma and Ba 2015) for small weights, and Adam by rows for tables.
 
-    Muon moves a kernel by an orthogonal matrix, so in all directions by as much, however rarely one is used. Of an
-    embedding Adam updates only those rows that the batch touched; the others, and their moments, stand still. So a step
-    costs the same however many videos there are, where Keras' Adam goes through the whole table in every step.
+    Muon moves a kernel by an orthogonal matrix, so in all directions by as much, however rarely one is used. Of the
+    embeddings of videos and columns only the rows that a batch touched are updated; the others, and their moments, stand
+    still. So a step costs the same however many videos there are, where Keras' Adam goes through the whole table.
     """
 
-    momentum = 0.95  # of Muon
     beta_1, beta_2, epsilon = 0.9, 0.999, 1e-7  # of Adam
 
-    def __init__(self, parameters, schedule):
-        self.kernels = [parameter.value for parameter in parameters if parameter.name == "kernel"]
-        self.others = [parameter.value for parameter in parameters if parameter.name != "kernel"]
+    def __init__(self, model, schedule, kernel_rate):
+        tables = (model.video_embedding, model.column_embedding)
+        self.tables = [table.value for table in tables]
+        self.rest = [weight for weight in model.trainable_variables if all(weight is not table for table in tables)]
         self.schedule = schedule
-        self.step = tf.Variable(0.0, trainable=False)
-        self.totals = [tf.Variable(tf.zeros_like(kernel), trainable=False) for kernel in self.kernels]
-        self.means = [tf.Variable(tf.zeros_like(parameter), trainable=False) for parameter in self.others]
-        self.squares = [tf.Variable(tf.zeros_like(parameter), trainable=False) for parameter in self.others]
-        self.variables = [self.step, *self.totals, *self.means, *self.squares]
+        self.muon = keras.optimizers.Muon(
+            lambda: kernel_rate * schedule(self.step), adam_lr_ratio=1 / kernel_rate, rms_rate=None,
+            weight_decay=None, adam_weight_decay=None, exclude_layers=["gaps"],
+        )  # fmt: skip
+        self.muon.build(self.rest)
+        self.means, self.squares = (
+            [tf.Variable(tf.zeros_like(table), trainable=False) for table in self.tables] for _ in range(2)
+        )
+        self.variables = [*self.muon.variables, *self.means, *self.squares]
 
-    def apply(self, kernel_gradients, other_gradients):
-        """Update the parameters by their gradients, summed over the replicas; those of others are dense or tf.IndexedSlices."""
-        gradients = tf.distribute.get_replica_context().all_reduce("SUM", (kernel_gradients, other_gradients))
-        kernel_gradients, other_gradients = gradients
-        rate, step = self.schedule(self.step.read_value()), self.step.read_value() + 1
-        assign(self.step, step)
-        for variables in zip(self.kernels, self.totals, kernel_gradients, strict=True):
-            self.update_kernel(*variables, KERNEL_RATE * rate)
-        rate *= tf.sqrt(1 - self.beta_2**step) / (1 - self.beta_1**step)
-        for variables in zip(self.others, self.means, self.squares, other_gradients, strict=True):
-            self.update(*variables, rate)
+    @property
+    def step(self):
+        """How many updates were made."""
+        return self.muon.iterations
 
-    def update_kernel(self, kernel, total, gradient, rate):
-        """Update one kernel by Nesterov's momentum, made orthogonal."""
-        new_total = gradient + self.momentum * total.read_value()
-        change = rate * orthogonal(gradient + self.momentum * new_total)
-        assign(total, new_total)
-        assign(kernel, kernel.read_value() - change)
-
-    def update(self, parameter, mean, square, gradient, rate):
-        """Update one parameter by Adam: all of it, or the rows that tf.IndexedSlices name."""
-        read, write = tf.identity, assign
-        if isinstance(gradient, tf.IndexedSlices):
+    def apply(self, table_gradients, other_gradients):
+        """Update all by their gradients, summed over the replicas; those of tables are tf.IndexedSlices."""
+        table_gradients = tf.distribute.get_replica_context().all_reduce("SUM", table_gradients)
+        step = tf.cast(self.step.value, tf.float32) + 1
+        rate = self.schedule(self.step.value) * tf.sqrt(1 - self.beta_2**step) / (1 - self.beta_1**step)
+        for table, mean, square, gradient in zip(self.tables, self.means, self.squares, table_gradients, strict=True):
             rows, place = tf.unique(gradient.indices)
             gradient = tf.math.unsorted_segment_sum(gradient.values, place, tf.size(rows))
-            read, write = functools.partial(tf.gather, indices=rows), functools.partial(assign, rows=rows)
-        new_mean = self.beta_1 * read(mean) + (1 - self.beta_1) * gradient
-        new_square = self.beta_2 * read(square) + (1 - self.beta_2) * gradient**2
-        write(mean, new_mean)
-        write(square, new_square)
-        write(parameter, read(parameter) - rate * new_mean / (tf.sqrt(new_square) + self.epsilon))
+            new_mean = self.beta_1 * tf.gather(mean, rows) + (1 - self.beta_1) * gradient
+            new_square = self.beta_2 * tf.gather(square, rows) + (1 - self.beta_2) * gradient**2
+            change = rate * new_mean / (tf.sqrt(new_square) + self.epsilon)
+            for variable, values in ((mean, new_mean), (square, new_square), (table, tf.gather(table, rows) - change)):
+                # A raw operation: each replica sets its own copy, the same as all others.
+                tf.raw_ops.ResourceScatterUpdate(resource=variable.handle, indices=rows, updates=values)
+        self.muon.apply(other_gradients)
 
 
-def assign(variable, values, rows=None):
-    """Set a variable, or rows of it. Each replica sets its own copy, the same as all others: so by raw operations."""
-    if rows is None:
-        tf.raw_ops.AssignVariableOp(resource=variable.handle, value=values)
-    else:
-        tf.raw_ops.ResourceScatterUpdate(resource=variable.handle, indices=rows, updates=values)
-
-
-def orthogonal(matrix):
-    """Return the matrix of orthonormal rows or columns next to one, roughly: of singular values between .6 and 1.2."""
-    if matrix.shape[0] > matrix.shape[1]:
-        return tf.transpose(orthogonal(tf.transpose(matrix)))
-    matrix = matrix / (tf.norm(matrix) + 1e-12)
-    for _ in range(5):  # Newton-Schulz, with Muon's coefficients, brings what was above .01 of the largest there
-        squared = tf.matmul(matrix, matrix, transpose_b=True)
-        matrix = 3.4445 * matrix + tf.matmul(2.0315 * tf.matmul(squared, squared) - 4.775 * squared, matrix)
-    return matrix
-
-
-def make_train_step(strategy, model, optimizer, batch_spec, ahead_decay, loss):
-    """Return train_step(batch) -> [loss, loss of the columns, number of targets], which updates the model once.
+def make_train_step(strategy, loss, optimizer, batch_spec):
+    """Return train_step(batch) -> [loss, number of targets], which updates the model once.
 
     Every replica is given the whole batch and takes its own part of the windows.
     """
@@ -328,35 +268,36 @@ def make_train_step(strategy, model, optimizer, batch_spec, ahead_decay, loss):
     def replica_step(batch):
         replica = tf.distribute.get_replica_context().replica_id_in_sync_group
         with tf.GradientTape() as tape:
-            losses = training_loss(
-                model, batch, loss, ahead_decay, replica=replica, num_replicas=strategy.num_replicas_in_sync
-            )
-        optimizer.apply(*tape.gradient(losses[0], (optimizer.kernels, optimizer.others)))
-        return tf.stack(losses)
+            value = loss(batch, replica=replica, num_replicas=strategy.num_replicas_in_sync)
+        variables = optimizer.tables, [weight.value for weight in optimizer.rest]
+        optimizer.apply(*tape.gradient(value, variables, unconnected_gradients="zero"))
+        return value
 
     @tf.function(input_signature=[batch_spec], autograph=False)  # no Python branches on tensors; a third of the tracing
     def train_step(batch):
-        losses = strategy.reduce("SUM", strategy.run(replica_step, args=(batch,)), axis=None)
-        return tf.concat([losses, [tf.reduce_sum(batch["label"])]], axis=0)
+        value = strategy.reduce("SUM", strategy.run(replica_step, args=(batch,)), axis=None)
+        return tf.stack([value, tf.reduce_sum(batch["label"])])
 
     return train_step
 
 
 def train_epoch(train_step, batches, epoch, optimizer):
-    """Run an epoch; return its mean losses and its number of targets. A loss that is not finite raises InputError."""
-    sums = np.zeros(3)
-    for step, batch in enumerate(progress(batches, len(batches), f"epoch {epoch}", "batch"), start=1):
+    """Run an epoch; return its mean loss and its number of targets. A loss that is not finite raises InputError."""
+    from tqdm import tqdm
+
+    sums = np.zeros(2)
+    steps = tqdm(batches, f"epoch {epoch}", len(batches), leave=False, unit="batch", disable=None)
+    for step, batch in enumerate(steps, start=1):
         outcome = train_step(batch).numpy()
         if not np.isfinite(outcome).all():
-            raise InputError(
-                f"the loss is {outcome[0]} at step {step} of epoch {epoch} (learning rate "
-                f"{float(optimizer.schedule(optimizer.step - 1)):.3g}); {ASTRAY}"
-            )
+            rate = float(optimizer.schedule(optimizer.step - 1))
+            where = f"step {step} of epoch {epoch} (learning rate {rate:.3g})"
+            raise InputError(f"the loss is {outcome[0]} at {where}; {NOT_FINITE}")
         sums += outcome
-    return {"loss": float(sums[0] / step), "column_loss": float(sums[1] / step), "targets": int(sums[2])}
+    return {"loss": float(sums[0] / step), "targets": int(sums[1])}
 
 
-def agreed(strategy, metrics):
+def broadcast(strategy, metrics):
     """Return the first worker's metrics in every worker of a cluster: all must end at the same epoch."""
     if cluster_worker()[1] == 1:
         return metrics
@@ -375,21 +316,29 @@ def best_epoch(history):
 # ---------------------------------------------------------------- evaluation: every current column is ranked for every user
 
 
-def ranks_of(users, scorer, rankings):
-    """Return {name: ranks [n]} of the targets of users, as of Scorer.rankable(); scores that are not finite are refused.
+def rankable(users, scorer):
+    """Return the held-out users whose target is a current column, with its "target_place" among the current columns."""
+    kept = np.isin(users["target_column"], scorer.numbers)
+    if not kept.any():
+        raise InputError("no column that a held-out user clicked is still there; run get_tfrecord.py again")
+    users = {name: values[kept] for name, values in users.items()}
+    return users | {"target_place": np.searchsorted(scorer.numbers, users["target_column"])}
 
-    rankings(videos [n, len], columns [n, len]) yields (name, scores [n, current columns]).
+
+def ranks_of(users, scorer, rankings):
+    """Return {name: ranks [n]} of the targets of users, as of rankable(); scores that are not finite are refused.
+
+    rankings(Users) yields (name, scores [n, current columns]).
     """
     ranks, at_once = {}, max(1, SCORES_AT_ONCE // len(scorer.numbers))
-    for start in range(0, len(users["place"]), at_once):
-        videos, columns, places = (
-            users[name][start : start + at_once] for name in ("user_feature", "user_column", "place")
-        )
-        longest = np.count_nonzero(videos, axis=1).max()
-        for name, scores in rankings(videos[:, :longest], columns[:, :longest]):
+    for start in range(0, len(users["target_place"]), at_once):
+        block = {name: values[start : start + at_once] for name, values in users.items()}
+        longest = max(1, np.count_nonzero(block["user_feature"], axis=1).max())
+        clicks = (block[name][:, :longest] for name in ("user_feature", "user_column", "user_time"))
+        for name, scores in rankings(Users(*clicks, block["now"])):
             if not np.isfinite(scores).all():
-                raise InputError(f"{name!r} gives scores that are not finite; {ASTRAY}")
-            ranks.setdefault(name, []).append(rank_of(scores, places))
+                raise InputError(f"{name!r} gives scores that are not finite; {NOT_FINITE}")
+            ranks.setdefault(name, []).append(rank_of(scores, block["target_place"]))
     return {name: np.concatenate(blocks) for name, blocks in ranks.items()}
 
 
@@ -420,28 +369,20 @@ def means(metrics):
     return {name: float(np.mean(values)) for name, values in metrics.items()}
 
 
-# ---------------------------------------------------------------- what follows: count, choose, test, publish
-
-
-def finish(scorer, standing, counts, run, manifest, index, work_dir, logs):
-    """Choose the mix on validation, test it, count the memory on all clicks, and publish; return the test's metrics."""
-    validation = scorer.rankable(held_out(manifest, "val", work_dir))
-    test = scorer.rankable(held_out(manifest, "test", work_dir))
-    use_memory, num_columns = run["constants"]["MEMORY"], len(scorer.numbers)
-    memories = {decay: Memory.of_counts(counts, place, index) for place, decay in enumerate(MEMORY_DECAYS)}
-    chosen = choose_mix(validation, scorer, memories) if use_memory else Mix(MEMORY_DECAYS[0], 0.0, repeat=1.0)
-    scorer.memory = memories[chosen.decay]
-    if standing:  # its mix, but of what is counted in the training records, as for the new one
-        standing = standing._replace(memory=memories.get(standing.mix.decay, scorer.memory))
-    rankings = all_rankings(scorer, counts, chosen if use_memory else None, standing, index)
+def choose_and_publish(scorer, standing, counts, run, manifest, index, work_dir, logs):
+    """Choose the mix on validation, test it, count on all clicks, and publish; return the test's metrics."""
+    validation = rankable(held_out(manifest, "val", work_dir), scorer)
+    test = rankable(held_out(manifest, "test", work_dir), scorer)
+    constants, num_columns = run["constants"], len(scorer.numbers)
+    chosen = choose_mix(validation, scorer, constants) if constants["MEMORY"] else Mix(0.0, 0.0, 1.0, 0.1)
+    rankings = all_rankings(scorer, counts, chosen if constants["MEMORY"] else None, standing, index)
     ranks, of_validation = ranks_of(test, scorer, rankings), ranks_of(validation, scorer, rankings)
     table = make_table(ranks, test, num_columns) | {
         "validation": {row: means(metrics_of(of_row, num_columns)) for row, of_row in of_validation.items()},
         "mix": chosen._asdict(),
     }
-    held_out_counts = count_windows(manifest, ["val", "test"], MEMORY_DECAYS, index, work_dir)
-    counts = Counts.add(counts, held_out_counts, size=1 + len(index.columns))
-    memory = Memory.of_counts(counts, MEMORY_DECAYS.index(chosen.decay), index)
+    held_out_counts = count_windows(manifest, ["val", "test"], index, work_dir)
+    memory = Memory.of_counts(add_counts(counts, held_out_counts, num_numbers=1 + len(index.columns)), index)
     publish(Path(work_dir, "model"), scorer.model, memory, index, run, table, ranks, test)
     lines = table_lines(table, chosen)
     print(*lines, sep="\n")
@@ -449,55 +390,69 @@ def finish(scorer, standing, counts, run, manifest, index, work_dir, logs):
     return table["test"]
 
 
-def choose_mix(users, scorer, memories):
-    """Return the Mix for users, by their NDCG@10; memories are {decay: Memory}.
+def choose_mix(users, scorer, constants):
+    """Return the Mix for users, by their NDCG@10.
 
     Of those that are less than a standard error behind the best (Breiman et al. 1984) it is the plainest: without a factor
-    for repeats, then half and half, then of the first decay. The best of many on a few hundred users is often there by luck.
+    for columns clicked before, then nearest to equal parts. The best of many on a few hundred users is often there by luck.
     """
+    weights = [pair for pair in itertools.product(constants["MIX_WEIGHTS"], repeat=2) if sum(pair) < 1]
 
-    def mixes(*clicks):
-        clicked = scorer.clicked(clicks[1])
-        for decay, memory in memories.items():
-            parts = scorer.parts(*clicks, Mix(decay, 0.0, 1.0), memory)
-            for weight, repeat in itertools.product(MEMORY_WEIGHTS, REPEATS):
-                choice = Mix(decay, weight, repeat)
-                yield choice, mix(*parts, clicked, choice)
+    def all_mixed(block):
+        clicked = scorer.clicked(block.columns)
+        for popularity in constants["HABIT_POPULARITIES"]:
+            parts = scorer.parts(block, Mix(0.0, 0.0, 1.0, popularity))
+            for pair, factor in itertools.product(weights, constants["CLICKED_FACTORS"]):
+                mix = Mix(*pair, factor, popularity)
+                yield mix, mix.apply(parts, clicked)
 
-    ranks = ranks_of(users, scorer, mixes)
-    gains = {choice: metrics_of(of_choice, len(scorer.numbers))["NDCG@10"] for choice, of_choice in ranks.items()}
+    ranks = ranks_of(users, scorer, all_mixed)
+    gains = {mix: metrics_of(of_mix, len(scorer.numbers))["NDCG@10"] for mix, of_mix in ranks.items()}
     best = max(gains.values(), key=np.mean)
-    behind = {choice: best - of_choice for choice, of_choice in gains.items()}
-    as_good = [choice for choice, lost in behind.items() if lost.mean() <= lost.std() / len(lost) ** 0.5]
-    return min(as_good, key=lambda choice: (-choice.repeat, round(abs(choice.memory_weight - 0.5), 9)))
+    behind = {mix: best - of_mix for mix, of_mix in gains.items()}
+    as_good = [mix for mix, lost in behind.items() if lost.mean() <= lost.std() / len(lost) ** 0.5]
+
+    def from_equal_parts(mix):
+        weights = (1 - mix.memory_weight - mix.habit_weight, mix.memory_weight, mix.habit_weight)
+        return round(sum((weight - 1 / 3) ** 2 for weight in weights), 9)
+
+    return min(as_good, key=lambda mix: (-mix.clicked_factor, from_equal_parts(mix)))
 
 
 def all_rankings(scorer, counts, chosen, standing, index):
-    """Return rankings(videos [n, len], columns [n, len]), which yields (name, scores [n, current columns]).
+    """Return rankings(Users), which yields (name, scores [n, current columns]); the last one is what will be published.
 
     They are of four simple baselines, of the model that stands, of the parts of the new one, and of their mix.
     """
-    rng, size = np.random.default_rng(0), 1 + len(index.columns)
-    chain = CountTable(counts.next, size, size)
-    popularity = scorer.of_current(scorer.memory.popularity[None])
-    nudge = 1e-6 * popularity  # of columns that are equal otherwise, the popular one first
-    stood = standing and Scorer(standing.model, standing.memory, index, standing.saved["constants"]["ITEM_MAX_LEN"])
+    rng, num_numbers, memory = np.random.default_rng(0), 1 + len(index.columns), scorer.memory
+    chain = CountTable(counts.follows, num_numbers, num_numbers)
+    nudge = 1e-6 * scorer.of_current(
+        memory.popularity[None]
+    )  # of columns that are equal otherwise, the popular one first
+    item_max_len = standing and standing.saved["constants"]["ITEM_MAX_LEN"]
+    stood = standing and Scorer(
+        standing.model, memory, index, item_max_len
+    )  # counted in the training records, as the new
+    rows = {"towers": Mix(0.0, 0.0, 1.0, chosen.habit_popularity if chosen else 0.1)}
+    if chosen:
+        rows |= {
+            "memory": Mix(1.0, 0.0, 1.0, chosen.habit_popularity),
+            "habit": Mix(0.0, 1.0, 1.0, chosen.habit_popularity),
+            "mix": chosen,
+        }
 
-    def rankings(videos, columns):
-        shape, in_column = (len(columns), len(scorer.numbers)), columns > 0
-        yield "random", rng.random(shape)
-        yield "popularity", np.broadcast_to(popularity, shape)
-        later = np.cumsum(in_column[:, ::-1], axis=1)[:, ::-1] - in_column  # column clicks that follow
-        recency = np.where(in_column, 0.8**later, 0)
-        yield "own columns", scorer.of_current(sum_by_place(columns, recency, size)[:, 1:]) + nudge
-        follows = chain.weighted_rows(columns, recency / np.maximum(chain.totals[columns], 1))
+    def rankings(users):
+        yield "random", rng.random((len(users.columns), len(scorer.numbers)))
+        yield "popularity", scorer.of_current(memory.recent_popularity(users.now)) + nudge
+        recent = recency(users.columns > 0, 0.8)
+        yield "own columns", scorer.of_current(sum_by_number(users.columns, recent, num_numbers)) + nudge
+        follows = chain.weighted_rows(users.columns, recent / np.maximum(chain.totals[users.columns], 1))
         yield "chain", scorer.of_current(follows) + nudge
         if standing:
-            yield "standing", stood.probabilities(videos, columns, standing.mix)
-        yield "towers", scorer.towers(videos, columns)
-        if chosen:
-            yield "memory", scorer.remembered(videos, columns, chosen)
-            yield "mix", scorer.probabilities(videos, columns, chosen)
+            yield "standing", stood.probabilities(users, standing.mix)
+        parts, clicked = scorer.parts(users, rows["towers"]), scorer.clicked(users.columns)
+        for name, mix in rows.items():
+            yield name, mix.apply(parts, clicked)
 
     return rankings
 
@@ -515,34 +470,37 @@ def make_table(ranks, users, num_columns):
     for row, of_row in metrics.items():
         low, high = interval(of_row["NDCG@10"])
         test[row] = means(of_row) | {"low": low, "high": high}
-    for name, of_slice in slices_of(users).items():
-        gains = {row: of_row["NDCG@10"][of_slice] for row, of_row in metrics.items()}
-        number = int(of_slice.sum())
+    for name, in_slice in slices_of(users).items():
+        gains = {row: of_row["NDCG@10"][in_slice] for row, of_row in metrics.items()}
+        number = int(in_slice.sum())
         slices[name] = {"users": number} | (means(gains) if number else dict.fromkeys(gains))
     return {"test": test, "slices": slices, "notes": list(notes_on(metrics, num_columns))}
 
 
 def slices_of(users):
-    """Return {slice: which users are in it, bool [n]}."""
-    history, before = users["history"], users["clicked_before"]
-    middle = int(np.median(history))
-    return {
-        f"up to {middle} clicks": history <= middle,
-        f"more than {middle}": history > middle,
-        "clicked before": before,
-        "never clicked": ~before,
-    }
+    """Return {slice: which users are in it, bool [n]}; those of the gap between last click and visit where times are known."""
+    history, before = users["history"], clicked_before(users)
+    middle, timed = int(np.median(history)), users["now"] > 0
+    slices = {
+        f"up to {middle} clicks": history <= middle, f"more than {middle}": history > middle,
+        "clicked before": before, "never clicked": ~before,
+    }  # fmt: skip
+    gap, shorter = users["now"] - users["user_time"].max(axis=1), -1
+    for name, seconds in GAPS.items() if timed.any() else ():
+        slices[name] = timed & (gap > shorter) & (gap <= seconds)
+        shorter = seconds
+    return slices
+
+
+def clicked_before(users):
+    """Return whether each user's target is among the columns of the clicks that are read, bool [n]."""
+    return (users["user_column"] == users["target_column"][:, None]).any(axis=1)
 
 
 def interval(values):
-    """Return the 95 % interval of a mean over users: percentiles over resamples() of them (Efron 1979)."""
-    return np.percentile(resamples(len(values)) @ values / len(values), [2.5, 97.5]).tolist()
-
-
-@functools.lru_cache(maxsize=1)
-def resamples(number):
-    """Return how often each of so many users comes in each of RESAMPLES draws of as many, with replacement."""
-    return np.random.default_rng(0).multinomial(number, np.full(number, 1 / number), RESAMPLES)
+    """Return the 95 % interval of a mean over users, by its standard error."""
+    error = 1.96 * np.std(values) / len(values) ** 0.5
+    return [float(np.mean(values) - error), float(np.mean(values) + error)]
 
 
 def notes_on(metrics, num_columns):
@@ -557,9 +515,6 @@ def notes_on(metrics, num_columns):
         if high >= 0:
             what = "better than" if low > 0 else "within the noise of"
             yield f"{row!r} is {what} {final!r} in NDCG@10: {ahead.mean():+.4f}, 95 % {low:+.4f} to {high:+.4f}"
-        better = [name for name in ("HR@10", "MRR", "GAUC") if metrics[row][name].mean() > metrics[final][name].mean()]
-        if better:
-            yield f"{row!r} is ahead of {final!r} in {', '.join(better)}"
 
 
 def table_lines(table, chosen):
@@ -572,57 +527,13 @@ def table_lines(table, chosen):
     lines += ["", f"{'NDCG@10 of':12}" + "".join(f"{name:>18}" for name in slices)]
     lines.append(f"{'users':12}" + "".join(f"{gains['users']:18,}" for gains in slices.values()))
     for row in test:
-        gains_of_row = ["-" if gains[row] is None else f"{gains[row]:.4f}" for gains in slices.values()]
-        lines.append(f"{row:12}" + "".join(f"{gain:>18}" for gain in gains_of_row))
-    by = f"decay {chosen.decay}, memory_weight {chosen.memory_weight}, repeat {chosen.repeat}"
+        of_row = ["-" if gains[row] is None else f"{gains[row]:.4f}" for gains in slices.values()]
+        lines.append(f"{row:12}" + "".join(f"{gain:>18}" for gain in of_row))
+    by = f"memory {chosen.memory_weight}, habit {chosen.habit_weight} (popularity {chosen.habit_popularity}), factor for clicked columns {chosen.clicked_factor}"
     return [*lines, f"The model ranks by {list(test)[-1]!r}: {by}", *(f"Note: {note}." for note in table["notes"])]
 
 
-# ---------------------------------------------------------------- what is alike
-
-
-def write_projector(work_dir, index, data_dir):
-    """Write the vectors of the columns and of the most clicked videos, with their names, for TensorBoard's projector.
-
-    They are of the model that stands; its own, written before, are left. A video is taken for a column of it alone. The
-    model is published already, so what goes wrong here is said and no more.
-    """
-    folder = Path(work_dir, "model").absolute()
-    config, entries = folder / "projector_config.pbtxt", ""
-    for kind in ("columns", "videos"):
-        paths = f'tensor_path: "projector/{kind}_vectors.tsv" metadata_path: "projector/{kind}_names.tsv"'
-        entries += f'embeddings {{ tensor_name: "{kind}" {paths} }}\n'
-    try:
-        model, memory, _, saved = load_model(work_dir, index)
-        text = f"# model {saved['id']}, {PROJECTOR_VIDEOS} videos\n{entries}"
-        if config.exists() and config.read_bytes() == text.encode():
-            return
-        scorer = Scorer(model, memory, index, saved["constants"]["ITEM_MAX_LEN"])
-        clicks = memory.video_clicks[FIRST_VIDEO:]
-        videos = np.sort(np.argsort(-clicks, kind="stable")[:PROJECTOR_VIDEOS])
-        vectors = model.column_vectors(FIRST_VIDEO + videos[:, None], np.zeros_like(videos))
-        remove_leftovers(folder / "projector")
-        vids = np.array(list(index.videos), object)[videos].tolist()
-        titles, names = read_names(data_dir, set(vids))
-        write_vectors(folder / "projector", "columns", scorer.vectors, scorer.cids, names)
-        write_vectors(folder / "projector", "videos", vectors, vids, titles)
-        with replacing(config) as temporary:
-            temporary.write_text(text)
-    except (InputError, OSError) as error:
-        print(f"{folder / 'projector'}: not written ({error})", file=sys.stderr)
-
-
-def write_vectors(folder, kind, vectors, ids, titles):
-    """Write vectors [n, dim], and the ids of their rows with their titles: a line a row, separated by tabs."""
-    spaces = str.maketrans("\t\n\r", "   ")
-    rows = [("id", "title"), *((one.translate(spaces), titles.get(one, one).translate(spaces)) for one in ids)]
-    with replacing(folder / f"{kind}_vectors.tsv") as temporary:
-        np.savetxt(temporary, vectors, "%.9g", "\t")
-    with replacing(folder / f"{kind}_names.tsv") as temporary:
-        temporary.write_text("".join("\t".join(row) + "\n" for row in rows), encoding="utf-8")
-
-
-# ---------------------------------------------------------------- what stands
+# ---------------------------------------------------------------- the model that stands
 
 
 class Standing(NamedTuple):
@@ -643,14 +554,16 @@ def load_model(work_dir=WORK_DIR, index=None):
     weights, memory = (folder / saved[part]["file"] for part in ("weights", "memory"))
     for file, part in ((weights, "weights"), (memory, "memory")):
         if not file.exists() or file_fingerprint(file) != saved[part]["sha256"]:
+            if read_json(path, "train.py") != saved:
+                raise InputError(f"{path}: a new model was published just now; run this again")
             raise InputError(f"{file}: gone or damaged, not what {path} was written with; run train.py again")
     index.check(saved["index"], path, "get_tfrecord.py and train.py")
     with damage_named(weights):
-        table = video_table(index, saved["constants"]["VIDEO_COLUMNS"], saved["arguments"]["num_columns"])
-        model = build_model(**saved["arguments"], video_columns=table)
+        shelves = shelves_table(index, saved["constants"]["VIDEO_COLUMNS"], saved["arguments"]["num_columns"])
+        model = build_model(**saved["arguments"], shelves=shelves)
         model.load_weights(weights)
     with damage_named(memory):
-        return Standing(model, Memory.load(memory), Mix(**saved["mix"]), saved)
+        return Standing(model, Memory.load(memory, saved["constants"]["TREND_REACHES"]), Mix(**saved["mix"]), saved)
 
 
 @contextlib.contextmanager
@@ -662,8 +575,8 @@ def damage_named(path):
         raise InputError(f"{path}: damaged ({error}); remove it and run train.py again") from error
 
 
-def what_stands(work_dir, index, run):
-    """Return (the Standing model to compare with, None without; why training starts from nothing, None where it does not)."""
+def find_standing(work_dir, index, run):
+    """Return (the Standing model to compare with, None without; why training starts from nothing, None where it may not)."""
     try:
         standing = load_model(work_dir, index)
     except FileNotFoundError:
@@ -671,18 +584,19 @@ def what_stands(work_dir, index, run):
     except InputError as error:
         print(error, file=sys.stderr)
         return None, "the model that stands cannot be used"
-    saved = standing.saved
-    end_publishing(Path(work_dir, "model"), saved)  # of a run that was killed then
-    was, now = saved["records"]["held_out_share"], run["records"]["held_out_share"]
+    end_publishing(Path(work_dir, "model"), standing.saved)  # of a run that was killed then
+    was, now = standing.saved["records"]["held_out_share"], run["records"]["held_out_share"]
     if now > was:
         return None, f"{now:.2%} of the users are held out, {was:.2%} when the model that stands was trained"
-    if not run["constants"]["WARM_START"]:
-        return standing, "WARM_START is False"
-    for name, value in run["arguments"].items():
-        was = saved["arguments"].get(name)
-        if was != value and name not in ("num_videos", "num_columns", "dropout"):
-            return standing, f"the model that stands has {name} = {was}, now it is {value}"
-    return standing, None
+    return standing, None if run["constants"]["WARM_START"] else "WARM_START is False"
+
+
+def other_shape(saved, now):
+    """Return in words how a model's arguments differ from those saved, None where its weights fit all the same."""
+    for name, value in now.items():
+        if saved.get(name) != value and name not in ("num_videos", "num_columns", "dropout"):
+            return f"the model that stands has {name} = {saved.get(name)}, now it is {value}"
+    return None
 
 
 def grow(old, new, index):
@@ -711,19 +625,27 @@ def new_videos(rows, index):
 
 
 def publish(folder, model, memory, index, run, table, ranks, users):
-    """Write weights, memory and tables under names of their own; then model.json, whose rename publishes all."""
-    # h5py does not survive a full disk, so ask for the room before.
-    with tempfile.TemporaryFile(dir=folder) as room:
-        room.writelines(weight.tobytes() for weight in model.get_weights())
-        room.write(bytes(1 << 20))
+    """Write weights, memory and tables under a new id; then model.json, whose rename publishes all."""
+    identity = uuid.uuid4().hex[:16]
+    weights, memory_file = (folder / f"{identity}.{kind}" for kind in ("weights.h5", "memory.npz"))
+    model.save_weights(weights)
+    memory.save(memory_file)
     files = {
-        "weights": save_by_hash(folder, ".weights.h5", model.save_weights),
-        "memory": save_by_hash(folder, ".memory.npz", memory.save),
+        part: {"file": path.name, "sha256": file_fingerprint(path)}
+        for part, path in (("weights", weights), ("memory", memory_file))
     }
-    saved = {"format": MODEL_FORMAT, "date": time.strftime("%Y-%m-%d %H:%M:%S"), **files, **run, **table}
-    saved["id"] = fingerprint(saved)[:16]
-    write_json(folder / f"{saved['id']}.metrics.json", table)
-    write_test(folder / f"{saved['id']}.test.csv", ranks, users, list(index.columns))
+    date = time.strftime("%Y-%m-%d %H:%M:%S")
+    saved = {
+        "format": MODEL_FORMAT,
+        "id": identity,
+        "date": date,
+        **files,
+        **run,
+        "arguments": model.arguments,
+        **table,
+    }
+    write_json(folder / f"{identity}.metrics.json", table)
+    write_test(folder / f"{identity}.test.csv", ranks, users, list(index.columns))
     write_json(folder / "model.json", saved)
     end_publishing(folder, saved)
     (folder / "checkpoint.npz").unlink(missing_ok=True)
@@ -740,15 +662,12 @@ def end_publishing(folder, saved):
 
 
 def write_test(path, ranks, users, cids):
-    """Write test.csv: one line a test user, with the target and its rank in every row of the table.
-
-    A NUL in an id, which the csv module of Python 3.10 neither writes nor reads, becomes a replacement character.
-    """
+    """Write test.csv: one line a test user, with the target and its rank in every row of the table."""
     columns = [
-        [uid.decode().replace("\0", "\ufffd") for uid in users["uid"]],
+        [uid.decode() for uid in users["uid"]],
         users["history"].tolist(),
-        [cids[number - 1].replace("\0", "\ufffd") for number in users["target_column"]],
-        users["clicked_before"].astype(int).tolist(),
+        [cids[number - 1] for number in users["target_column"]],
+        clicked_before(users).astype(int).tolist(),
         *(of_row.tolist() for of_row in ranks.values()),
     ]
     write_csv(path, ["uid", "history", "target", "clicked_before", *ranks], zip(*columns, strict=True))
@@ -758,17 +677,6 @@ def write_csv(path, head, rows):
     """Replace path by a table."""
     with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([head, *rows])
-
-
-def save_by_hash(folder, suffix, write):
-    """Write a file by write(path), name it by its SHA-256 and return {"file": name, "sha256": hash}."""
-    draft = folder / f".new{suffix}"
-    write(draft)
-    sha256 = file_fingerprint(draft)
-    name = f"{sha256[:16]}{suffix}"
-    with replacing(folder / name) as temporary:
-        draft.rename(temporary)
-    return {"file": name, "sha256": sha256}
 
 
 # ---------------------------------------------------------------- what a run under way keeps
@@ -801,12 +709,10 @@ def restore_checkpoint(folder, model, optimizer, run):
 def print_epoch(history):
     """Print the last epoch's row; * marks the best so far."""
     row = history[-1]
-    losses = "        -         -         -"
-    if row["loss"] is not None:
-        losses = "{loss:9.4f} {column_loss:9.4f} {targets:9,}".format(**row)
+    loss = "        -         -" if row["loss"] is None else "{loss:9.4f} {targets:9,}".format(**row)
     metrics = "{HR@10:17.4f} {NDCG@10:9.4f} {MRR:9.4f} {GAUC:9.4f}".format(**row)
     best = " *" if best_epoch(history) == row["epoch"] else ""
-    print(f"{row['epoch']:5} {losses} |{metrics} |{row['seconds']:8.1f}{best}")
+    print(f"{row['epoch']:5} {loss} |{metrics} |{row['seconds']:8.1f}{best}")
 
 
 def log(folder, step, values):
@@ -819,25 +725,24 @@ def log(folder, step, values):
 
 
 def say_if_clicks_changed(work_dir, data_dir=DATA_DIR):
-    """Print a line where the click files are others, or newer, than those that the records were made of."""
+    """Print a line where the click files are others than those that the records were made of, by their content."""
     folder, manifest = Path(data_dir, "click_seq"), Path(work_dir, "tfrecord/manifest.json")
     if not folder.is_dir() or not manifest.exists():
         return
-    paths = [path for path in folder.glob("[!.]*") if path.name.endswith(ENDINGS) and path.is_file()]
-    newer = sorted(path.name for path in paths if path.stat().st_mtime > manifest.stat().st_mtime)
-    if newer or {path.name for path in paths} != set(read_json(manifest, "get_tfrecord.py").get("input", ())):
+    was, now = read_json(manifest, "get_tfrecord.py").get("input", {}), digests(survey(folder, num_workers=1))
+    if others := sorted(name for name in was.keys() | now.keys() if was.get(name) != now.get(name)):
         print(
-            f"{folder}: the clicks changed since the records were made ({', '.join(newer[:3]) or 'other files'}); run "
-            "get_tfrecord.py first to train on them",
+            f"{folder}: the clicks changed since the records were made ({', '.join(others[:3])}); run get_tfrecord.py first "
+            "to train on them",
             file=sys.stderr,
         )
 
 
-@only_one(each_worker=True)
 def main():
-    say_if_clicks_changed(WORK_DIR)
-    train()
+    with only_one(WORK_DIR, cluster_worker()[0]):
+        say_if_clicks_changed(WORK_DIR)
+        train()
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(__file__)

@@ -4,6 +4,8 @@
 
 Shelves belong to themes. A user likes two themes; within one, a click on a shelf is mostly followed by the next shelf of
 that theme (after "Street food" comes "Home cooking"). So the order of clicks tells what comes next, popularity does not.
+A visit begins otherwise than it goes on: often with the user's own favourite shelf, or with the one that is the talk of the
+day; and later visits follow the clock.
 """
 
 import json
@@ -17,6 +19,10 @@ VIDEOS_OF_SHELF = 14
 SHARED_OF_THEME = 4  # videos that stand on every shelf of the theme
 FOLLOWS = 0.75  # chance that the next shelf of the theme follows
 IN_SHELF = 0.7  # chance that a click is made in the shelf, not elsewhere in the app
+OWN_FIRST = 0.45  # chance that a visit begins with the user's favourite shelf
+DAY_FIRST = 0.25  # chance that it begins with the shelf of the day
+VISIT_ENDS = 0.2  # chance that a click is the last one of its visit
+START, DAYS = 1_763_942_400, 14  # 2025-11-24, 00:00 UTC; days that the clicks are spread over
 FILES = 2
 
 THEMES = {
@@ -42,7 +48,8 @@ def make_sample(folder):
         folder / "cid2vids.json", ({"cid": c, "vids": s["vids"], "name": s["name"]} for c, s in shelves.items())
     )
     write_lines(folder / "vid2title.json", ({"vid": vid, "title": title} for vid, title in titles.items()))
-    users = [{"uid": f"u{n}", "click_seq": make_clicks(rng, shelves)} for n in range(NUM_USERS)]
+    of_day = [rng.choice(list(shelves)) for _ in range(DAYS)]
+    users = [{"uid": f"u{n}", **make_clicks(rng, shelves, of_day)} for n in range(NUM_USERS)]
     for n in range(FILES):
         write_lines(folder / "click_seq" / f"part-{n}.json", users[n::FILES])
 
@@ -64,24 +71,36 @@ def make_shelves():
     return shelves, titles
 
 
-def make_clicks(rng, shelves):
-    """Return one user's clicks, oldest first."""
+def make_clicks(rng, shelves, of_day):
+    """Return one user's {"click_seq", "times"}, oldest first; of_day are the shelves of the days."""
     themes = list(THEMES)
     weights = [1 / (rank + 2) for rank in range(len(themes))]
     liked = rng.choices(themes, weights, k=2)
-    last, clicks = {}, []
-    for _ in range(3 + int(rng.expovariate(1 / 16))):
+    favourite = rng.choice([cid for cid, shelf in shelves.items() if shelf["theme"] == liked[0]])
+    last, clicks, times = {}, [], make_times(rng, 3 + int(rng.expovariate(1 / 16)))
+    for before, now in zip([0, *times], times):
         theme = liked[rng.random() < 0.3] if rng.random() < 0.9 else rng.choice(themes)
         cids = [cid for cid, shelf in shelves.items() if shelf["theme"] == theme]
-        if theme in last and rng.random() < FOLLOWS:
+        draw = rng.random() if now - before > 3600 else 1.0
+        if draw < OWN_FIRST + DAY_FIRST:
+            cid = favourite if draw < OWN_FIRST else of_day[(now - START) // 86_400]
+        elif theme in last and rng.random() < FOLLOWS:
             cid = cids[(cids.index(last[theme]) + 1) % len(cids)]
         else:
             cid = rng.choice(cids)
-        last[theme] = cid
+        last[shelves[cid]["theme"]] = cid
         vids = shelves[cid]["vids"]
         vid = vids[int(len(vids) * rng.random() ** 2)]
         clicks.append(f"{vid}_{cid}" if rng.random() < IN_SHELF else vid)
-    return clicks
+    return {"click_seq": clicks, "times": times}
+
+
+def make_times(rng, number):
+    """Return unix seconds of so many clicks, in visits, the last of which is within the days."""
+    gaps = [rng.randrange(20, 300) if rng.random() > VISIT_ENDS else rng.randrange(6, 40) * 3600 for _ in range(number)]
+    end = START + DAYS * 86_400 - int(rng.expovariate(1 / 40_000)) - 1
+    times = [end - sum(gaps[at:]) for at in range(1, number + 1)]
+    return [max(time, START) for time in times]
 
 
 def write_lines(path, records):
