@@ -60,7 +60,9 @@ def get_tfrecord(data_dir=DATA_DIR, work_dir=WORK_DIR, num_workers=NUM_WORKERS, 
     constants, by their names, take the place of those at the top.
     """
     settings, index, folder = record_constants(**constants), load_index(work_dir), Path(work_dir, "tfrecord").absolute()
-    contents = survey(Path(data_dir, "click_seq"), num_workers)
+    clicks_dir = Path(data_dir, "click_seq")
+    stamps = stamps_of(clicks_dir)
+    contents = survey(clicks_dir, num_workers)
     made_with = {
         "format": FORMAT,
         "index": index.fingerprint(),
@@ -76,7 +78,7 @@ def get_tfrecord(data_dir=DATA_DIR, work_dir=WORK_DIR, num_workers=NUM_WORKERS, 
     parts = map_files(write, cut_files(contents, settings["RANGE_BYTES"]), "write records", num_workers)
     manifest = made_with | {"input": digests(contents)} | add_parts(parts, made_with["held_out_share"])
     check_enough(manifest)
-    if survey(Path(data_dir, "click_seq"), num_workers) != contents:
+    if stamps_of(clicks_dir) != stamps:
         raise InputError("the clicks were changed while they were read; run get_tfrecord.py again")
     write_json(folder / "manifest.json", manifest)
     remove_others(folder, manifest["shards"])
@@ -97,6 +99,12 @@ def survey(folder, num_workers=NUM_WORKERS):
     if not (paths := find_files(folder)):
         raise InputError(f"{folder.absolute()}: no .json, .jsonl, .json.gz or .jsonl.gz file")
     return dict(zip(paths, map_files(content_of, paths, "read clicks", num_workers), strict=True))
+
+
+def stamps_of(folder):
+    """Return {path: what changes where another writes or replaces the file} of the click files."""
+    stats = {path: os.stat(path) for path in find_files(folder)}
+    return {path: (stat.st_ino, stat.st_size, stat.st_mtime_ns) for path, stat in stats.items()}
 
 
 def digests(contents):
@@ -245,7 +253,7 @@ def write_windows(task, shards, encoder, made_with):
                 videos, columns = encoder.encode(clicks)
                 part["histories"][str(len(clicks))] += 1
                 part["clicks"].update(count_clicks(videos, columns, times, settings["VISIT_GAP"]))
-                part["days"].update(time.strftime("%Y-%m-%d", time.gmtime(t)) for t in {*times[:1], *times[-1:]} if t)
+                part["days"].update({str(second // 86_400) for second in (*times[:1], *times[-1:]) if second})
                 part["held_out"][uid] += split_of(uid, share) != "train"
                 of_splits = split_windows(uid, videos, columns, times, encoder.current, share, settings)
                 for split, windows in of_splits.items():
@@ -384,6 +392,7 @@ def add_parts(parts, share):
             files[tally.path] = files[tally.path] + tally if tally.path in files else tally
     for tally in files.values():
         tally.check()
+    days = sorted(map(int, sums["days"]))
     lines_of, lengths = sums["held_out"].values(), {int(text): users for text, users in sums["histories"].items()}
     return {
         "shards": shards,
@@ -401,7 +410,9 @@ def add_parts(parts, share):
             **sums["clicks"],
             "targets": sums["targets"].total(),
             "history": {"p50": quantile(lengths, 0.5), "p90": quantile(lengths, 0.9), "max": max(lengths, default=0)},
-            "days": [min(sums["days"]), max(sums["days"])] if sums["days"] else [],
+            "days": [time.strftime("%Y-%m-%d", time.gmtime(86_400 * day)) for day in (days[0], days[-1])]
+            if days
+            else [],
             "unknown_video": unknown,
             "users": round(len(lines_of) / min(2 * share, 1)),  # as far as those held out, by their uids, tell
             "on_several_lines": sum(lines > 1 for lines in lines_of) / max(len(lines_of), 1),
@@ -432,8 +443,11 @@ def check_enough(manifest):
     if lacking == ["train"]:
         raise InputError("all column clicks are held out; more users or longer histories are needed")
     if lacking:
-        needed = "at least 8 users are needed, each on one line with a uid of its own, who clicked in a current column after other clicks"
-        raise InputError(f"{report['lines']:,} lines leave no target for {lacking[-1]}; {needed}")
+        enough = math.ceil(math.log(0.01) / math.log1p(-manifest["held_out_share"]))
+        needed = "each on one line, with a uid of its own, who clicked in a current column after other clicks"
+        raise InputError(
+            f"{report['lines']:,} lines leave no target for {lacking[-1]}; about {enough} users are needed, {needed}"
+        )
 
 
 def remove_others(folder, shards):

@@ -29,11 +29,11 @@ from typing import NamedTuple
 
 from get_indexing import (
     DATA_DIR, MAX_ID_CHARS, MAX_LINE_BYTES, WORK_DIR,
-    InputError, OrZero, Records, Tally, content_of, file_fingerprint, fingerprint, input_name, load_index, name_unread,
+    InputError, OrZero, Records, Tally, file_fingerprint, fingerprint, input_name, load_index, name_unread,
     only_one, read_json, read_names, remove_leftovers, replacing, run_script, write_json,
 )  # fmt: skip
 from get_tfrecord import (
-    NUM_WORKERS, ClickEncoder, History, cut_files, draw_of, map_files, parse_history, split_click, survey,
+    NUM_WORKERS, ClickEncoder, History, cut_files, draw_of, map_files, parse_history, split_click, stamps_of, survey,
 )  # fmt: skip
 
 import numpy as np
@@ -56,6 +56,7 @@ def infer(clicks_dir=CLICKS_DIR, work_dir=WORK_DIR, ranking_dir=RANKING_DIR, top
     if clicks_dir.resolve() == folder.resolve():
         raise InputError(f"{folder}: RANKING_DIR is the folder of the clicks; name another one in infer.py")
     index, model = load_index(work_dir), read_json(work_dir / "model/model.json", "train.py")
+    stamps = stamps_of(clicks_dir)
     contents = survey(clicks_dir, num_workers)
     newest = max(map_files(newest_click, cut_files(contents, RANK_BYTES), "read times", num_workers))
     made_with = {
@@ -90,10 +91,10 @@ def infer(clicks_dir=CLICKS_DIR, work_dir=WORK_DIR, ranking_dir=RANKING_DIR, top
     for path, of_file in itertools.groupby(parts, key=lambda part: part.path):
         of_file = list(of_file)
         example = example or of_file[0].example
-        if (users := join_parts(outputs[path], of_file, made_of[path], clicks_dir)) is None:
+        if stamps_of(clicks_dir).get(path) != stamps[path]:
             changed.append(path)
         else:
-            ranked += users
+            ranked += join_parts(outputs[path], of_file, made_of[path], clicks_dir)
     print(
         f"{ranked:,} users ranked in {len(todo) - len(changed):,} files, {len(outputs):,} files stand in {ranking_dir}"
     )
@@ -154,14 +155,9 @@ class Part(NamedTuple):
 
 
 def join_parts(output, parts, made_of, clicks_dir):
-    """Write a ranking from its Parts, and before it what it was made of; return how many users there are.
-
-    None, and the former ranking stays, where the click file is no longer what it was.
-    """
+    """Write a ranking from its Parts, and before it what it was made of; return how many users there are."""
     tally = functools.reduce(lambda one, other: one + other, (part.tally for part in parts))
     tally.check()
-    if list(content_of(tally.path)) != made_of["input"]:
-        return None
     with replacing(output, durable=False) as temporary:
         with open(temporary, "wb") as whole:
             for part in parts:  # gzip files in a row are one gzip file

@@ -553,7 +553,8 @@ class Scorer:
             scores = np.maximum(scores, 1e-9) * self.is_remembered
             scores *= (towers @ self.is_remembered / np.maximum(scores.sum(axis=1), 1e-12))[:, None]  # 0: it knows none
             parts.append(scores + towers * (1 - self.is_remembered))
-        popular = (self.clicks + 0.5) / (self.clicks + 0.5).sum()
+        popular = self.of_current(self.memory.recent_popularity(users.now)) * self.clicks.sum() + 0.5
+        popular /= popular.sum(axis=1, keepdims=True)
         return [np.where(users.is_known()[:, None], part, popular) for part in parts]
 
     def probabilities(self, users, mix):

@@ -78,7 +78,7 @@ def make_clicks(rng, shelves, of_day):
     liked = rng.choices(themes, weights, k=2)
     favourite = rng.choice([cid for cid, shelf in shelves.items() if shelf["theme"] == liked[0]])
     last, clicks, times = {}, [], make_times(rng, 3 + int(rng.expovariate(1 / 16)))
-    for before, now in zip([0, *times], times):
+    for before, now in zip([0, *times], times, strict=False):
         theme = liked[rng.random() < 0.3] if rng.random() < 0.9 else rng.choice(themes)
         cids = [cid for cid, shelf in shelves.items() if shelf["theme"] == theme]
         draw = rng.random() if now - before > 3600 else 1.0

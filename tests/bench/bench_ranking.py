@@ -4,7 +4,7 @@
 
 RAW_FOLDER is what DATA_DIR names; the truth is {uid: the cid clicked next}. The scripts are copied into a temporary
 folder and their constants edited there, as a user would. Prints a table of NDCG@10, each column ranked: how well the
-towers alone, the memory alone and the mix do on validation, on the test users and on all users of the truth; and
+towers, the memory and habit alone and the mix do on validation, on the test users and on all users of the truth; and
 "unseen", the truth with the columns that a user clicked before taken out of his ranking.
 """
 
@@ -44,11 +44,12 @@ def main(raw, truth_file, *edits):
         print(f"{'chain':14} {time.time() - started:7.1f} s")
         model_file = folder / "data/work/model/model.json"
         model = json.loads(model_file.read_text(encoding="utf-8"))
-        print(", ".join(f"{name} {model['mix'][name]}" for name in list(model["mix"])[:5]))
+        print(", ".join(f"{name} {model['mix'][name]}" for name in list(model["mix"])[:4]))
         print("           validation    test   truth  unseen   HR@10 of the truth")
-        for row, weight in (("mix", model["mix"]["memory_weight"]), ("towers", 0.0), ("memory", 1.0)):
-            if row != "mix":
-                changed = model | {"id": row, "mix": model["mix"] | {"memory_weight": weight}}
+        for row, weights in {"mix": None, "towers": (0.0, 0.0), "memory": (1.0, 0.0), "habit": (0.0, 1.0)}.items():
+            if weights:
+                alone = dict(zip(("memory_weight", "habit_weight"), weights, strict=True)) | {"clicked_factor": 1.0}
+                changed = model | {"id": row, "mix": model["mix"] | alone}
                 model_file.write_text(json.dumps(changed), encoding="utf-8")
                 run(folder, "infer")
             known = [
@@ -63,7 +64,7 @@ def set_constant(folder, name, value):
     """Edit the one line that gives a constant its value."""
     for script in folder.glob("*.py"):
         source = script.read_text(encoding="utf-8")
-        edited, times = re.subn(rf"^{name} = [^#\n]*", f"{name} = {value}  ", source, flags=re.MULTILINE)
+        edited, times = re.subn(rf"^({name}\b[^=\n]*) = [^#\n]*", rf"\1 = {value}  ", source, flags=re.MULTILINE)
         if times:
             script.write_text(edited, encoding="utf-8")
             return
