@@ -70,6 +70,11 @@ def get_indexing(data_dir=DATA_DIR, work_dir=WORK_DIR):
     write_json(folder / "vid2idx.json", index.videos)
     write_json(folder / "cid2vidx.json", index.columns)
     empty = sum(not vids for vids in index.columns.values())
+    if went := sum(bool(vids) and not index.columns[cid] for cid, vids in old.columns.items()):
+        print(
+            f"{went:,} of {len(old.columns):,} columns went since the last index: they are ranked no more",
+            file=sys.stderr,
+        )
     unknown = f"{sum(vid not in catalogue for vid in shelved):,} videos of the columns are unknown to the catalogue"
     print(
         f"{len(index.videos):,} videos ({len(index.videos) - len(old.videos):,} new), "

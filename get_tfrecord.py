@@ -273,6 +273,7 @@ def count_clicks(videos, columns, times, visit_gap):
         "clicks": len(videos),
         "unknown_videos": videos.count(UNKNOWN),
         "column_clicks": len(columns) - columns.count(0),
+        "repeated_clicks": sum(one == other for one, other in itertools.pairwise(zip(videos, columns, strict=True))),
         "visits": len(visit_starts(times, visit_gap)) if any(times) else 0,
     }
 
@@ -475,7 +476,12 @@ def print_report(manifest, index):
 
 def oddities(report, index):
     """Yield a line for each thing in the data that costs quality."""
-    lines, unknown = report["lines"] - sum(report["skipped"].values()), report["unknown_videos"] / report["clicks"]
+    lines, clicks = report["lines"] - sum(report["skipped"].values()), report["clicks"]
+    unknown, repeated, longest = (
+        report["unknown_videos"] / clicks,
+        report["repeated_clicks"] / clicks,
+        report["history"]["max"],
+    )
     if report["on_several_lines"]:
         yield (
             f"about {report['users']:,} users are on {lines:,} lines, {report['on_several_lines']:.1%} of them on several: "
@@ -489,6 +495,13 @@ def oddities(report, index):
         )
     elif unknown:
         yield f"{unknown:.1%} of the clicks are of unknown videos; vid2title lines make them known"
+    if repeated > 0.2:
+        yield (
+            f"{repeated:.0%} of the clicks repeat the one before, same video and column: where the log holds events twice, "
+            "write each once; else all figures are too good, since the next click is known"
+        )
+    if lines >= 1000 and longest > clicks / 100:
+        yield f"one user has {longest:,} of the {clicks:,} clicks, perhaps a machine: leave such users out"
 
 
 # ---------------------------------------------------------------- work on files, shared out

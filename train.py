@@ -229,7 +229,7 @@ class MuonAdam:
         self.schedule = schedule
         self.muon = keras.optimizers.Muon(
             lambda: kernel_rate * schedule(self.step), adam_lr_ratio=1 / kernel_rate, rms_rate=None,
-            weight_decay=None, adam_weight_decay=None, exclude_layers=["gaps"],
+            weight_decay=None, adam_weight_decay=None, exclude_layers=[r"^(?!.*kernel)"],
         )  # fmt: skip
         self.muon.build(self.rest)
         self.means, self.squares = (
