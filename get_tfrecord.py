@@ -1,6 +1,6 @@
 """Cut each user's clicks into windows, hold out the last visit of some users, and write all as TFRecord shards.
 
-Reads   DATA_DIR/click_seq/*   {"uid": "u1", "click_seq": ["v1", "v2_c7"], "times": [1764105004, 1764105060]}
+Reads   DATA_DIR/click_seq/*   {"uid": "u1", "click_seq": ["v1", "v2_c7"], "times": [1795641004, 1795641060]}
                                a line a user, oldest click first; times, in unix seconds, are optional
         WORK_DIR/indexing/
 Writes  WORK_DIR/tfrecord/{train,val,test}-*.tfrecord   one tf.train.SequenceExample for each window

@@ -374,8 +374,9 @@ def choose_and_publish(scorer, standing, counts, run, manifest, index, work_dir,
     validation = rankable(held_out(manifest, "val", work_dir), scorer)
     test = rankable(held_out(manifest, "test", work_dir), scorer)
     constants, num_columns = run["constants"], len(scorer.numbers)
-    chosen = choose_mix(validation, scorer, constants) if constants["MEMORY"] else Mix(0.0, 0.0, 1.0, 0.1)
-    rankings = all_rankings(scorer, counts, chosen if constants["MEMORY"] else None, standing, index)
+    plain, use_memory = Mix(0.0, 0.0, 1.0, constants["HABIT_POPULARITIES"][0]), constants["MEMORY"]
+    chosen = choose_mix(validation, scorer, constants) if use_memory else plain
+    rankings = all_rankings(scorer, counts, chosen, use_memory, standing, index)
     ranks, of_validation = ranks_of(test, scorer, rankings), ranks_of(validation, scorer, rankings)
     table = make_table(ranks, test, num_columns) | {
         "validation": {row: means(metrics_of(of_row, num_columns)) for row, of_row in of_validation.items()},
@@ -419,7 +420,7 @@ def choose_mix(users, scorer, constants):
     return min(as_good, key=lambda mix: (-mix.clicked_factor, from_equal_parts(mix)))
 
 
-def all_rankings(scorer, counts, chosen, standing, index):
+def all_rankings(scorer, counts, chosen, use_memory, standing, index):
     """Return rankings(Users), which yields (name, scores [n, current columns]); the last one is what will be published.
 
     They are of four simple baselines, of the model that stands, of the parts of the new one, and of their mix.
@@ -433,13 +434,10 @@ def all_rankings(scorer, counts, chosen, standing, index):
     stood = standing and Scorer(
         standing.model, memory, index, item_max_len
     )  # counted in the training records, as the new
-    rows = {"towers": Mix(0.0, 0.0, 1.0, chosen.habit_popularity if chosen else 0.1)}
-    if chosen:
-        rows |= {
-            "memory": Mix(1.0, 0.0, 1.0, chosen.habit_popularity),
-            "habit": Mix(0.0, 1.0, 1.0, chosen.habit_popularity),
-            "mix": chosen,
-        }
+    plain = chosen._replace(memory_weight=0.0, habit_weight=0.0, clicked_factor=1.0)
+    rows = {"towers": plain}
+    if use_memory:
+        rows |= {"memory": plain._replace(memory_weight=1.0), "habit": plain._replace(habit_weight=1.0), "mix": chosen}
 
     def rankings(users):
         yield "random", rng.random((len(users.columns), len(scorer.numbers)))
@@ -450,7 +448,7 @@ def all_rankings(scorer, counts, chosen, standing, index):
         yield "chain", scorer.of_current(follows) + nudge
         if standing:
             yield "standing", stood.probabilities(users, standing.mix)
-        parts, clicked = scorer.parts(users, rows["towers"]), scorer.clicked(users.columns)
+        parts, clicked = scorer.parts(users, plain), scorer.clicked(users.columns)
         for name, mix in rows.items():
             yield name, mix.apply(parts, clicked)
 

@@ -66,7 +66,7 @@ def names(cell):
 def sample_work(tmp_path_factory):
     """WORK_DIR of the chain on the sample, trained for one epoch."""
     code = "from get_indexing import *; from get_tfrecord import *; from train import *\n"
-    code += "get_indexing(); get_tfrecord(num_workers=1); train(epochs=1)"
+    code += "get_indexing(); get_tfrecord(num_workers=1); train(EPOCHS=1)"
     folder = tmp_path_factory.mktemp("sample")
     (folder / "data").mkdir()
     (folder / "data/sample").symlink_to(ROOT / "data/sample")
@@ -83,10 +83,12 @@ def snippets(tmp_path_factory, sample_work):
     for line, text in blocks("python"):
         folder = folders[line] = tmp_path_factory.mktemp(f"line_{line}")
         (folder / f"{line}.py").write_text(text, encoding="utf-8")
-        (folder / "clicks.csv").write_text(blocks("csv")[0][1], encoding="utf-8")
+        (folder / "clicks.csv").write_text(blocks("csv")[0][1], encoding="utf-8-sig")  # as Excel writes it
+        (folder / "data/sample").parent.mkdir()
+        (folder / "data/sample").symlink_to(ROOT / "data/sample")
         shutil.copytree(sample_work, folder / "data/work")
-        write_ranks(folder / "data/work/model.kept/test.csv", {"u1": 2, "u2": 1, "u3": 30, "gone": 1})
-        write_ranks(folder / "data/work/model/test.csv", {"u1": 1, "u2": 1, "u3": 3, "new": 1})
+        write_ranks(folder / "data/work/model.kept/test.csv", {"u1": 2, "u2": 1, "u3": 30, "gone\u2028": 1})
+        write_ranks(folder / "data/work/model/test.csv", {"u1": 1, "u2": 1, "u3": 3, "new\u2028": 1})
     result = subprocess.run(
         [sys.executable, "-c", RUN_SNIPPETS, *(str(folder / f"{line}.py") for line, folder in folders.items())],
         cwd=tmp_path_factory.mktemp("nothing"),
@@ -126,7 +128,7 @@ def test_the_raw_files_made_of_a_table_of_clicks_can_be_read(snippets):
     line = next(line for line, text in blocks("python") if "csv.DictReader" in text and "click_seq" in text)
     folder = snippets[0][line]
     clicks = (folder / "data/mine/click_seq/clicks.json").read_text(encoding="utf-8")
-    assert clicks == '{"uid": "u1", "click_seq": ["v1", "v2_c7"]}\n'
+    assert clicks == '{"uid": "u1", "click_seq": ["v1", "v2_c7"], "times": [1795641004, 1795641245]}\n'
     code = "import get_indexing; get_indexing.get_indexing('data/mine', 'data/index')"
     done = subprocess.run([sys.executable, "-c", code], cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)},
                           capture_output=True, text=True, check=False)  # fmt: skip
@@ -198,7 +200,20 @@ def test_commands_name_existing_files(calls):
 def test_the_line_of_the_crontab_runs_the_chain_of_every_day_in_both_languages():
     lines = re.findall(r"^30 3 .*$", README, re.MULTILINE)
     assert len(lines) == 2 and lines[0] == lines[1] and "%" not in lines[0]
-    assert re.findall(r"python (\S+\.py)", lines[0]) == EVERY_DAY
+    assert [f"{name}.py" for name in re.search(r"for s in (.*?);", lines[0])[1].split()] == EVERY_DAY
+
+
+@pytest.mark.parametrize("broken", [None, "train"])
+def test_the_line_of_the_crontab_runs_every_script_until_one_fails_and_says_so(tmp_path, broken):
+    line = re.search(r"^30 3 \* \* \* (.*)$", README, re.MULTILINE)[1].replace("/srv/columns", str(tmp_path))
+    python = tmp_path / ".venv/bin/python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\necho ran "$1"\n[ "$1" != {broken}.py ]\n')
+    python.chmod(0o755)
+    done = subprocess.run(["sh", "-c", line], capture_output=True, text=True, check=False)
+    ran = re.findall(r"ran (\S+)", (tmp_path / "chain.log").read_text())
+    assert ran == (EVERY_DAY[:3] if broken else EVERY_DAY)
+    assert ("failed" in done.stdout) == bool(broken)
 
 
 def test_a_model_that_was_kept_can_be_put_back(tmp_path):
@@ -243,6 +258,7 @@ def assigned_names(script):
     """Return the upper-case names that a script assigns at its top level."""
     tree = ast.parse((ROOT / script).read_text(encoding="utf-8"))
     targets = [target for node in tree.body if isinstance(node, ast.Assign) for target in node.targets]
+    targets += [node.target for node in tree.body if isinstance(node, ast.AnnAssign)]
     return {target.id for target in targets if isinstance(target, ast.Name) and target.id.isupper()}
 
 
@@ -296,9 +312,12 @@ def test_what_shapes_the_held_out_users_and_the_test_file_is_said_as_the_scripts
 
 
 def test_every_row_of_the_printed_table_is_explained():
-    rows = re.findall(r'yield "([a-z ]+)"', (ROOT / "train.py").read_text(encoding="utf-8"))
-    assert {"random", "popularity", "own columns", "chain", "towers", "memory", "mix"} <= set(rows)
-    assert set(rows) <= set(names(section("Reading the results")))
+    rows = re.findall(
+        r'(?:yield "([a-z ]+)"|"([a-z]+)": (?:plain|chosen))', (ROOT / "train.py").read_text(encoding="utf-8")
+    )
+    rows = {one or other for one, other in rows}
+    assert rows == {"random", "popularity", "own columns", "chain", "standing", "towers", "memory", "habit", "mix"}
+    assert rows <= set(names(section("Reading the results")))
 
 
 def test_each_line_of_the_pitfalls_names_the_test_that_shows_it():
