@@ -16,7 +16,6 @@ The second half of this file is how work on files is shared out among processes,
 
 import collections
 import contextlib
-import dataclasses
 import functools
 import hashlib
 import importlib
@@ -31,7 +30,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from get_indexing import (
-    DATA_DIR, UNKNOWN, WORK_DIR,
+    DATA_DIR, MAX_ID_CHARS, UNKNOWN, WORK_DIR,
     BadLine, InputError, Records, Tally, constants_of, content_of, file_fingerprint, find_files, fingerprint, load_index,
     name_unread, only_one, read_json, remove_leftovers, replacing, run_script, text_id, write_json,
 )  # fmt: skip
@@ -60,16 +59,14 @@ def get_tfrecord(data_dir=DATA_DIR, work_dir=WORK_DIR, num_workers=NUM_WORKERS, 
     constants, by their names, take the place of those at the top.
     """
     settings, index, folder = record_constants(**constants), load_index(work_dir), Path(work_dir, "tfrecord").absolute()
-    clicks_dir = Path(data_dir, "click_seq")
-    stamps = stamps_of(clicks_dir)
-    contents = survey(clicks_dir, num_workers)
+    contents = survey(Path(data_dir, "click_seq"), num_workers)
     made_with = {
         "format": FORMAT,
         "index": index.fingerprint(),
         "current_columns": fingerprint([cid for cid, videos in index.columns.items() if videos]),  # these are held out
         "constants": settings,
         "held_out_share": held_out_share(
-            sum(lines for _, lines in contents.values()), settings["HELD_OUT_USERS"], folder
+            sum(content.lines for content in contents.values()), settings["HELD_OUT_USERS"], folder
         ),
     }
     folder.mkdir(parents=True, exist_ok=True)
@@ -78,8 +75,6 @@ def get_tfrecord(data_dir=DATA_DIR, work_dir=WORK_DIR, num_workers=NUM_WORKERS, 
     parts = map_files(write, cut_files(contents, settings["RANGE_BYTES"]), "write records", num_workers)
     manifest = made_with | {"input": digests(contents)} | add_parts(parts, made_with["held_out_share"])
     check_enough(manifest)
-    if stamps_of(clicks_dir) != stamps:
-        raise InputError("the clicks were changed while they were read; run get_tfrecord.py again")
     write_json(folder / "manifest.json", manifest)
     remove_others(folder, manifest["shards"])
     print_report(manifest, index)
@@ -94,22 +89,32 @@ def record_constants(**constants):
     return settings
 
 
+class Content(NamedTuple):
+    """What a click file holds."""
+
+    sha256: str  # of its bytes, unpacked
+    lines: int
+    stamp: tuple  # what changes where another writes to the file or replaces it
+
+
 def survey(folder, num_workers=NUM_WORKERS):
-    """Return {path: (SHA-256, lines)} of the click files."""
+    """Return {path: Content} of the click files."""
     if not (paths := find_files(folder)):
         raise InputError(f"{folder.absolute()}: no .json, .jsonl, .json.gz or .jsonl.gz file")
-    return dict(zip(paths, map_files(content_of, paths, "read clicks", num_workers), strict=True))
+    stamps = list(map(stamp_of, paths))
+    contents = map_files(content_of, paths, "read clicks", num_workers)
+    return {path: Content(*content, stamp) for path, content, stamp in zip(paths, contents, stamps, strict=True)}
 
 
-def stamps_of(folder):
-    """Return {path: what changes where another writes or replaces the file} of the click files."""
-    stats = {path: os.stat(path) for path in find_files(folder)}
-    return {path: (stat.st_ino, stat.st_size, stat.st_mtime_ns) for path, stat in stats.items()}
+def stamp_of(path):
+    """Return the stamp of a file's Content as it is now."""
+    stat = os.stat(path)
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 def digests(contents):
     """Return {file name: SHA-256} of what survey() returns: the same wherever the folder is."""
-    return {Path(path).name: digest for path, (digest, _) in contents.items()}
+    return {Path(path).name: content.sha256 for path, content in contents.items()}
 
 
 def held_out_share(lines, held_out_users, folder):
@@ -123,7 +128,7 @@ def held_out_share(lines, held_out_users, folder):
         share /= 2
     with contextlib.suppress(InputError, FileNotFoundError):
         former = read_json(folder / "manifest.json", "get_tfrecord.py")
-        stands = former.get("held_out_share", 0)
+        stands = former["held_out_share"] if former.get("format") == FORMAT else 0
         if held_out_users / 2 <= stands * lines <= 4 * held_out_users:
             return stands
     return share
@@ -148,18 +153,20 @@ class History(NamedTuple):
 
 def parse_history(record):
     """{"uid", "click_seq", "times", "now"} -> History; the last two are optional."""
-    clicks, times, now = record["click_seq"], record.get("times"), record.get("now", 0)
+    clicks, times, now = record["click_seq"], record.get("times"), record.get("now")
     if type(clicks) is not list or not (types := set(map(type, clicks))) <= {str, int}:
         raise BadLine("wrong type of click_seq")
     if times is not None and (type(times) is not list or len(times) != len(clicks)):
         raise BadLine("not as many times as clicks")
-    for second in [*(times or ()), now]:
+    for second in [*(times or ()), now or 0]:
         if type(second) not in (int, float) or not 0 <= second <= LAST_SECOND:
             raise BadLine("times that are no unix seconds")
     seconds = list(map(int, times or [0] * len(clicks)))
     if any(later < earlier for earlier, later in itertools.pairwise(seconds)):
         raise BadLine("times that fall")
-    return History(text_id(record["uid"], "uid"), list(map(str, clicks)) if int in types else clicks, seconds, int(now))
+    return History(
+        text_id(record["uid"], "uid"), list(map(str, clicks)) if int in types else clicks, seconds, int(now or 0)
+    )
 
 
 def split_click(click, videos, columns):
@@ -184,7 +191,8 @@ def split_click(click, videos, columns):
             unknown_video = unknown_video or (vid, cid)
         elif vid in videos:
             unknown_column = vid, None
-        at = click.find("_", at + 1)
+        # No video is longer than MAX_ID_CHARS, and no column begins earlier than so many before the end.
+        at = click.find("_", at + 1 if at < MAX_ID_CHARS else max(at + 1, len(click) - MAX_ID_CHARS - 1))
     return unknown_video or unknown_column or (click, None)
 
 
@@ -219,7 +227,7 @@ def write_shards(task, folder, index, made_with, contents):
 
     They are named by all that they are made of. So they may stand beside former ones, which a manifest still lists.
     """
-    name = fingerprint(made_with, [(Path(path).name, contents[path], start) for path, start, _ in task])[:16]
+    name = fingerprint(made_with, [(Path(path).name, contents[path].sha256, start) for path, start, _ in task])[:16]
     part_file, shards = folder / f"part-{name}.json", {split: folder / f"{split}-{name}.tfrecord" for split in SPLITS}
     with contextlib.suppress(FileNotFoundError, InputError, KeyError):  # gone or damaged: it is made again
         part = read_json(part_file, "get_tfrecord.py")
@@ -228,7 +236,7 @@ def write_shards(task, folder, index, made_with, contents):
     from tensorflow.errors import OpError
 
     try:
-        part = write_windows(task, shards, ClickEncoder(index), made_with)
+        part = write_windows(task, shards, ClickEncoder(index), made_with, contents)
     except OpError as error:  # TensorFlow's own, of a full disk say
         raise OSError(f"{folder}: {error.message}") from None
     part["shards"] = {
@@ -238,8 +246,11 @@ def write_shards(task, folder, index, made_with, contents):
     return part
 
 
-def write_windows(task, shards, encoder, made_with):
-    """Write the windows of a task into shards {split: path}; return what its part file says of them, {name: counts}."""
+def write_windows(task, shards, encoder, made_with, contents):
+    """Write the windows of a task into shards {split: path}; return what its part file says of them, {name: counts}.
+
+    A click file that is no longer what the survey saw raises InputError, and no shard appears.
+    """
     from tensorflow.io import TFRecordWriter
 
     settings, share, serialize = made_with["constants"], made_with["held_out_share"], window_serializer()
@@ -262,7 +273,9 @@ def write_windows(task, shards, encoder, made_with):
                         part["targets"][split] += window["label"].count(1.0)
                         part[f"{split} windows"][str(len(window["label"]))] += 1
                         writers[split].write(serialize(window))
-            part["tallies"].append(dataclasses.asdict(records.tally))
+            part["tallies"].append(vars(records.tally))
+            if stamp_of(path) != contents[path].stamp:
+                raise InputError(f"{path}: changed while it was read; run get_tfrecord.py again")
     part["clicks"]["unknown_columns"] = encoder.unknown_columns
     return part | {"held_out": +part["held_out"], "unknown_video": encoder.unknown_video}
 

@@ -33,7 +33,7 @@ from get_indexing import (
     only_one, read_json, read_names, remove_leftovers, replacing, run_script, write_json,
 )  # fmt: skip
 from get_tfrecord import (
-    NUM_WORKERS, ClickEncoder, History, cut_files, draw_of, map_files, parse_history, split_click, stamps_of, survey,
+    NUM_WORKERS, ClickEncoder, History, cut_files, draw_of, map_files, parse_history, split_click, stamp_of, survey,
 )  # fmt: skip
 
 import numpy as np
@@ -56,7 +56,6 @@ def infer(clicks_dir=CLICKS_DIR, work_dir=WORK_DIR, ranking_dir=RANKING_DIR, top
     if clicks_dir.resolve() == folder.resolve():
         raise InputError(f"{folder}: RANKING_DIR is the folder of the clicks; name another one in infer.py")
     index, model = load_index(work_dir), read_json(work_dir / "model/model.json", "train.py")
-    stamps = stamps_of(clicks_dir)
     contents = survey(clicks_dir, num_workers)
     newest = max(map_files(newest_click, cut_files(contents, RANK_BYTES), "read times", num_workers))
     made_with = {
@@ -78,10 +77,12 @@ def infer(clicks_dir=CLICKS_DIR, work_dir=WORK_DIR, ranking_dir=RANKING_DIR, top
     former = {path: read_made_of(output) for path, output in outputs.items()}
     for path, output in outputs.items():
         check_folder(output, former[path], clicks_dir)
-    made_of = {path: json.loads(json.dumps(made_with | {"input": content})) for path, content in contents.items()}
+    made_of = {
+        path: json.loads(json.dumps(made_with | {"input": content.sha256})) for path, content in contents.items()
+    }
     todo = [path for path in contents if not made_of[path].items() <= former[path].items()]
     served = [(path, outputs[path], former[path]["model"]) for path in todo if former[path]]
-    judge_served(folder, served, index, sum(lines for _, lines in contents.values()), num_workers)
+    judge_served(folder, served, index, sum(content.lines for content in contents.values()), num_workers)
 
     tasks = cut_files(todo, RANK_BYTES)
     first = tasks[0][0] if tasks else None
@@ -91,7 +92,7 @@ def infer(clicks_dir=CLICKS_DIR, work_dir=WORK_DIR, ranking_dir=RANKING_DIR, top
     for path, of_file in itertools.groupby(parts, key=lambda part: part.path):
         of_file = list(of_file)
         example = example or of_file[0].example
-        if stamps_of(clicks_dir).get(path) != stamps[path]:
+        if stamp_of(path) != contents[path].stamp:
             changed.append(path)
         else:
             ranked += join_parts(outputs[path], of_file, made_of[path], clicks_dir)

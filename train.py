@@ -727,7 +727,11 @@ def say_if_clicks_changed(work_dir, data_dir=DATA_DIR):
     folder, manifest = Path(data_dir, "click_seq"), Path(work_dir, "tfrecord/manifest.json")
     if not folder.is_dir() or not manifest.exists():
         return
-    was, now = read_json(manifest, "get_tfrecord.py").get("input", {}), digests(survey(folder, num_workers=1))
+    try:
+        was, now = read_json(manifest, "get_tfrecord.py").get("input", {}), digests(survey(folder, num_workers=1))
+    except InputError as error:
+        print(error, file=sys.stderr)
+        return
     if others := sorted(name for name in was.keys() | now.keys() if was.get(name) != now.get(name)):
         print(
             f"{folder}: the clicks changed since the records were made ({', '.join(others[:3])}); run get_tfrecord.py first "

@@ -4,6 +4,7 @@ import gzip as gzip_module
 import json
 import os
 import random
+import re
 
 import pytest
 
@@ -22,20 +23,34 @@ def raw():
 
     raw(folder, columns={"c1": ["v1", "v2"]}, users=[("u1", ["v1", "v2_c1"])], titles={"v1": "One"}) writes
     folder/cid2vids.json, folder/click_seq/clicks.json and folder/vid2title.json; each is left out where it is None.
-    names={"c1": "First"} adds column names; gzip=True writes .json.gz files; click_file is the click file's name.
+    A user may have a third part: the times of the clicks. names={"c1": "First"} adds column names; gzip=True writes
+    .json.gz files; click_file is the click file's name.
     """
     return _raw
 
 
 @pytest.fixture
 def clicks_like_real():
-    """A function (num_users, seed) -> {"columns": ..., "users": ...}, as raw() takes them: always the same for a seed.
+    """A function (num_users, seed, times=False) -> {"columns": ..., "users": ...}, as raw() takes them.
+
+    They are always the same for a seed. With times every user's last click is on 2025-12-07 (UTC), and before 1 click of 4
+    a user was away for 6 to 40 hours.
 
     4 topics of 3 columns of 5 videos each ("t0a" holds "t0a-0" to "t0a-4"). A user has one topic: 7 of 10 clicks are made
     in its columns, going round a, b, c, a ..., 1 of 10 in any column, and 2 of 10 are plain clicks on a video of the
     topic. A history has 8 to 30 clicks. So few users are all held out, half each for val and test.
     """
     return _clicks_like_real
+
+
+def edit(folder, script, **constants):
+    """Edit constants of a script as a user would, with a text editor."""
+    path = folder / f"{script}.py"
+    text = path.read_text(encoding="utf-8")
+    for name, value in constants.items():
+        text, edits = re.subn(rf"^({name}: .*?) = (.*|\([^)]*\))$", rf"\g<1> = {value!r}", text, flags=re.MULTILINE)
+        assert edits == 1, f"{script}.py has no constant {name}"
+    path.write_text(text, encoding="utf-8")
 
 
 def _write_lines(path, lines):
@@ -56,13 +71,13 @@ def _raw(folder, columns=None, users=None, titles=None, names=None, gzip=False, 
     if titles is not None:
         _write_lines(folder / f"vid2title{end}", [{"vid": v, "title": title} for v, title in titles.items()])
     if users is not None:
-        lines = [{"uid": uid, "click_seq": clicks} for uid, clicks in users]
+        lines = [dict(zip(("uid", "click_seq", "times"), user, strict=False)) for user in users]
         _write_lines(folder / "click_seq" / f"{click_file}{end}", lines)
     return folder
 
 
-def _clicks_like_real(num_users, seed):
-    rng = random.Random(seed)
+def _clicks_like_real(num_users, seed, times=False):
+    rng, clock = random.Random(seed), random.Random(seed + 1000)
     topics = [[f"t{topic}{letter}" for letter in "abc"] for topic in range(4)]
     columns = {cid: [f"{cid}-{i}" for i in range(5)] for cids in topics for cid in cids}
     users = []
@@ -76,4 +91,10 @@ def _clicks_like_real(num_users, seed):
             vid = rng.choice(columns[cid])
             clicks.append(f"{vid}_{cid}" if kind < 0.8 else vid)
         users.append((f"user{user}", clicks))
+        if times:
+            gaps = [
+                clock.randrange(20, 300) if clock.random() < 0.75 else clock.randrange(6, 40) * 3600 for _ in clicks
+            ]
+            end = 1_765_152_000 - clock.randrange(86_400)
+            users[-1] += ([end - sum(gaps[at:]) for at in range(1, len(clicks) + 1)],)
     return {"columns": columns, "users": users}

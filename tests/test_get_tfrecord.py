@@ -1,44 +1,49 @@
 """get_tfrecord.py: every target once and from its past alone, what is served held out, the same bytes for any workers."""
 
 import collections
+import gzip
 import hashlib
 import itertools
 import json
+import math
+import multiprocessing
 import os
-import random
-import re
 import subprocess
 import sys
 from pathlib import Path
 
+import get_indexing as toolbox
 import get_tfrecord as script
-from get_dataset import load_manifest
-from get_indexing import FileRange, InputError, get_indexing
-from get_tfrecord import ClickEncoder, count_users, get_tfrecord, lowest_draws, split_windows, survey, tally_report
+from get_dataset import load_manifest, parse_block
+from get_indexing import BadLine, InputError, Records, Tally, get_indexing
+from get_tfrecord import (
+    TASKS_AHEAD, ClickEncoder, History, cut_files, get_tfrecord, held_out_share, map_files, map_on_workers, parse_history,
+    split_click, split_windows, survey,
+)  # fmt: skip
 
 import pytest
 from tensorflow.train import SequenceExample
 
 COLUMNS = {"c1": ["v1", "v2"], "c2": ["v3"], "c_3": ["v_4", "v5"]}  # v1 2, v2 3, v3 4, v_4 5, v5 6
 CLICKS = {  # click: (video number, column number), by hand
-    "v1": (2, 0),
-    "v2_c1": (3, 1),
-    "v1_c1": (2, 1),
-    "v3_c2": (4, 2),
-    "v_4_c_3": (5, 3),
-    "v5_c2": (6, 2),
-    "v_4": (5, 0),
-    "new": (1, 0),
-    "new_c2": (1, 2),
-    "v1_c9": (2, 0),
-}
-SHORT = dict(user_max_len=8, window_overlap=3, held_out_users=6, num_workers=1)
+    "v1": (2, 0), "v2_c1": (3, 1), "v1_c1": (2, 1), "v3_c2": (4, 2), "v_4_c_3": (5, 3), "v5_c2": (6, 2), "v_4": (5, 0),
+    "new": (1, 0), "new_c2": (1, 2), "v1_c9": (2, 0),
+}  # fmt: skip
+NOW = 1_700_000_000
+SHORT = dict(USER_MAX_LEN=8, WINDOW_OVERLAP=3, HELD_OUT_USERS=6, num_workers=1)
 
 
-def histories(*lengths):
-    """Return users of so many clicks, going through CLICKS in different ways."""
-    clicks = list(CLICKS)
-    return [(f"u{u}", [clicks[(u + i * i + i // 7) % len(clicks)] for i in range(n)]) for u, n in enumerate(lengths)]
+def histories(*lengths, timed=True):
+    """Return users (uid, clicks, times): they go through CLICKS in different ways; of every other one the times are known.
+
+    Times are all at the edge of a visit: 1,799 seconds go on with one, 1,800 end it.
+    """
+    clicks, users = list(CLICKS), []
+    for u, number in enumerate(lengths):
+        gaps = (1800 if at % (2 + u % 5) == 0 else 1799 for at in range(1, number))
+        times = list(itertools.accumulate(gaps, initial=NOW + u))[:number] if timed and u % 2 else None
+        users.append((f"u{u}", [clicks[(u + i * i + i // 7) % len(clicks)] for i in range(number)], times))
+    return users
 
 
 def draw(uid):
@@ -51,19 +56,34 @@ def uids_between(low, high, number):
     return list(itertools.islice((f"w{i}" for i in itertools.count() if low <= draw(f"w{i}") < high), number))
 
 
-def held_out(uid, clicks, share=0.3, min_history=1, current=(1, 2, 3)):
-    """Return (split, place of the click held out) of a user; ("train", None) where nothing is."""
+def held_out(user, share=0.25, min_history=1, current=(1, 2, 3)):
+    """Return (split, the click from which on all is held out, the target's place); ("train", None, None) without one."""
+    uid, clicks, times = user
     split = "val" if draw(uid) < share else "test" if draw(uid) >= 1 - share else "train"
-    places = [at for at, click in enumerate(clicks) if at >= min_history and CLICKS[click][1] in current]
-    return (split, places[-1]) if split != "train" and places else ("train", None)
+    begins = []  # of each click's visit; without times each click is one
+    for at in range(len(clicks)):
+        begins.append(begins[-1] if times and at and times[at] - times[at - 1] < 1800 else at)
+    places = [
+        (begin, -at) for at, begin in enumerate(begins) if begin >= min_history and CLICKS[clicks[at]][1] in current
+    ]
+    if split == "train" or not places:
+        return "train", None, None
+    begin, place = max(places)
+    return split, begin, -place
 
 
 USERS = [
-    *histories(2, 3, 7, 8, 9, 12, 13, 14, 18, 19, 40, 101, 8, 8, 5, 1, 0),
-    *((uid, ["v1", "v2_c1", *["v1"] * 30]) for uid in uids_between(0, 0.3, 1) + uids_between(0.7, 1, 1)),
-    (uids_between(0, 0.3, 2)[1], ["v1_c1", "v1", "new"]),
+    *histories(*[2, 3, 7, 8, 9, 12, 13, 14, 18, 19, 40, 101, 8, 8, 5, 1, 0] * 2, 20, 30, 11),
+    *((uid, ["v1", "v2_c1", *["v1"] * 30], None) for uid in uids_between(0, 0.25, 1) + uids_between(0.75, 1, 1)),
+    (uids_between(0, 0.25, 2)[1], ["v1_c1", "v1", "new"], None),
 ]
-assert len(dict(USERS)) == 20  # so SHORT holds out the lowest and the highest 30 % of the draws
+assert len({uid for uid, _, _ in USERS}) == 40  # so SHORT holds out the lowest and the highest quarter of the draws
+
+
+def write_users(path, users, write_lines):
+    """Write users (uid, clicks, times or None) as a click file."""
+    lines = [{"uid": uid, "click_seq": clicks} | ({"times": times} if times else {}) for uid, clicks, times in users]
+    return write_lines(path, lines)
 
 
 @pytest.fixture
@@ -78,39 +98,33 @@ def rerun(tmp_path):
 
 
 @pytest.fixture
-def records(tmp_path, raw, rerun):
+def records(tmp_path, raw, write_lines, rerun):
     """A function that makes the records of users under tmp_path/work, and returns their manifest."""
 
     def make(users=USERS, work="work", columns=COLUMNS, **arguments):
-        raw(tmp_path / "raw", columns=columns, users=users, titles={"v1": "One"})
+        raw(tmp_path / "raw", columns=columns)
+        write_users(tmp_path / "raw/click_seq/clicks.json", users, write_lines)
         return rerun(work, **arguments)
 
     return make
 
 
-@pytest.fixture
-def tiny_ranges(monkeypatch):
-    """Cut the input into ranges of 200 bytes."""
-    monkeypatch.setattr(script, "RANGE_BYTES", 200)
-
-
 def decoded(folder, split=""):
-    """Return the windows of a folder's shards, shard by shard, as plain values, by nothing but tf.train."""
+    """Return the windows of a folder's shards as plain values, by nothing but tf.train, in one order of theirs."""
     windows = []
-    for path in sorted(folder.glob(f"{split}*.tfrecord")):
+    for path in folder.glob(f"{split}*.tfrecord"):
         for data in record_bytes(path):
             example = SequenceExample.FromString(data)
-            lists = example.feature_lists.feature_list
+            context, lists = example.context.feature, example.feature_lists.feature_list
             windows.append({
                 "split": path.name.split("-")[0],
-                "uid": example.context.feature["uid"].bytes_list.value[0].decode(),
-                "start": example.context.feature["start"].int64_list.value[0],
-                "repeated": example.context.feature["repeated"].int64_list.value[0],
-                "user_feature": list(lists["user_feature"].feature[0].int64_list.value),
-                "user_column": list(lists["user_column"].feature[0].int64_list.value),
+                "uid": context["uid"].bytes_list.value[0].decode(),
+                **{name: context[name].int64_list.value[0] for name in ("start", "repeated")},
+                **{name: list(lists[name].feature[0].int64_list.value)
+                   for name in ("user_feature", "user_column", "user_time")},
                 "label": list(lists["label"].feature[0].float_list.value),
             })  # fmt: skip
-    return windows
+    return sorted(windows, key=lambda window: (window["split"], window["uid"], window["start"]))
 
 
 def record_bytes(path):
@@ -137,89 +151,179 @@ def stamps(folder):
     return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in folder.glob("*.tfrecord")}
 
 
+# ---------------------------------------------------------------- lines and times
+
+
+BAD = {
+    "wrong type of click_seq": [dict(click_seq=of) for of in ("v1", ["v1", True], ["v1", None], [["v1"]])],
+    "wrong type of uid": [dict(uid=False), dict(uid=1.5)],
+    "empty id": [dict(uid="")],
+    "not as many times as clicks": [dict(times=of) for of in ([NOW], [], NOW, [NOW] * 3)],
+    "times that fall": [dict(times=of) for of in ([NOW, NOW - 1], [NOW, 0])],
+    "times that are no unix seconds": [
+        dict(times=[NOW * 1000, NOW * 1000 + 1]),  # milliseconds
+        *(dict(times=[of, NOW]) for of in (-1, "2023-11-14", None, True, math.nan, math.inf, 10**11 + 1)),
+        *(dict(now=of) for of in (NOW * 1000, "today")),
+    ],
+}
+
+
+@pytest.mark.parametrize(("reason", "record"), [(reason, record) for reason, of in BAD.items() for record in of])
+def test_a_bad_line_says_why(reason, record):
+    with pytest.raises(BadLine, match=f"^{reason}$"):
+        parse_history(dict(uid="x", click_seq=["v1", "v2"]) | record)
+
+
+@pytest.mark.parametrize(
+    ("record", "times", "now"),
+    [
+        ({}, [0, 0], 0),  # not known
+        (dict(times=None), [0, 0], 0),
+        (dict(times=[NOW, NOW], now=NOW + 9), [NOW, NOW], NOW + 9),
+        (dict(times=[NOW + 0.25, NOW + 0.75], now=NOW + 1.5), [NOW, NOW], NOW + 1),  # in whole seconds
+        (dict(times=[0, 10**11]), [0, 10**11], 0),
+    ],
+)
+def test_times_are_whole_seconds_and_0_where_they_are_not_given(record, times, now):
+    line = dict(uid=7, click_seq=[10, "10_7"]) | record
+    assert parse_history(line) == History("7", ["10", "10_7"], times, now)  # integers are their decimal text
+
+
+def test_the_encoder_gives_numbers_and_counts_known_videos_in_unknown_columns(tmp_path, raw):
+    get_indexing(raw(tmp_path / "raw", columns=COLUMNS), tmp_path)
+    raw(tmp_path / "raw", columns={cid: vids for cid, vids in COLUMNS.items() if cid != "c2"})  # which is retired
+    encoder = ClickEncoder(get_indexing(tmp_path / "raw", tmp_path))
+    assert encoder.current == {1, 3}
+    videos, columns = encoder.encode(list(CLICKS))
+    assert list(zip(videos, columns, strict=True)) == list(CLICKS.values())
+    assert (encoder.encode([]), encoder.unknown_columns, encoder.unknown_video) == (([], []), 1, "new")
+    assert encoder.encode(["v1_c9", "v1_", "v_4_nan", "v_4_c_3", "other", "new_c2", "v3_None"]) == (
+        [2, 2, 5, 5, 1, 1, 4], [0, 0, 0, 3, 0, 2, 0],
+    )  # fmt: skip
+    assert encoder.unknown_columns == 1 + 4
+
+
+def test_split_click_equals_a_search_through_all_splits():
+    videos, columns = {"a", "a_b", "b_a", "_", "a_"}, {"b", "b_a", "_b", "a_b_a"}
+    for click in ("".join(letters) for length in range(8) for letters in itertools.product("ab_", repeat=length)):
+        splits = [(click[:i], click[i + 1 :]) for i, letter in enumerate(click) if letter == "_"]
+        in_column = [split for split in splits if split[1] in columns]
+        if click in videos:
+            assert split_click(click, videos, columns) == (click, None)
+        elif both := [split for split in in_column if split[0] in videos]:
+            assert split_click(click, videos, columns) in both
+        elif in_column:
+            assert split_click(click, videos, columns) == max(in_column, key=lambda split: len(split[1]))
+        elif heads := [vid for vid, _ in splits if vid in videos]:
+            assert split_click(click, videos, columns) == (max(heads, key=len), None)
+        else:
+            assert split_click(click, videos, columns) == (click, None)
+
+
+def test_a_very_long_click_is_looked_up_at_no_more_places_than_an_id_can_end_or_begin_at():
+    looked_up = []
+
+    class Ids(set):
+        def __contains__(self, text):
+            looked_up.append(len(text))
+            return super().__contains__(text)
+
+    assert split_click("_" * 50_000 + "c1", Ids({"v1"}), Ids({"c1"})) == ("_" * 49_999, "c1")
+    assert len(looked_up) < 10 * toolbox.MAX_ID_CHARS  # each takes as long as the click is
+
+
 # ---------------------------------------------------------------- windows and targets
 
-LENGTHS = [(8, 3, 1), (8, 3, 3), (8, 7, 2), (5, 1, 1), (200, 2, 1)]
 
-
-@pytest.mark.parametrize(("max_len", "overlap", "min_history"), LENGTHS)
+@pytest.mark.parametrize(
+    ("max_len", "overlap", "min_history"), [(8, 3, 1), (8, 3, 3), (8, 7, 2), (5, 1, 1), (200, 2, 1)]
+)
 def test_every_click_is_new_in_one_window_and_every_column_click_a_target_once(
     tmp_path, records, max_len, overlap, min_history
 ):
-    records(user_max_len=max_len, window_overlap=overlap, min_history=min_history)
+    records(USER_MAX_LEN=max_len, WINDOW_OVERLAP=overlap, MIN_HISTORY=min_history)
     users = by_user(decoded(tmp_path / "work/tfrecord"))
     splits = collections.Counter()
-    for uid, clicks in USERS:
+    for uid, clicks, times in USERS:
         new = [w["start"] + i for w in users[uid] for i in range(w["repeated"], len(w["label"]))]
         assert sorted(new) == list(range(len(clicks)))
-        split, place = held_out(uid, clicks, min_history=min_history)
+        split, begin, place = held_out((uid, clicks, times), min_history=min_history)
         targets = collections.defaultdict(list)
         for window in users[uid]:
             targets[window["split"]] += [window["start"] + i + 1 for i, label in enumerate(window["label"]) if label]
-        trained = [at for at in range(min_history, len(clicks[:place])) if CLICKS[clicks[at]][1]]
+        trained = [at for at in range(min_history, len(clicks[:begin])) if CLICKS[clicks[at]][1]]
         expected = {"train": trained} | ({split: [place]} if place else {})
         assert {name: sorted(of_split) for name, of_split in targets.items() if of_split} == {
             name: of_split for name, of_split in expected.items() if of_split
         }
-        splits[split] += 1
-    assert min(splits[name] for name in ("train", "val", "test")) > 2
+        splits[split, times is None] += 1
+    assert min(splits[name, timed] for name in ("train", "val", "test") for timed in (True, False)) > 1
 
 
 def test_a_target_s_input_is_the_clicks_before_it_and_nothing_else(tmp_path, records):
     records()
-    histories_of = dict(USERS)
+    clicks_of = {uid: clicks for uid, clicks, _ in USERS}
     windows = decoded(tmp_path / "work/tfrecord")
     assert {window["split"] for window in windows} == {"train", "val", "test"}
     for window in windows:
-        clicks, start = histories_of[window["uid"]], window["start"]
-        for i, label in enumerate(window["label"]):  # a causal tower at position i has read positions 0 .. i
-            before = clicks[start : start + i + 1]
-            assert window["user_feature"][: i + 1] == [CLICKS[click][0] for click in before]
-            assert window["user_column"][: i + 1] == [CLICKS[click][1] for click in before]
-            if label:
-                following = clicks[start + i + 1]
-                assert CLICKS[following] == (window["user_feature"][i + 1], window["user_column"][i + 1])
+        label, start = window["label"], window["start"]
+        clicks = clicks_of[window["uid"]][start : start + len(label)]  # at i a causal tower has read positions 0 .. i
+        assert list(zip(window["user_feature"], window["user_column"], strict=True)) == [CLICKS[c] for c in clicks]
+        assert all(type(of) is float and of in (0.0, 1.0) for of in label) and label[-1] == 0.0
 
 
-def test_the_label_is_a_float_and_the_last_position_has_none(tmp_path, records):
+def test_times_are_stored_as_differences_and_parsed_as_seconds_and_none_is_stored_where_none_is_known(
+    tmp_path, records
+):
     records()
+    times_of, seen = {uid: times for uid, _, times in USERS}, set()
     for window in decoded(tmp_path / "work/tfrecord"):
-        assert all(type(label) is float and label in (0.0, 1.0) for label in window["label"])
-        assert window["label"][-1] == 0.0
-        assert len(window["label"]) == len(window["user_feature"]) == len(window["user_column"])
+        times, stored = times_of[window["uid"]], window["user_time"]
+        if times is None:
+            assert stored == []
+        else:
+            times = times[window["start"] : window["start"] + len(window["label"])]
+            assert stored[0] == times[0] >= NOW and set(stored[1:]) <= {1799, 1800}
+            assert list(itertools.accumulate(stored)) == times
+        seen.add(times is None)
+    assert seen == {True, False}
+    for path in (tmp_path / "work/tfrecord").glob("*.tfrecord"):  # of users with times and without, in one block
+        block = {name: value.numpy() for name, value in parse_block(list(record_bytes(path))).items()}
+        for uid, start, videos, seconds in zip(
+            *(block[name] for name in ("uid", "start", "user_feature", "user_time")), strict=True
+        ):
+            number, times = int((videos > 0).sum()), times_of[uid.decode()] or [0] * 200
+            assert seconds.tolist() == times[start : start + number] + [0] * (len(videos) - number)
 
 
 def test_training_windows_repeat_the_overlap_and_no_more(tmp_path, records):
     records()
     users = by_user(decoded(tmp_path / "work/tfrecord", "train"))
-    for uid, clicks in USERS:
-        trained = len(clicks[: held_out(uid, clicks)[1]])
+    for uid, clicks, times in USERS:
+        trained = len(clicks[: held_out((uid, clicks, times))[1]])
         starts, lengths = [w["start"] for w in users[uid]], [len(w["label"]) for w in users[uid]]
         assert [w["repeated"] for w in users[uid]] == [0, *[3] * (len(starts) - 1)][: len(starts)]
-        if not trained:
-            assert not starts
-            continue
         assert starts == [5 * k for k in range(len(starts))]
         assert all(length == 8 for length in lengths[:-1])
-        assert starts[-1] + lengths[-1] == trained
-        assert len(starts) == 1 or lengths[-1] > 3  # a last window brings something new
-
-
-def test_a_target_of_a_later_window_has_at_least_the_overlap_before_it(tmp_path, records):
-    records()
-    later = [w for w in decoded(tmp_path / "work/tfrecord", "train") if w["start"]]
-    assert later and all(sum(w["label"][:2]) == 0 for w in later)
+        assert sum(lengths) - 3 * (len(starts) - 1) * (trained > 0) == trained  # what is held out is in none of them
+        assert len(starts) < 2 or lengths[-1] > 3  # a last window brings something new
+        assert all(
+            sum(w["label"][:2]) == 0 for w in users[uid][1:]
+        )  # a later target has the overlap before it, at least
 
 
 def test_windows_and_labels_of_a_small_history_by_hand():
     def windows_of(videos, columns, **changes):
         constants = dict(USER_MAX_LEN=5, WINDOW_OVERLAP=2, MIN_HISTORY=2) | changes
-        return split_windows("u", videos, columns, {1}, 0.0, constants)["train"]
+        times = [NOW + video for video in videos]
+        return split_windows("u", videos, columns, times, {1}, 0.0, constants)["train"]
 
-    assert windows_of([2, 3, 4, 5, 6, 7, 8], [1, 1, 1, 0, 1, 1, 0]) == [
-        dict(uid="u", start=0, repeated=0, user_feature=[2, 3, 4, 5, 6], user_column=[1, 1, 1, 0, 1],
-             label=[0, 1, 0, 1, 0]),  # the clicks 4 and 6; 3 has only one click before it
-        dict(uid="u", start=3, repeated=2, user_feature=[5, 6, 7, 8], user_column=[0, 1, 1, 0],
+    assert windows_of([2, 3, 4, 5, 6, 7, 8], [1, 1, 1, 0, 2, 1, 0]) == [
+        dict(uid="u", start=0, repeated=0, user_feature=[2, 3, 4, 5, 6], user_column=[1, 1, 1, 0, 2],
+             user_time=[NOW + 2, NOW + 3, NOW + 4, NOW + 5, NOW + 6],
+             label=[0, 1, 0, 1, 0]),  # the clicks 4 and, in a retired column, 6; 3 has only one before it
+        dict(uid="u", start=3, repeated=2, user_feature=[5, 6, 7, 8], user_column=[0, 2, 1, 0],
+             user_time=[NOW + 5, NOW + 6, NOW + 7, NOW + 8],
              label=[0, 1, 0, 0]),  # the click 7; 6 is a target of the window before
     ]  # fmt: skip
     (short,) = windows_of([2, 3], [1, 1], WINDOW_OVERLAP=4, MIN_HISTORY=4)
@@ -229,204 +333,107 @@ def test_windows_and_labels_of_a_small_history_by_hand():
     assert windows_of([], []) == []
 
 
-def test_an_unknown_video_clicked_in_a_known_column_is_a_target(tmp_path, records):
-    records([(f"u{i}", ["v1", "new_c2", "other_new_c_3"]) for i in range(20)])
-    expected = {"train": ([2, 1], [0, 2], [1, 0]), "val": ([2, 1, 1], [0, 2, 3], [0, 1, 0])}
-    expected["test"] = expected["val"]
-    whole = ([2, 1, 1], [0, 2, 3], [1, 1, 0])
-    of_users = by_user(decoded(tmp_path / "work/tfrecord"))
-    for windows in of_users.values():
-        for window in windows:
-            found = window["user_feature"], window["user_column"], window["label"]
-            assert found == (whole if len(windows) == 1 else expected[window["split"]])
-    assert collections.Counter(map(len, of_users.values())).keys() == {1, 2}
-
-
-def test_the_encoder_gives_video_and_column_numbers(tmp_path, raw):
-    index = get_indexing(raw(tmp_path / "raw", columns=COLUMNS, titles={"v1": "One"}), tmp_path)
-    videos, columns = ClickEncoder(index).encode(list(CLICKS))
-    assert list(zip(videos, columns, strict=True)) == list(CLICKS.values())
-    assert ClickEncoder(index).encode([]) == ([], [])
-
-
-def test_the_encoder_counts_known_videos_in_unknown_columns(tmp_path, raw):
-    index = get_indexing(raw(tmp_path / "raw", columns=COLUMNS, titles={"v1": "One"}), tmp_path)
-    encoder = ClickEncoder(index)
-    assert encoder.encode(["v1_c9", "v1_", "v_4_nan", "v_4_c_3", "new", "new_c2", "v1"]) == (
-        [2, 2, 5, 5, 1, 1, 2], [0, 0, 0, 3, 0, 2, 0],
-    )  # fmt: skip
-    encoder.encode(["v3_None"])
-    assert encoder.unknown_columns == 4
-
-
-def test_integer_clicks_and_users_are_their_decimal_text(tmp_path, raw, write_lines):
-    raw(tmp_path / "raw", columns={"7": ["10", "11"]}, titles={"10": "Ten"})
-    users = [{"uid": i, "click_seq": [10, 11, "10_7"]} for i in range(19)] + [
-        {"uid": "19", "click_seq": [10, 11, "10_7"]}
-    ]
-    write_lines(tmp_path / "raw/click_seq/clicks.json", users)
-    get_indexing(tmp_path / "raw", tmp_path)
-    get_tfrecord(tmp_path / "raw", tmp_path, **SHORT)
-    windows = [w for w in decoded(tmp_path / "tfrecord") if len(w["label"]) == 3]
-    assert sorted(w["uid"] for w in windows) == sorted(str(i) for i in range(20))
-    assert all((w["user_feature"], w["user_column"]) == ([2, 3, 2], [0, 0, 1]) for w in windows)
-
-
 # ---------------------------------------------------------------- held out
 
-
-def test_what_is_held_out_by_hand():
-    settings = dict(USER_MAX_LEN=4, WINDOW_OVERLAP=2, MIN_HISTORY=1)
-    [val], [test] = uids_between(0, 0.2, 1), uids_between(0.8, 1, 1)
-    videos = [2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13]
-    columns = [1, 1, 0, 1, 1, 1, 2, 0, 0, 0, 2, 0]  # column 2 is retired: the click of video 7 is held out
-
-    def window(start, repeated, end, label):
-        return dict(uid=uid, start=start, repeated=repeated, user_feature=videos[start:end],
-                    user_column=columns[start:end], label=label)  # fmt: skip
-
-    for uid, split in [(val, "val"), (test, "test")]:
-        assert split_windows(uid, videos, columns, {1}, 0.2, settings) == {
-            "train": [window(0, 0, 4, [1, 0, 1, 0]), window(2, 2, 5, [0, 1, 0])],
-            # the four clicks before it, itself and three after it; then the rest
-            split: [window(1, 4, 9, [0, 0, 0, 1, 0, 0, 0, 0]), window(7, 2, 11, [0] * 4), window(9, 2, 12, [0] * 3)],
-        }
-        # No click in a current column has a history: all is trained on.
-        assert split_windows(uid, [2, 3], [1, 2], {1}, 0.2, settings) == {
-            "train": [dict(uid=uid, start=0, repeated=0, user_feature=[2, 3], user_column=[1, 2], label=[1, 0])]
-        }
-    uid = uids_between(0.2, 0.8, 1)[0]
-    assert split_windows(uid, videos[:3], columns, {1}, 0.2, settings).keys() == {"train"}
-
-
-def test_a_held_out_history_is_the_last_clicks_before_the_target(tmp_path, records):
-    records()
-    clicks_of = dict(USERS)
-    for split in ("val", "test"):
-        windows = [w for w in decoded(tmp_path / "work/tfrecord", split) if sum(w["label"])]
-        expected = {uid: held_out(uid, clicks)[1] for uid, clicks in USERS if held_out(uid, clicks)[0] == split}
-        assert len(windows) == len(expected) > 2
-        for window in windows:
-            place = expected[window["uid"]]
-            assert window["start"] == max(place - 8, 0)
-            assert window["label"].index(1.0) == place - window["start"] - 1
-            assert window["repeated"] == place - window["start"] and sum(window["label"]) == 1
-            last = clicks_of[window["uid"]][max(place - 8, 0) : place + 8]
-            assert window["user_feature"] == [CLICKS[click][0] for click in last]
-
-
-def test_what_is_held_out_and_all_after_it_is_in_no_training_record(tmp_path, records):
-    records()
-    held = {uid: held_out(uid, clicks)[1] for uid, clicks in USERS}
-    windows = decoded(tmp_path / "work/tfrecord", "train")
-    ends = {w["uid"]: w["start"] + len(w["label"]) for w in windows}  # of the last window
-    assert all(ends[uid] == place for uid, place in held.items() if place is not None and uid in ends)
-    assert sum(place is not None for place in held.values()) > 6
-
-
-def test_a_retired_column_is_no_target_of_validation_or_test_but_one_of_training(tmp_path, raw, records, rerun):
-    users = histories(*[20] * 30)
-    records(users, held_out_users=9)
-    before = {w["uid"] for w in decoded(tmp_path / "work/tfrecord") if w["split"] != "train"}
-    raw(tmp_path / "raw", columns={cid: vids for cid, vids in COLUMNS.items() if cid != "c2"})
-    rerun(held_out_users=9)
-    columns = collections.defaultdict(set)
-    for window in decoded(tmp_path / "work/tfrecord"):
-        columns[window["split"]] |= {window["user_column"][i + 1] for i, of in enumerate(window["label"]) if of}
-    assert columns == {"train": {1, 2, 3}, "val": {1, 3}, "test": {1, 3}}
-    places = {w["uid"]: w["start"] + w["label"].index(1.0) + 1
-              for w in decoded(tmp_path / "work/tfrecord") if w["split"] != "train" and sum(w["label"])}  # fmt: skip
-    assert places == {uid: held_out(uid, clicks, current=(1, 3))[1] for uid, clicks in users if uid in before}
+[VAL], [TEST], [TRAIN] = uids_between(0, 0.25, 1), uids_between(0.75, 1, 1), uids_between(0.25, 0.75, 1)
 
 
 @pytest.mark.parametrize(
-    ("held_out_users", "users", "share"), [(6, 20, 0.3), (5, 40, 0.125), (10, 20, 0.5), (3000, 20, 0.5)]
-)
-def test_the_held_out_share_is_that_of_the_users_and_half_at_most(records, held_out_users, users, share):
-    manifest = records(histories(*[9] * users), held_out_users=held_out_users)
-    assert manifest["held_out_share"] == share
-    expected = collections.Counter(held_out(f"u{u}", ["v1", "v2_c1"], share)[0] for u in range(users))
-    assert {name: manifest["splits"][name]["users"] for name in ("val", "test")} == {
-        name: expected[name] for name in ("val", "test")
-    }
-    assert manifest["splits"]["train"]["users"] == users
+    ("columns", "seconds", "min_history", "begin", "place"),
+    [
+        pytest.param([1, 0, 0, 2, 1], [0, 10, 5000, 5010, 5020], 1, 2, 3, id="the first column click of the last visit"),
+        pytest.param([1, 0, 1, 1], [0, 10, 5000, 5010], 1, 2, 2, id="the visit's first click"),
+        pytest.param([1, 2, 1, 0, 0], [0, 4000, 4010, 9000, 9010], 1, 1, 1, id="a last visit without one passed over"),
+        pytest.param([1, 9, 1], [0, 4000, 4010], 1, 1, 2, id="a retired column passed over in the visit"),
+        pytest.param([0, 1, 9], [0, 4000, 8000], 1, 1, 1, id="a visit to retired columns passed over"),
+        pytest.param([1, 1, 1], [0, 10, 20], 1, None, None, id="a user of one visit"),
+        pytest.param([1, 1, 0], [0, 10, 4000], 1, None, None, id="no column click after the first visit"),
+        pytest.param([0, 1], [0, 1800], 1, 1, 1, id="away for VISIT_GAP"),
+        pytest.param([0, 1], [0, 1799], 1, None, None, id="away for a second less"),
+        pytest.param([1, 1, 1], [0, 4000, 8000], 2, 2, 2, id="MIN_HISTORY clicks before the visit"),
+        pytest.param([1, 1, 0, 1], [0, 4000, 4010, 4020], 2, None, None, id="MIN_HISTORY clicks before the target alone"),
+        pytest.param([1, 2, 9], None, 1, 1, 1, id="without times the last one in a current column"),
+        pytest.param([1, 0], None, 1, None, None, id="without times none with clicks before it"),
+    ],
+)  # fmt: skip
+def test_which_click_is_held_out_by_hand(columns, seconds, min_history, begin, place):
+    settings = dict(USER_MAX_LEN=50, WINDOW_OVERLAP=2, MIN_HISTORY=min_history, VISIT_GAP=1800)
+    videos, times = list(range(2, 2 + len(columns))), [NOW + at for at in seconds] if seconds else [0] * len(columns)
+    for uid, split in [(VAL, "val"), (TEST, "test"), (TRAIN, "train")]:
+        windows = split_windows(uid, videos, columns, times, {1, 2}, 0.25, settings)
+        if place is None or split == "train":
+            assert windows.keys() == {"train"} and windows["train"][0]["user_feature"] == videos
+            continue
+        [trained], [held] = windows["train"], windows[split]
+        assert trained["user_feature"] == videos[:begin] and trained["user_time"] == times[:begin]
+        assert (held["start"], held["repeated"], held["user_feature"], held["user_time"]) == (0, begin, videos, times)
+        assert held["label"] == [float(at == place) for at in range(1, len(videos) + 1)]
+
+
+@pytest.mark.parametrize("timed", [False, True])
+def test_the_windows_of_a_held_out_user_by_hand(timed):
+    settings = dict(USER_MAX_LEN=4, WINDOW_OVERLAP=2, MIN_HISTORY=1, VISIT_GAP=1800)
+    videos = [2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13]
+    columns = [1, 1, 0, 1, 1, 1, 2, 0, 0, 0, 2, 0]  # column 2 is retired
+    times = [0] * 12
+    if timed:  # the last visit begins with video 7; its first click in a current column comes when a window is over
+        columns = [1, 1, 0, 1, 1, 0, 2, 0, 0, 0, 1, 1]
+        times = [NOW + 10 * at + 9000 * (at >= 5) for at in range(12)]
+
+    def window(start, repeated, end, label):
+        return dict(uid=uid, start=start, repeated=repeated, user_feature=videos[start:end],
+                    user_column=columns[start:end], user_time=times[start:end], label=label)  # fmt: skip
+
+    for uid, split in [(VAL, "val"), (TEST, "test")]:
+        # The four clicks before it, itself and three after it; then the rest.
+        whole = [window(1, 4, 9, [0, 0, 0, 1, 0, 0, 0, 0]), window(7, 2, 11, [0] * 4), window(9, 2, 12, [0] * 3)]
+        # The four clicks before the visit and all of it to the target, in one window; then the rest.
+        window_of_visit = [window(1, 4, 11, [0] * 8 + [1, 0]), window(9, 2, 12, [0] * 3)]
+        assert split_windows(uid, videos, columns, times, {1}, 0.25, settings) == {
+            "train": [window(0, 0, 4, [1, 0, 1, 0]), window(2, 2, 5, [0, 1, 0])],
+            split: window_of_visit if timed else whole,
+        }
+
+
+@pytest.mark.parametrize("number", [1, 599, 600, 601, 1200, 1201, 5000, 10**9])
+@pytest.mark.parametrize("former", [None, 0.5, 0.125, 2**-10, 0.3])  # 0.3: of a former format
+def test_the_share_is_a_power_of_two_and_stays_while_it_gives_half_to_four_times_as_many(tmp_path, number, former):
+    if former:
+        (tmp_path / "manifest.json").write_text(
+            json.dumps({"format": 3 if former == 0.3 else script.FORMAT, "held_out_share": former})
+        )
+    share, powers = held_out_share(number, 300, tmp_path), [2.0**-k for k in range(1, 40)]
+    stays = former and former != 0.3 and 150 <= former * number <= 1200
+    assert share == (former if stays else next(power for power in powers if power * number <= 600))
+
+
+def test_a_user_more_or_fewer_changes_neither_the_share_nor_the_shards_of_other_files(tmp_path, raw, write_lines):
+    raw(tmp_path / "raw", columns=COLUMNS)
+    users, runs = histories(*[9] * 400), []
+    write_users(tmp_path / "raw/click_seq/a.json", users[:200], write_lines)
+    for number in (200, 199, 198, 201):  # in the second file: HELD_OUT_USERS / number of users moved with each
+        write_users(tmp_path / "raw/click_seq/b.json", histories(*[9] * (200 + number))[200:], write_lines)
+        get_indexing(tmp_path / "raw", tmp_path)
+        manifest = get_tfrecord(tmp_path / "raw", tmp_path, **SHORT | dict(HELD_OUT_USERS=30, RANGE_BYTES=20_000))
+        assert manifest["held_out_share"] == 0.125
+        runs.append(stamps(tmp_path / "tfrecord"))
+    assert [len(run) for run in runs] == [len(runs[0])] * 4 and len(runs[0]) % 6 == 0
+    assert all(len(runs[0].items() & run.items()) == len(run) / 2 for run in runs[1:])
 
 
 def test_as_users_come_nobody_is_held_out_who_was_trained_on_before(tmp_path, records):
-    sets = []
-    for number in (40, 41, 80, 160):
-        records(histories(*[9] * number), held_out_users=12)
-        sets.append(
-            {split: {w["uid"] for w in decoded(tmp_path / "work/tfrecord", split)} for split in ("val", "test")}
-        )
-    for few, many in itertools.pairwise(sets):
-        known = set.union(*(set(of) for of in few.values())) | {f"u{i}" for i in range(40)}
+    sets, shares = [], []
+    for number in (40, 41, 80, 160, 320, 640):
+        shares.append(records(histories(*[9] * number, timed=False), HELD_OUT_USERS=12)["held_out_share"])
+        held = {split: {w["uid"] for w in decoded(tmp_path / "work/tfrecord", split)} for split in ("val", "test")}
+        assert all(held.values())
+        sets.append((held, {f"u{u}" for u in range(number)}))
+    for (few, known), (many, _) in itertools.pairwise(sets):
         assert all(many[split] & known <= few[split] for split in ("val", "test"))
-    assert sets[0]["val"] - sets[-1]["val"] and sets[0]["test"] - sets[-1]["test"] and sets[-1]["val"]
+    assert shares == [0.5, 0.5, 0.5, 0.125, 0.125, 0.03125]
 
 
-def test_a_share_is_held_out_as_large_as_it_says():
-    settings = dict(USER_MAX_LEN=4, WINDOW_OVERLAP=2, MIN_HISTORY=1)
-    splits = collections.Counter(
-        split for i in range(5000) for split in split_windows(f"user-{i}", [2, 3], [0, 1], {1}, 0.1, settings)
-    )
-    deviation = (5000 * 0.1 * 0.9) ** 0.5
-    assert abs(splits["val"] - 500) < 5 * deviation and abs(splits["test"] - 500) < 5 * deviation
-    assert splits["train"] == 5000
-
-
-# ---------------------------------------------------------------- the first pass
-
-
-def sketch_of(draws):
-    return lowest_draws(collections.Counter(draws))
-
-
-def several_lines(sketch):
-    return tally_report({}, sketch)["on_several_lines"]
-
-
-def test_the_sketch_is_exact_while_users_are_few(monkeypatch):
-    monkeypatch.setattr(script, "SKETCH_SIZE", 64)
-    draws = [i / 64 for i in range(64)]
-    sketch = sketch_of([*draws, *draws[:16], *draws[:8]])
-    assert (count_users(sketch), sketch.total(), several_lines(sketch)) == (64, 88, 0.25)
-    assert (count_users(sketch_of([])), several_lines(sketch_of([]))) == (0, 0)
-
-
-def test_the_sketch_of_many_users_is_right_within_a_few_percent_and_small(monkeypatch):
-    monkeypatch.setattr(script, "SKETCH_SIZE", 1024)
-    draws = [draw(f"user{i}") for i in range(20_000)]
-    sketch = sketch_of(draws + draws[::4])
-    # The k-th lowest of n has a relative deviation of 1 / sqrt(k), 3 %; a share of 1/4 of k one of sqrt(3 / k) / 4.
-    assert abs(count_users(sketch) / 20_000 - 1) < 0.1
-    assert abs(several_lines(sketch) - 0.25) < 0.05
-    assert len(sketch) == 1025
-
-
-def test_more_users_are_never_taken_for_fewer(monkeypatch):
-    monkeypatch.setattr(script, "SKETCH_SIZE", 8)
-    for seed in range(30):
-        rng = random.Random(seed)
-        draws = [rng.random() for _ in range(60)]
-        estimates = [count_users(sketch_of(draws[:number])) for number in range(1, 61)]
-        assert estimates[:8] == list(range(1, 9)) and estimates == sorted(estimates)
-
-
-def test_the_sketch_is_the_same_however_the_users_were_cut(tmp_path, raw, monkeypatch):
-    monkeypatch.setattr(script, "SKETCH_SIZE", 32)
-    uids = [f"u{i}" for i in range(300)]
-    uids += uids[:100]
-    for number, size in itertools.product((20, 32, 33, 64, 65, 400), (1, 7, 33, 64, 150, 400)):
-        whole, parts = collections.Counter(map(draw, uids[:number])), []
-        for start in range(0, number, size):
-            users = [(uid, ["v1"]) for uid in uids[start : min(start + size, number)]]
-            path = (
-                raw(tmp_path / f"{number}-{size}", users=users, click_file=f"{start:03}") / f"click_seq/{start:03}.json"
-            )
-            parts.append([FileRange(str(path))])
-        _, sketch = survey(parts, num_workers=1)
-        assert sketch == {place: whole[place] for place in sorted(whole)[:33]}
+# ---------------------------------------------------------------- what is odd in the data
 
 
 def test_users_on_several_lines_are_noticed(tmp_path, raw, clicks_like_real, capsys):
@@ -442,219 +449,233 @@ def test_users_on_several_lines_are_noticed(tmp_path, raw, clicks_like_real, cap
     assert {"users": 200, "on_several_lines": 1.0, "lines": 600}.items() <= manifest["report"].items()
 
 
-def test_one_line_a_user_is_nothing_to_say(records, capsys):
-    records()
-    assert capsys.readouterr().err == ""
-
-
-@pytest.mark.parametrize("long_format", [True, False], ids=["one click a line", "one click a user"])
-def test_histories_that_are_all_of_one_click_are_refused(tmp_path, records, clicks_like_real, long_format):
-    users = clicks_like_real(200, seed=1)["users"]
-    users = [(uid, [click]) for uid, clicks in users for click in (clicks if long_format else clicks[:1])]
-    assert len(users) == (3544 if long_format else 200)
-    with pytest.raises(InputError, match="every history is of one click.*one line for each user"):
-        records(users)
-    assert not (tmp_path / "work/tfrecord/manifest.json").exists()
-
-
 def test_clicks_keep_their_meaning_whenever_their_column_comes_goes_or_returns(tmp_path, raw, clicks_like_real):
     data = clicks_like_real(200, seed=1)
     columns, without = data["columns"], {cid: vids for cid, vids in data["columns"].items() if cid != "t0c"}
-    reports = []
+    titles, reports = {vid: "T" for vids in columns.values() for vid in vids}, []
     for work, of_day in [("a", columns), ("a", without), ("a", columns), ("b", without), ("b", columns)]:
-        get_indexing(raw(tmp_path / "raw", columns=of_day, users=data["users"]), tmp_path / work, num_workers=1)
+        get_indexing(raw(tmp_path / "raw", columns=of_day, users=data["users"], titles=titles), tmp_path / work)
         report = get_tfrecord(tmp_path / "raw", tmp_path / work, num_workers=1)["report"]
         reports.append((report["column_clicks"], report["unknown_columns"], report["unknown_videos"]))
     assert reports == [(2843, 0, 0)] * 3 + [(2843 - 182, 182, 0), (2843, 0, 0)]
 
 
-# ---------------------------------------------------------------- workers and ranges
+@pytest.mark.parametrize("twice", [False, True])
+def test_events_that_are_logged_twice_are_said_with_their_share(records, capsys, clicks_like_real, twice):
+    real = clicks_like_real(40, 3)
+    users = [(uid, [click for click in clicks for _ in range(1 + twice)], None) for uid, clicks in real["users"]]
+    report = records(users, columns=real["columns"])["report"]
+    assert report["repeated_clicks"] == sum(a == b for _, clicks, _ in users for a, b in itertools.pairwise(clicks))
+    said = [line for line in capsys.readouterr().err.splitlines() if "repeat the one before" in line]
+    assert len(said) == twice
+    assert not twice or said[0].startswith(f"{report['repeated_clicks'] / report['clicks']:.0%} of the clicks repeat")
 
 
-def test_one_and_two_workers_write_the_same_bytes(tmp_path, records, rerun, tiny_ranges):
-    manifest = records(work="one")
-    assert rerun("two", num_workers=2) == manifest
-    one, two = folder_bytes(tmp_path / "one/tfrecord"), folder_bytes(tmp_path / "two/tfrecord")
-    assert len(one) > 40 and one == two  # 4 files of each of more than ten ranges
-    before = stamps(tmp_path / "two/tfrecord")
-    rerun("two", num_workers=2)  # who looks what stands in parallel
-    assert stamps(tmp_path / "two/tfrecord") == before
-
-
-def test_small_ranges_give_the_same_records_and_counts_as_one(tmp_path, records, rerun, monkeypatch):
-    whole = records(work="whole")
-    monkeypatch.setattr(script, "RANGE_BYTES", 200)
-    cut = rerun("cut")
-    assert decoded(tmp_path / "cut/tfrecord") == decoded(tmp_path / "whole/tfrecord")
-    before = stamps(tmp_path / "whole/tfrecord")
-    assert rerun("whole") == whole  # finished work stands, however the input would be cut today
-    assert stamps(tmp_path / "whole/tfrecord") == before
-    assert len(whole["shards"]) == 3 and len(cut["shards"]) > 30
-    assert cut | {"shards": 0, "range_bytes": 0} == whole | {"shards": 0, "range_bytes": 0}
-
-
-def test_bad_lines_are_reported_by_their_place_in_the_file_whatever_the_ranges(
-    tmp_path, raw, write_lines, monkeypatch, capsys
-):
-    monkeypatch.setattr(script, "RANGE_BYTES", 2000)
-    raw(tmp_path / "raw", columns=COLUMNS, titles={"v1": "One"})
-    good = [{"uid": f"u{i}", "click_seq": ["v1", "v2_c1"]} for i in range(300)]
-    lines = [*good[:123], "{", *good[123:250], b"\xff", *good[250:]]
-    path = write_lines(tmp_path / "raw/click_seq/clicks.json", lines)
-    get_indexing(tmp_path / "raw", tmp_path)
-    manifest = get_tfrecord(tmp_path / "raw", tmp_path, **SHORT)
-    assert f"{path}: 2 of 302 lines are bad (line 124: not JSON, line 252: not UTF-8)" in capsys.readouterr().err
-    assert manifest["report"]["skipped"] == {"not JSON": 1, "not UTF-8": 1}
-
-
-def test_the_index_is_read_once(records, tiny_ranges, monkeypatch):
-    loads = []
-    load_index = script.load_index
-    monkeypatch.setattr(script, "load_index", lambda work_dir: loads.append(work_dir) or load_index(work_dir))
-    manifest = records()
-    assert len(manifest["shards"]) > 30 and len(loads) == 1
+def test_a_user_with_more_than_a_hundredth_of_all_clicks_is_said(records, capsys):
+    users = [(f"u{n}", ["v1", "v2_c1"], None) for n in range(1000)]
+    records([*users, ("machine", ["v1", "v2_c1"] * 11, None)])
+    assert "one user has 22 of the 2,022 clicks" in capsys.readouterr().err
+    records([*users, ("busy", ["v1", "v2_c1"] * 10, None)])
+    assert "one user" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    "columns", [{**COLUMNS, "c4": ["v1"]}, {"c1": ["v1"]}], ids=["a new column", "a retired column"]
-)
-def test_an_index_that_changes_while_records_are_written_shapes_none_of_them(
-    tmp_path, raw, records, monkeypatch, columns
+    ("known", "unknown", "line"),
+    [
+        (3, 0, ""),
+        (2, 1, "33.3% of the clicks are of unknown videos; vid2title lines make them known"),
+        (2, 2, "50.0% of the clicks are of unknown videos; vid2title lines make them known"),
+        (2, 3, "60% of the clicks are of videos on no shelf and in no catalogue, '118.0' for one, where ids look like 'v1'; "),
+    ],
+)  # fmt: skip
+def test_clicks_on_unknown_videos_are_said_and_above_one_half_with_an_id_of_each_kind(
+    records, rerun, capsys, known, unknown, line
 ):
-    first_pass, undisturbed = script.survey, records(work="undisturbed")
+    users = [(f"u{u}", ["118.0", "118.0_c2", "118.0"][:unknown] + ["v2_c1"] * known, None) for u in range(20)]
+    for make in (lambda: records(users), rerun):  # a second time, where the records stand
+        assert make()["report"]["unknown_videos"] == 20 * unknown
+        err = [said for said in capsys.readouterr().err.splitlines() if "of the clicks are of" in said]
+        assert len(err) == (unknown > 0) and "".join(err).startswith(line)
 
-    def change_the_index(*arguments):
-        get_indexing(raw(tmp_path / "raw", columns=columns), tmp_path / "work")
-        return first_pass(*arguments)
 
-    monkeypatch.setattr(script, "survey", change_the_index)
-    assert records() == undisturbed
-    assert folder_bytes(tmp_path / "work/tfrecord") == folder_bytes(tmp_path / "undisturbed/tfrecord")
+# ---------------------------------------------------------------- workers and ranges
+
+
+def test_records_and_counts_are_the_same_for_any_workers_and_ranges_and_their_bytes_for_any_workers(
+    tmp_path, records, rerun
+):
+    whole, cut = records(work="whole"), rerun("cut", RANGE_BYTES=800)
+    assert decoded(tmp_path / "cut/tfrecord") == decoded(tmp_path / "whole/tfrecord")
+    assert len(whole["shards"]) == 3 and len(cut["shards"]) > 30
+    assert (cut["splits"], cut["report"]) == (whole["splits"], whole["report"])
+    before = stamps(tmp_path / "cut/tfrecord")
+    assert rerun("two", num_workers=2, RANGE_BYTES=800) == rerun("cut", num_workers=2, RANGE_BYTES=800) == cut
+    assert folder_bytes(tmp_path / "two/tfrecord") == folder_bytes(tmp_path / "cut/tfrecord")
+    assert stamps(tmp_path / "cut/tfrecord") == before  # who looks what stands in parallel
+
+
+def test_every_line_is_read_exactly_once_whatever_the_size_of_the_ranges(tmp_path, write_lines, monkeypatch):
+    monkeypatch.setattr(toolbox, "MAX_LINE_BYTES", 40)
+    long = b'{"uid": "' + b"x" * 70 + b'"}'
+    lines = [b'{"uid": 1, "click_seq": []}', b"", b"{", long, b'{"uid": "\xc3\xbc", "click_seq": [1]}', b"\r", b"[]"]
+    path = write_lines(tmp_path / "clicks.json", lines)
+    for ending in (b"\n", b""):  # the last line may lack its newline
+        path.write_bytes(b"\n".join(lines) + ending)
+        for range_bytes in range(1, path.stat().st_size + 2):
+            uids, tally = [], Tally(str(path))
+            for _, start, end in itertools.chain.from_iterable(cut_files([str(path)], range_bytes)):
+                records = Records(str(path), lambda record: record["uid"], start, end)
+                uids += records
+                tally += records.tally
+            assert uids == [1, "ü"] and tally.lines == 7
+            assert tally.skipped == {"blank": 2, "not JSON": 1, "too long": 1, "wrong type of line": 1}
+            assert tally.first == [(3, "not JSON"), (4, "too long"), (7, "wrong type of line")]
+
+
+def test_large_files_are_cut_small_ones_put_together_and_packed_ones_kept_whole(tmp_path):
+    sizes = {"a.json": 250, "b.json": 30, "c.json": 30, "e.json.gz": 5, "f.json.gz": 90, "g.json": 1}
+    a, b, c, e, f, g = paths = [str(tmp_path / name) for name in sizes]
+    for path, size in zip(paths, sizes.values(), strict=True):
+        Path(path).write_bytes(b"x" * size)
+    assert cut_files(paths, range_bytes=100) == [
+        [(a, 0, 100)],
+        [(a, 100, 200)],
+        [(a, 200, 300), (b, 0, 100)],  # 50 + 30 bytes
+        [(c, 0, 100), (e, 0, math.inf)],  # 30 + 8 x 5
+        [(f, 0, math.inf)],  # 8 x 90
+        [(g, 0, 100)],
+    ]
+    assert cut_files([]) == []
+
+
+def test_results_come_in_the_order_of_the_tasks_which_are_handed_out_as_they_are_taken():
+    given, ahead = [], 2 * TASKS_AHEAD
+    tasks = (given.append(task) or -task for task in range(30))
+    results = map_on_workers(abs, tasks, 2)
+    assert given == []
+    for taken, result in enumerate(results):
+        assert result == taken and len(given) == min(ahead + taken + 1, 30)
+    for number_of_workers, few in ((2, [3]), (1, [3, 4]), (2, [])):  # they need no process: none could be sent a lambda
+        assert list(map_files(lambda task: -task, few, "count", number_of_workers)) == [-task for task in few]
+    for worker in multiprocessing.active_children():  # none is left once all results are taken
+        worker.join(60)
+        assert worker.exitcode == 0
+
+
+def test_a_worker_that_dies_ends_in_one_line_and_an_error_in_a_worker_is_raised_here():
+    with pytest.raises(InputError, match=r"^a worker process died.*lower NUM_WORKERS in get_tfrecord\.py$"):
+        list(map_files(os._exit, [1, 1], "die", 2))
+    with pytest.raises(FileNotFoundError, match="/no/such/folder"):
+        list(map_files(os.listdir, ["/", "/no/such/folder"], "list", 2))
+
+
+@pytest.mark.parametrize(
+    ("limit", "cores"), [("max 100000", 8), ("300000 100000", 3), ("50000 100000", 1), ("9900000 100000", 8), ("", 8)]
+)
+def test_a_control_group_limits_the_cores(monkeypatch, limit, cores):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    monkeypatch.setattr(Path, "read_text", lambda _: limit)
+    assert script.count_cores() == cores
 
 
 # ---------------------------------------------------------------- manifest
 
 
-def test_the_manifest_s_numbers_equal_a_count_by_hand(tmp_path, raw, write_lines, monkeypatch):
-    raw(tmp_path / "raw", columns=COLUMNS, titles={"v1": "One"})
-    monkeypatch.setattr(script, "RANGE_BYTES", 2000)
+def test_the_manifest_s_numbers_equal_a_count_by_hand(tmp_path, raw, write_lines, capsys):
+    raw(tmp_path / "raw", columns=COLUMNS)
     users = histories(*[(7 * i * i) % 23 for i in range(400)])
-    lines = [{"uid": uid, "click_seq": clicks} for uid, clicks in users]
+    path = write_users(tmp_path / "raw/click_seq/b.json", users, write_lines)
+    lines = path.read_text().splitlines()
     lines[100:100] = ["", "{"]
     lines[200:200] = ["[]"]
     write_lines(tmp_path / "raw/click_seq/a.json.gz", lines[:150])
-    write_lines(tmp_path / "raw/click_seq/b.json", lines[150:])
+    write_lines(path, lines[150:])
     index = get_indexing(tmp_path / "raw", tmp_path)
-    returned = get_tfrecord(tmp_path / "raw", tmp_path, **{**SHORT, "held_out_users": 120})
+    settings = dict(USER_MAX_LEN=8, WINDOW_OVERLAP=3, HELD_OUT_USERS=60, RANGE_BYTES=2000)
+    returned = get_tfrecord(tmp_path / "raw", tmp_path, num_workers=1, **settings)
     manifest = json.loads((tmp_path / "tfrecord/manifest.json").read_text())
     assert manifest == returned
+    assert set(script.MADE_WITH) == manifest.keys() - {"shards", "splits", "report"}
+    out, err = capsys.readouterr()  # places are those in the file, not in a range of it
+    assert "a.json.gz: 1 of 150 lines are bad (line 102: not JSON)" in err
+    assert "b.json: 1 of 253 lines are bad (line 51: wrong type of line)" in err
 
-    clicks = [click for _, seq in users for click in seq]
-    held = {uid: held_out(uid, seq) for uid, seq in users}
-    trained = sum(CLICKS[click][1] > 0 for uid, seq in users for click in seq[1 : held[uid][1]])
-    number_held = collections.Counter(split for split, _ in held.values())
-    targets = trained + number_held["val"] + number_held["test"]
-    lengths = sorted(len(seq) for _, seq in users)
+    clicks = [click for _, seq, _ in users for click in seq]
+    held = {user[0]: held_out(user) for user in users}
+    trained = sum(CLICKS[click][1] > 0 for uid, seq, _ in users for click in seq[1 : held[uid][1]])
+    number_held = collections.Counter(split for split, _, _ in held.values())
+    lengths = sorted(len(seq) for _, seq, _ in users)
+    timed = [times for _, _, times in users if times]
     assert manifest["report"] == {
         "lines": 403,
         "skipped": {"blank": 1, "not JSON": 1, "wrong type of line": 1},
-        "users": 400,
+        "users": 2 * sum(not 0.25 <= draw(uid) < 0.75 for uid, _, _ in users),
         "on_several_lines": 0.0,
         "clicks": len(clicks),
         "unknown_videos": sum(CLICKS[click][0] == 1 for click in clicks),
+        "unknown_video": "new",
         "column_clicks": sum(CLICKS[click][1] > 0 for click in clicks),
         "unknown_columns": clicks.count("v1_c9"),
-        "targets": targets,
+        "repeated_clicks": sum(
+            CLICKS[one] == CLICKS[other] for _, seq, _ in users for one, other in itertools.pairwise(seq)
+        ),
+        "targets": trained + number_held["val"] + number_held["test"],
         "history": {"p50": lengths[399 // 2], "p90": lengths[399 * 9 // 10], "max": 22},
+        "visits": sum(1 + sum(b - a >= 1800 for a, b in itertools.pairwise(times)) for times in timed),
+        "days": ["2023-11-14", "2023-11-15"],  # NOW is 22:13 of that day, and a history of 22 clicks takes 10.5 hours
     }
+    assert f"403 lines (skipped: 1 blank, 1 not JSON, 1 wrong type of line), {len(clicks):,} clicks, " in out
+    assert f"max 22; {manifest['report']['visits']} visits, 2023-11-14 to 2023-11-15\n" in out
     windows = decoded(tmp_path / "tfrecord")
     for split, counts in manifest["splits"].items():
+        assert f"{split}: {counts['users']} users -> {counts['targets']:,} targets in " in out
         of_split = [window for window in windows if window["split"] == split]
-        lengths = collections.Counter(len(window["label"]) for window in of_split)
-        assert counts["windows"] == [lengths[n] for n in range(9 if split == "train" else 17)]
+        lengths = collections.Counter(str(len(window["label"])) for window in of_split)
+        assert counts["windows"] == lengths and max(map(int, lengths)) <= (8 if split == "train" else 16)
         assert counts["targets"] == sum(sum(window["label"]) for window in of_split)
         assert counts["users"] == len({window["uid"] for window in of_split})
     assert manifest["splits"]["train"]["targets"] == trained
-    assert [manifest["splits"][split]["users"] for split in ("val", "test")] == [
-        number_held["val"],
-        number_held["test"],
-    ]
-    assert manifest["constants"] == {"USER_MAX_LEN": 8, "WINDOW_OVERLAP": 3, "MIN_HISTORY": 1, "HELD_OUT_USERS": 120}
-    assert (manifest["format"], manifest["held_out_share"]) == (script.FORMAT, 0.3)
-    assert manifest["index"] == index.fingerprint()
-    assert manifest["input"].keys() == {"a.json.gz", "b.json"} and len(set(manifest["input"].values())) == 2
-
-
-def test_the_manifest_knows_every_shard_by_size_and_hash(tmp_path, records, tiny_ranges):
-    manifest = records()
-    files = folder_bytes(tmp_path / "work/tfrecord")
+    assert all(manifest["splits"][split]["users"] == number_held[split] for split in ("val", "test"))
+    files = folder_bytes(tmp_path / "tfrecord")
     shards = {name: data for name, data in files.items() if name.endswith(".tfrecord")}
     assert manifest["shards"] == {
         name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in shards.items()
     }
     parts = {name for name in files if name.startswith("part-")}
-    assert len(shards) == 3 * len(parts) and set(files) == {"manifest.json", *shards, *parts}
-
-
-def test_the_report_says_what_was_read_and_kept(records, capsys):
-    manifest = records()
-    out, report = capsys.readouterr().out, manifest["report"]
-    assert f"20 lines (skipped: none), {report['clicks']} clicks" in out
-    lengths = sorted(len(clicks) for _, clicks in USERS)
-    assert f"history p50 {lengths[19 // 2]}, p90 {lengths[19 * 9 // 10]}, max 101" in out
-    for split in ("train", "val", "test"):
-        assert f"{split}: {manifest['splits'][split]['users']} users" in out
-
-
-@pytest.mark.parametrize("catalogue", [True, False])
-def test_clicks_on_ids_of_another_type_are_said_with_an_unknown_and_a_known_id(tmp_path, raw, capsys, catalogue):
-    """Every video is clicked as 118.0, say, for 118, and of 240 clicks 180 in columns: those that stay known."""
-    columns = {f"c{c}": [f"{c}1{v}" for v in range(8)] for c in range(1, 4)}
-    users = [
-        (f"u{u}", [f"{1 + (u + i) % 3}1{i}.0" + f"_c{1 + u % 3}" * (i % 4 > 0) for i in range(8)]) for u in range(30)
-    ]
-    titles = {vid: "T" for vids in columns.values() for vid in vids} if catalogue else None
-    raw(tmp_path / "raw", columns=columns, users=users, titles=titles)
-    get_indexing(tmp_path / "raw", tmp_path, min_clicks=1000)
-    for _ in range(2):  # a second time, where the records stand
-        report = get_tfrecord(tmp_path / "raw", tmp_path, num_workers=1)["report"]
-        assert (report["clicks"], report["unknown_videos"], report["column_clicks"]) == (240, 240, 180)
-        (line,) = capsys.readouterr().err.splitlines()
-        assert "100% of the clicks are of videos on no shelf and in no catalogue" in line
-        assert "'110.0' for one, where ids look like '110'; write the ids alike" in line
-
-
-@pytest.mark.parametrize("known", [1, 2])
-def test_clicks_half_of_which_are_known_are_nothing_to_say(records, capsys, known):
-    records([(f"u{u}", ["new"] * 2 + ["v2_c1"] * known) for u in range(20)])
-    assert capsys.readouterr().err.count("'new' for one, where ids look like 'v1'") == (known == 1)
+    assert len(shards) == 3 * len(parts) > 9 and set(files) == {"manifest.json", *shards, *parts}
+    assert manifest["constants"].items() >= (settings | dict(MIN_HISTORY=1, VISIT_GAP=1800)).items()
+    assert "MAX_BAD_FRACTION" not in manifest["constants"]  # it shapes nothing
+    assert (manifest["format"], manifest["held_out_share"]) == (script.FORMAT, 0.25)
+    assert manifest["index"] == index.fingerprint()
+    assert manifest["input"] == {
+        name: hashlib.sha256("".join(f"{line}\n" for line in part).encode()).hexdigest()
+        for name, part in (("a.json.gz", lines[:150]), ("b.json", lines[150:]))
+    }
 
 
 # ---------------------------------------------------------------- refusals
 
 
-def test_no_click_in_a_known_column_is_a_clear_error_and_writes_no_manifest(tmp_path, records):
-    with pytest.raises(InputError, match=r"no click was made in a known column.*<vid>_<cid>.*cid2vids"):
-        records([(f"u{i}", ["v1", "v2_c9", "v1"]) for i in range(50)])
+@pytest.mark.parametrize(
+    ("users", "held", "message"),
+    [
+        ([(f"u{i}", ["v1", "v2_c9", "v1"]) for i in range(50)], 6, r"no click was made in a known column.*cid2vids"),
+        ([(f"u{i}", ["v2_c1"]) for i in range(50)], 6, "every history is of one click.*one line for each user"),
+        ([(uid, ["v1", "v2_c1"]) for uid in uids_between(0.25, 1, 40)], 6, "40 lines leave no target for val; about 17"),
+        ([(uid, ["v1", "v2_c1"]) for uid in uids_between(0, 0.75, 40)], 6, "40 lines leave no target for test; about 17"),
+        ([(f"u{i}", ["v1", "v2_c1"]) for i in range(20)], 20, "all column clicks are held out; more users or longer"),
+    ],
+    ids=["no column click", "one click a line", "no validation", "no test", "no training"],
+)  # fmt: skip
+def test_clicks_that_cannot_train_are_one_clear_error_and_write_no_manifest(tmp_path, records, users, held, message):
+    with pytest.raises(InputError, match=message):
+        records([(*user, None) for user in users], HELD_OUT_USERS=held)
     assert not (tmp_path / "work/tfrecord/manifest.json").exists()
 
 
-def test_too_few_users_is_a_clear_error_that_says_how_many_are_needed(records):
-    users = [(uid, ["v1", "v2_c1", "v2_c1"]) for uid in uids_between(0.1, 0.9, 20)]
-    with pytest.raises(InputError, match=r"none of 20 users leaves a target for val; about 90 users are needed"):
-        records(users, held_out_users=1)  # of 20: 1 - 0.95 ** n > 0.99 for n >= 90
-    with pytest.raises(InputError, match=r"none of 20 users leaves a target for test; about 44 users are needed"):
-        records([(uid, users[0][1]) for uid in uids_between(0, 0.9, 20)], held_out_users=2)  # 0.9 ** n for n >= 44
-
-
-def test_no_target_left_for_training_is_a_clear_error(records):
-    with pytest.raises(InputError, match=r"the column clicks of 20 users are all held out"):
-        records([(f"u{i}", ["v1", "v2_c1"]) for i in range(20)], held_out_users=10)
-
-
 def test_users_without_clicks_or_known_clicks_are_no_error(tmp_path, records):
-    manifest = records([*histories(*[9] * 20), ("nothing", []), ("stranger", ["x", "y"]), ("once", ["v2_c1"])])
-    assert manifest["report"]["users"] == 23
+    odd = [("nothing", [], None), ("stranger", ["x", "y"], [NOW, NOW + 9]), ("once", ["v2_c1"], None)]
+    assert records([*histories(*[9] * 20), *odd])["report"]["lines"] == 23
     users = by_user(decoded(tmp_path / "work/tfrecord"))
     assert "nothing" not in users
     [stranger], [once] = users["stranger"], users["once"]
@@ -662,248 +683,188 @@ def test_users_without_clicks_or_known_clicks_are_no_error(tmp_path, records):
     assert (once["user_feature"], once["user_column"], once["label"]) == ([3], [1], [0])
 
 
-def test_a_missing_index_names_its_absolute_path_and_the_script_to_run(tmp_path, raw, monkeypatch):
-    raw(tmp_path / "raw", columns=COLUMNS, users=USERS)
+@pytest.mark.parametrize("name", ["vid2idx.json", "cid2vidx.json"])
+def test_a_missing_index_names_its_absolute_path_and_the_script_to_run(tmp_path, raw, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
-    missing = tmp_path / "work" / "indexing" / "vid2idx.json"
-    with pytest.raises(FileNotFoundError, match=rf"{re.escape(str(missing))}.*run get_indexing\.py first"):
+    get_indexing(raw(tmp_path / "raw", columns=COLUMNS, users=[("u", ["v1"])]), "work")
+    missing = tmp_path / "work/indexing" / name  # as where the first get_indexing.py was killed between its two files
+    missing.unlink()
+    with pytest.raises(FileNotFoundError, match=rf"{missing}.*run get_indexing\.py first"):
         get_tfrecord("raw", "work")
 
 
-def test_an_index_that_lacks_its_columns_names_the_missing_file(tmp_path, raw):
-    get_indexing(raw(tmp_path / "raw", columns=COLUMNS, users=USERS), tmp_path)
-    (
-        tmp_path / "indexing/cid2vidx.json"
-    ).unlink()  # as where the first get_indexing.py was killed between its two files
-    with pytest.raises((FileNotFoundError, InputError), match=r"cid2vidx\.json.*run get_indexing\.py"):
-        get_tfrecord(tmp_path / "raw", tmp_path, **SHORT)
-
-
 def test_a_missing_or_empty_click_folder_is_named(tmp_path, raw):
-    get_indexing(raw(tmp_path / "raw", columns=COLUMNS, titles={"v1": "One"}), tmp_path)
-    with pytest.raises(InputError, match=f"{tmp_path}/raw/click_seq"):
-        get_tfrecord(tmp_path / "raw", tmp_path)
-    (tmp_path / "raw/click_seq").mkdir()
-    with pytest.raises(InputError, match=f"{tmp_path}/raw/click_seq"):
-        get_tfrecord(tmp_path / "raw", tmp_path)
+    get_indexing(raw(tmp_path / "raw", columns=COLUMNS), tmp_path)
+    for make in (lambda: None, (tmp_path / "raw/click_seq").mkdir):
+        make()
+        with pytest.raises(InputError, match=f"{tmp_path}/raw/click_seq"):
+            get_tfrecord(tmp_path / "raw", tmp_path)
 
 
-@pytest.mark.parametrize(
-    "bad", [dict(min_history=0), dict(min_history=4), dict(window_overlap=8), dict(held_out_users=0)]
-)
+@pytest.mark.parametrize("bad", [dict(MIN_HISTORY=4), dict(WINDOW_OVERLAP=8)])
 def test_constants_that_contradict_each_other_are_refused_with_their_values(records, bad):
     [(name, value)] = bad.items()
-    with pytest.raises(InputError, match=f"MIN_HISTORY.*'{name.upper()}': {value}"):
+    with pytest.raises(InputError, match=f"MIN_HISTORY <= WINDOW_OVERLAP < USER_MAX_LEN.*'{name}': {value}"):
         records(**bad)
 
 
-@pytest.mark.parametrize("fault", ["bad lines", "cut gzip", "no column click"])
-def test_a_run_that_stops_leaves_the_former_records_as_they_were(tmp_path, raw, write_lines, records, fault):
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("clicks.json", b'{"uid": "u", "click_seq": ["v1", "v2_c1"]}\n{\n', r"clicks\.json: 1 of 2 lines are bad"),
+        ("clicks.json", b'{"uid": "u", "click_seq": ["v1", "v1"]}', "no click was made"),
+        (
+            "more.json.gz",
+            gzip.compress(b'{"uid": "u", "click_seq": []}')[:-10],
+            r"more\.json\.gz: not a whole gzip file",
+        ),
+        ("empty.json", b"", r"empty\.json: an empty file; copy it again"),
+        ("empty.json.gz", b"", r"empty\.json\.gz: an empty file; copy it again"),
+    ],
+    ids=["bad lines", "no column click", "cut gzip", "empty file", "empty gzip"],
+)
+def test_a_run_that_stops_says_one_line_and_leaves_the_former_records_as_they_were(
+    tmp_path, records, name, content, message
+):
     records()
-    folder = tmp_path / "work/tfrecord"
-    before = folder_bytes(folder)
-    if fault == "bad lines":
-        write_lines(tmp_path / "raw/click_seq/clicks.json", ['{"uid": "u", "click_seq": ["v1", "v2_c1"]}', "{"])
-    if fault == "cut gzip":
-        raw(tmp_path / "raw", users=USERS, click_file="more", gzip=True)
-        path = tmp_path / "raw/click_seq/more.json.gz"
-        path.write_bytes(path.read_bytes()[:-10])
-    if fault == "no column click":
-        raw(tmp_path / "raw", users=[("u", ["v1", "v1"])])
-    with pytest.raises(InputError):
+    before = folder_bytes(tmp_path / "work/tfrecord")
+    (tmp_path / "raw/click_seq" / name).write_bytes(content)
+    with pytest.raises(InputError, match=message) as error:
         get_tfrecord(tmp_path / "raw", tmp_path / "work", **SHORT)
-    after = folder_bytes(folder)
-    assert {name: after.get(name) for name in before} == before
+    after = folder_bytes(tmp_path / "work/tfrecord")
+    assert before.items() <= after.items() and "\n" not in str(error.value)
     assert not [name for name in after if name.endswith(".tmp")]
 
 
 # ---------------------------------------------------------------- reruns
 
 
-def test_a_run_that_failed_half_way_leaves_no_counts_to_the_next_in_the_same_process(records, monkeypatch):
-    windows = itertools.count(1)
-
-    def fail_at_the_twentieth(_):
-        if next(windows) == 20:
-            raise OSError("the disk is full")
-        return b""
-
-    first = records()
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="the disk is full"):
-        patch.setattr(script, "window_serializer", lambda: fail_at_the_twentieth)
-        records(work="again")
-    assert records(work="again") == first
-
-
-def test_a_rerun_keeps_finished_shards(tmp_path, records, tiny_ranges):
-    first = records()
+def test_a_rerun_with_nothing_to_do_keeps_every_shard_and_does_not_import_tensorflow(tmp_path, records):
+    records(RANGE_BYTES=800)
     before = stamps(tmp_path / "work/tfrecord")
-    again = get_tfrecord(tmp_path / "raw", tmp_path / "work", **SHORT)
-    assert len(before) > 30 and stamps(tmp_path / "work/tfrecord") == before
-    assert again == first
-
-
-def test_a_rerun_with_nothing_to_do_does_not_import_tensorflow(tmp_path, records):
-    records()
-    program = f"import sys, get_tfrecord; get_tfrecord.get_tfrecord('raw', 'work', **{SHORT}); print(*sys.modules)"
+    arguments = SHORT | dict(RANGE_BYTES=800)
+    program = f"import sys, get_tfrecord; get_tfrecord.get_tfrecord('raw', 'work', **{arguments}); print(*sys.modules)"
     environment = {**os.environ, "PYTHONPATH": str(Path(script.__file__).parent)}
     done = subprocess.run(
         [sys.executable, "-c", program], check=True, cwd=tmp_path, env=environment, capture_output=True, text=True
     )
     assert not {"tensorflow", "keras"} & set(done.stdout.split())
+    assert len(before) > 30 and stamps(tmp_path / "work/tfrecord") == before
 
 
 def test_whatever_others_put_beside_the_records_stays(tmp_path, records, rerun):
     records()
     folder = tmp_path / "work/tfrecord"
-    others = [
-        "notes.txt",
-        "train-notes.txt",
-        "mine.tfrecord",
-        "part-1.txt",
-        "train-mine.tfrecord",
-        "part-notes.json",
-        "a/b.json",
-        "train-x.tfrecord/c",
-        "part-y.json/d",
-    ]
+    others = ["notes.txt", "mine.tfrecord", "part-1.txt", "train-mine.tfrecord", "part-notes.json", "a/b.json",
+              "train-0123456789abcde.tfrecord", "part-fedcba9876543210.json/d"]  # fmt: skip
     for name in others:
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("mine")
-    stale = ["train-00009-0123456789abcdef.tfrecord", "part-00009-0123456789abcdef.json"]
+    stale = ["train-0123456789abcdef.tfrecord", "part-0123456789abcdef.json", f".part-1.json.{'a' * 32}.tmp"]
     for name in stale:
         (folder / name).write_text("{}")
-    rerun(min_history=2)
+    rerun(MIN_HISTORY=2)
     assert [(folder / name).read_text() for name in others] == ["mine"] * len(others)
     assert not [name for name in stale if (folder / name).exists()]
 
 
-def test_all_that_shaped_the_records_is_known_by_name(records):
-    assert set(script.MADE_WITH) == records().keys() - {"range_bytes", "shards", "splits", "report"}
-
-
-def test_a_damaged_manifest_is_made_again_from_the_shards(tmp_path, records, rerun):
-    first = records()
-    before = stamps(tmp_path / "work/tfrecord")
-    (tmp_path / "work/tfrecord/manifest.json").write_text("{")
-    assert rerun() == first and stamps(tmp_path / "work/tfrecord") == before
-
-
-def test_a_killed_run_goes_on_with_the_shards_that_it_lacks(tmp_path, records, tiny_ranges):
-    first = records()
+def test_a_killed_run_goes_on_with_the_shards_that_it_lacks(tmp_path, records, rerun):
+    first = records(RANGE_BYTES=800)
     folder = tmp_path / "work/tfrecord"
     files, before = folder_bytes(folder), stamps(folder)
-    part = sorted(folder.glob("part-*"))[3]
-    part.unlink()  # it is written last
-    lost = sorted(folder.glob("val-*"))[5]
-    lost.unlink()
-    (folder / "manifest.json").unlink()
-    (folder / ".train-00001.tfrecord.0123456789abcdef0123456789abcdef.tmp").write_bytes(b"half")
-    assert get_tfrecord(tmp_path / "raw", tmp_path / "work", **SHORT) == first
-    assert folder_bytes(folder) == files
-    made = {name for name, stamp in stamps(folder).items() if stamp != before[name]}
-    numbers = {part.name.split("-")[1], lost.name.split("-")[1]}
-    assert {name.split("-")[1] for name in made} == numbers
+    lost = [sorted(folder.glob("part-*"))[3], sorted(folder.glob("val-*"))[5]]  # a part file is written last
+    for path in [*lost, folder / "manifest.json"]:
+        path.unlink()
+    assert rerun(RANGE_BYTES=800) == first and folder_bytes(folder) == files
+    made = {name.split("-")[1] for name, stamp in stamps(folder).items() if stamp != before[name]}
+    assert made == {path.stem.split("-")[1] + ".tfrecord" for path in lost}
 
 
-@pytest.mark.parametrize("content", ["{", "{}"], ids=["cut short", "empty"])
-def test_a_damaged_part_file_is_made_again(tmp_path, records, rerun, content):
-    first, (part,) = records(), (tmp_path / "work/tfrecord").glob("part-*")
-    files = folder_bytes(part.parent)
-    part.write_text(content)
-    assert rerun() == first and folder_bytes(part.parent) == files
-
-
-def test_a_shard_that_was_cut_short_is_made_again(tmp_path, records):
-    records()
-    folder = tmp_path / "work/tfrecord"
+@pytest.mark.parametrize(
+    ("pattern", "content"), [("manifest*", b"{"), ("part-*", b"{"), ("part-*", b"{}"), ("val-*", b"")]
+)
+def test_a_damaged_file_is_made_again(tmp_path, records, rerun, pattern, content):
+    first, folder = records(), tmp_path / "work/tfrecord"
     files = folder_bytes(folder)
-    shard = next(folder.glob("train-*"))
-    shard.write_bytes(files[shard.name][:-10])
-    get_tfrecord(tmp_path / "raw", tmp_path / "work", **SHORT)
-    assert folder_bytes(folder) == files
+    (path,) = folder.glob(pattern)
+    path.write_bytes(content)
+    assert rerun() == first and folder_bytes(folder) == files
 
 
-def test_changed_input_remakes_its_shards_alone_and_removes_the_stale_ones(tmp_path, raw, records, monkeypatch):
-    raw(tmp_path / "raw", users=[(uid + "a", clicks) for uid, clicks in USERS], click_file="a")
-    monkeypatch.setattr(script, "RANGE_BYTES", (tmp_path / "raw/click_seq/a.json").stat().st_size)  # a task for each
-    records()  # clicks.json comes after a.json
-    before = stamps(tmp_path / "work/tfrecord")
-    raw(tmp_path / "raw", users=[*USERS[:-1], (USERS[-1][0], ["v1"])])  # as many users, so the same share is held out
-    get_tfrecord(tmp_path / "raw", tmp_path / "work", **SHORT)
+def test_a_task_s_files_are_named_by_the_bytes_that_they_were_made_of(tmp_path, raw, write_lines):
+    raw(tmp_path / "raw", columns=COLUMNS)
+    clicks, folder = tmp_path / "raw/click_seq", tmp_path / "tfrecord"
+    for name in "bcd":
+        users = [(f"{name}{i}", ["v1", "v2_c1", "v1"], None) for i in range(20)]
+        size = write_users(clicks / f"{name}.json", users, write_lines).stat().st_size
+    get_indexing(tmp_path / "raw", tmp_path)
+
+    def made():
+        get_tfrecord(tmp_path / "raw", tmp_path, **SHORT, RANGE_BYTES=size)  # a task for each file
+        return stamps(folder)
+
+    before = made()
+    (clicks / "b.json").write_bytes((clicks / "b.json").read_bytes())
+    os.utime(clicks / "c.json", (1, 1))
+    assert made() == before and len(before) == 9
+    write_users(clicks / "a.json", [(f"a{i}", ["v1", "v2_c1", "v1"], None) for i in range(20)], write_lines)
+    more = made()  # all others are a place further back
+    assert len(more) == 12 and before.items() <= more.items()
+    (clicks / "c.json").write_text((clicks / "c.json").read_text().replace('"v1"', '"v2"'))
+    os.utime(clicks / "c.json", (1, 1))  # of the same size and date
+    after = made()
+    assert len(after) == 12 and len(after.items() & more.items()) == 9
+    changed = {w["uid"] for w in decoded(folder) if w["user_feature"][0] == 3}
+    assert changed == {f"c{i}" for i in range(20)}
+    (clicks / "a.json").unlink()
+    assert len(made().items() & after.items()) == 9 == len(stamps(folder))
+
+
+@pytest.mark.parametrize(
+    "change", [dict(USER_MAX_LEN=9), dict(MIN_HISTORY=2), dict(VISIT_GAP=900), dict(HELD_OUT_USERS=5), "MAX_ID_CHARS"]
+)
+def test_another_constant_is_noticed_and_remakes_every_shard(tmp_path, records, rerun, monkeypatch, change):
+    former, before = records(), stamps(tmp_path / "work/tfrecord")
+    if change == "MAX_ID_CHARS":  # of get_indexing.py: a longer line is another line that is skipped
+        monkeypatch.setattr(toolbox, change, 999)
+        with pytest.raises(
+            InputError, match=r"made with MAX_ID_CHARS = 1000, now it is 999; run get_tfrecord\.py again"
+        ):
+            load_manifest(
+                tmp_path / "work", script.record_constants(**{n: of for n, of in SHORT.items() if n.isupper()})
+            )
+        change = {}
+    manifest = rerun(**change)
     after = stamps(tmp_path / "work/tfrecord")
-    assert len(before) == len(after) == 6
-    assert {name for name in before if name in after} == {name for name in before if "-00000-" in name}
-    assert all(after[name] == before[name] for name in after if name in before)
-
-
-def test_input_rewritten_in_the_same_size_is_noticed(tmp_path, raw, records):
-    records([(f"u{i}", ["v1", "v2_c1", "v1"]) for i in range(20)])
-    path = tmp_path / "raw/click_seq/clicks.json"
-    before = path.stat()
-    raw(tmp_path / "raw", users=[(f"u{i}", ["v2", "v1_c1", "v1"]) for i in range(20)])
-    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
-    assert path.stat().st_size == before.st_size
-    get_tfrecord(tmp_path / "raw", tmp_path / "work", **SHORT)
-    assert all(w["user_feature"][0] == 3 for w in decoded(tmp_path / "work/tfrecord"))
-
-
-@pytest.mark.parametrize("change", [dict(user_max_len=9), dict(min_history=2), dict(held_out_users=8)])
-def test_changed_constants_remake_every_shard(tmp_path, records, rerun, change):
-    records()
-    before = stamps(tmp_path / "work/tfrecord")
-    rerun(**change)
-    after = stamps(tmp_path / "work/tfrecord")
-    assert len(after) == 3 and not before.keys() & after
-    rerun("fresh", **change)
+    assert manifest["constants"] != former["constants"] and len(after) == 3 and not before.keys() & after
+    assert rerun("fresh", **change) == manifest
     assert folder_bytes(tmp_path / "fresh/tfrecord") == folder_bytes(tmp_path / "work/tfrecord")
-
-
-def test_a_grown_index_remakes_the_records_with_its_new_videos(tmp_path, raw, records, rerun):
-    records([(f"u{i}", ["new", "v2_c1", "v2_c1"]) for i in range(20)])
-    assert all(w["user_feature"][:2] == [1, 3] for w in decoded(tmp_path / "work/tfrecord"))
-    raw(tmp_path / "raw", columns={**COLUMNS, "c4": ["new"]})
-    rerun()
-    assert all(w["user_feature"][:2] == [7, 3] for w in decoded(tmp_path / "work/tfrecord"))
 
 
 # ---------------------------------------------------------------- clicks that change meanwhile
 
 
+@pytest.mark.parametrize("returns", [False, True], ids=["they stay changed", "they become what they were"])
 def test_clicks_that_change_while_they_are_read_are_refused_and_the_next_run_reads_them_anew(
-    records, rerun, tmp_path, monkeypatch
+    records, rerun, tmp_path, monkeypatch, returns
 ):
-    former = records()
-    path, look = tmp_path / "raw/click_seq/clicks.json", survey
+    former, path = records(), tmp_path / "raw/click_seq/clicks.json"
+    path.write_text(path.read_text().replace('"v1"', '"v2"', 1))
+    seen = path.read_text()
 
     def changed_after(*arguments):
-        seen = look(*arguments)
-        path.write_text(path.read_text().replace("v2_c1", "v3_c2"))
-        return seen
+        contents = survey(*arguments)
+        path.write_text(seen.replace("v2_c1", "v3_c2"))
+        return contents
 
-    path.write_text(path.read_text().replace('"v1"', '"v2"', 1))
-    monkeypatch.setattr(script, "survey", changed_after)
-    with pytest.raises(InputError, match=r"the clicks were changed while they were read; run get_tfrecord\.py again$"):
-        rerun()
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "survey", changed_after)
+        with pytest.raises(InputError, match=r"clicks.json: changed while it was read; run get_tfrecord\.py again$"):
+            rerun()
     folder = tmp_path / "work/tfrecord"
     assert json.loads((folder / "manifest.json").read_text()) == former
     assert all((folder / shard).exists() for shard in former["shards"])
-    monkeypatch.setattr(script, "survey", look)
+    if returns:
+        path.write_text(seen)
     assert rerun() == rerun("fresh")
-
-
-def test_records_that_stand_are_no_older_than_the_clicks_they_were_compared_with(records, rerun, tmp_path):
-    records()
-    manifest, clicks = tmp_path / "work/tfrecord/manifest.json", tmp_path / "raw/click_seq/clicks.json"
-    os.utime(manifest, (1, 1))
-    rerun()
-    assert manifest.stat().st_mtime >= clicks.stat().st_mtime
-
-
-@pytest.mark.parametrize("limit", ["MAX_ID_CHARS", "MAX_LINE_BYTES"])
-def test_another_limit_of_lines_is_noticed_and_makes_the_records_anew(records, rerun, monkeypatch, tmp_path, limit):
-    former = records()
-    monkeypatch.setitem(script.LIMITS, limit, 10**6)
-    with pytest.raises(InputError, match=f"made with {limit} = .*, now it is 1000000; run get_tfrecord.py again"):
-        load_manifest(tmp_path / "work", former["constants"])
-    assert rerun()["shards"].keys().isdisjoint(former["shards"])
+    assert folder_bytes(folder) == folder_bytes(tmp_path / "fresh/tfrecord")
