@@ -429,7 +429,11 @@ def check_constants():
     for module in [sys.modules[name] for name in CHAIN if name in sys.modules]:
         for name, kind in getattr(module, "__annotations__", {}).items():
             if not fits(value := getattr(module, name), kind):
-                kind = kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
+                kind = (
+                    kind.__name__
+                    if isinstance(kind, type)
+                    else str(kind).replace("typing.", "").replace("Annotated[int, 0]", "OrZero")
+                )
                 rule = (
                     f"it must be {kind}, a whole number at least 1 (OrZero: 0), another number finite and not negative"
                 )
@@ -476,9 +480,7 @@ def run_script(path):
         check_constants()
         script.main()
     except (InputError, OSError, KeyboardInterrupt) as error:
-        print(f"{name}: {error}", file=sys.stderr)
-        sys.stdout.flush()
-        os._exit(1)  # at once: threads of TensorFlow, or of a pool whose workers died, may wait for what never comes
+        sys.exit(f"{name}: {error}")
 
 
 @contextlib.contextmanager

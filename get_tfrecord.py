@@ -264,7 +264,7 @@ def write_windows(task, shards, encoder, made_with, contents):
                 videos, columns = encoder.encode(clicks)
                 part["histories"][str(len(clicks))] += 1
                 part["clicks"].update(count_clicks(videos, columns, times, settings["VISIT_GAP"]))
-                part["days"].update({str(second // 86_400) for second in (*times[:1], *times[-1:]) if second})
+                part["days"].update(str(second // 86_400) for second in (*times[:1], *times[-1:]) if second)
                 part["held_out"][uid] += split_of(uid, share) != "train"
                 of_splits = split_windows(uid, videos, columns, times, encoder.current, share, settings)
                 for split, windows in of_splits.items():
@@ -566,7 +566,10 @@ def map_files(function, tasks, desc, num_workers=NUM_WORKERS):
 
 
 def map_on_workers(function, tasks, num_workers):
-    """Yield function(task) of each task, in order, computed by so many processes, which end with this one at the latest."""
+    """Yield function(task) of each task, in order, computed by so many processes.
+
+    They end after the task that they are at, also where this one ends by an error or a signal; at once where it is killed.
+    """
     import multiprocessing
     from concurrent.futures import ProcessPoolExecutor
     from concurrent.futures.process import BrokenProcessPool

@@ -53,8 +53,7 @@ EXAMPLE: int = 5  # last clicks and first columns of the user who is printed
 def infer(clicks_dir=CLICKS_DIR, work_dir=WORK_DIR, ranking_dir=RANKING_DIR, top_k=TOP_K, num_workers=NUM_WORKERS):
     """Write the ranking of each click file as soon as it is whole, unless it stands still; return the paths of all."""
     clicks_dir, folder, work_dir = (Path(path).absolute() for path in (clicks_dir, ranking_dir, work_dir))
-    if clicks_dir.resolve() == folder.resolve():
-        raise InputError(f"{folder}: RANKING_DIR is the folder of the clicks; name another one in infer.py")
+    check_ranking_dir(clicks_dir, folder)
     index, model = load_index(work_dir), read_json(work_dir / "model/model.json", "train.py")
     contents = survey(clicks_dir, num_workers)
     newest = max(map_files(newest_click, cut_files(contents, RANK_BYTES), "read times", num_workers))
@@ -106,6 +105,12 @@ def infer(clicks_dir=CLICKS_DIR, work_dir=WORK_DIR, ranking_dir=RANKING_DIR, top
             f"{', '.join(changed)}: changed while it was ranked, so the former ranking stays; run infer.py again"
         )
     return list(outputs.values())
+
+
+def check_ranking_dir(clicks_dir, ranking_dir):
+    """Refuse to write rankings into the folder of the clicks, whose names they would take."""
+    if Path(clicks_dir).resolve() == Path(ranking_dir).resolve():
+        raise InputError(f"{ranking_dir}: RANKING_DIR is the folder of the clicks; name another one in infer.py")
 
 
 def newest_click(ranges):
@@ -172,9 +177,7 @@ def join_parts(output, parts, made_of, clicks_dir):
 
 def rank_ranges(ranges, folder, work_dir, made_with, first=None):
     """Rank the users of byte ranges of click files; return the Part of each. With the `first` comes what there is one of."""
-    ranker, parts = load_ranker(work_dir), []
-    if (ranker.id, fingerprint(ranker.index.videos, ranker.index.columns)) != (made_with["model"], made_with["index"]):
-        raise InputError(f"{work_dir}: model or index changed while infer.py was at work; run it again")
+    ranker, parts = load_ranker(work_dir, made_with["model"], made_with["index"]), []
     at_once = max(1, min(BATCH_USERS, ranker.scores_at_once // len(ranker.cids)))  # users
     for path, start, end in ranges:
         records, example = Records(path, parse_history, start, end), None
@@ -199,9 +202,12 @@ def rank_ranges(ranges, folder, work_dir, made_with, first=None):
 
 
 @functools.lru_cache(maxsize=1)
-def load_ranker(work_dir):
-    """Return the Ranker of work_dir, once for a process."""
-    return Ranker(work_dir)
+def load_ranker(work_dir, model, index):
+    """Return the Ranker of work_dir, once for a process; another model or index than the run began with ends it."""
+    ranker = Ranker(work_dir)
+    if (ranker.id, fingerprint(ranker.index.videos, ranker.index.columns)) != (model, index):
+        raise InputError(f"{work_dir}: model or index changed while infer.py was at work; run it again")
+    return ranker
 
 
 # ---------------------------------------------------------------- one user
@@ -408,6 +414,7 @@ def judge_file(served, index, share, popular):
 
 
 def main():
+    check_ranking_dir(CLICKS_DIR, RANKING_DIR)  # before the lock is written there
     with only_one(RANKING_DIR):
         name_unread(CLICKS_DIR)
         infer()

@@ -8,6 +8,7 @@ structured semantic models for web search using clickthrough data").
     python model_tf2.py          prints a summary on random input; nothing is read or written
 """
 
+import itertools
 from typing import Literal, NamedTuple
 
 from get_dataset import DAY, ITEM_MAX_LEN, Pairs, add_pairs, column_table, gap_buckets
@@ -309,22 +310,32 @@ class Trend:
     """How much more often columns were clicked lately than before, on each day, of Pairs by day.
 
     `table`, float32 [rows, columns + 1, num_trends]: for each of TREND_REACHES the logarithm of a column's share in the clicks
-    of the days before, earlier ones weighing less, against its share in all clicks before; TREND_BACKOFF clicks pull towards
+    of the days before, earlier ones weighing less, against its share in all clicks before; `backoff` clicks pull towards
     that. No day sees itself or a later one. Row 0, of no known day, and columns not clicked before are neutral: 0. The last
-    row is for the day after the last one, and for all later ones.
+    row is for the day after the last one, and for all later ones. `shares` [rows, columns + 1] are those of the first reach.
     """
 
-    def __init__(self, daily, num_columns, reaches=TREND_REACHES):
+    def __init__(self, daily, num_columns, reaches=TREND_REACHES, backoff=TREND_BACKOFF, size=TREND_SIZE):
         days, columns = np.divmod(daily.keys, num_columns + 1)
-        self.first, last = (days[0], days[-1]) if len(days) else (0, -2)
-        self.first = max(self.first, last + 1 - TREND_SIZE // ((num_columns + 1) * len(reaches)))
-        recent, ever = np.zeros([num_columns + 1, len(reaches)]), np.zeros([num_columns + 1, 1])
+        self.first, last = 0, -2
+        if len(days):  # a few clicks of wrong clocks, years after all others, are no days
+            most = days[np.searchsorted(np.cumsum(daily.values), 0.999 * daily.values.sum())]
+            self.first, last = days[0], days[np.searchsorted(days, most + 366) - 1]
+        self.first = max(self.first, last + 1 - size // ((num_columns + 1) * len(reaches)))
+        old = days < self.first  # no rows of their own, but clicks before all others
+        weights = [
+            np.where(old, daily.values * reach ** np.maximum(self.first - 1.0 - days, 0), 0) for reach in (1, *reaches)
+        ]
+        ever, *recent = (np.bincount(columns, of, num_columns + 1).astype(float)[:, None] for of in weights)
+        recent = np.concatenate(recent, axis=1)
         self.table = np.zeros([last - self.first + 3, *recent.shape], np.float32)
-        for day, row in enumerate(self.table[1:], start=self.first):
+        self.shares = np.zeros(self.table.shape[:2], np.float32)
+        for day, row, shares in zip(itertools.count(self.first), self.table[1:], self.shares[1:], strict=False):
             if ever.any():
                 share = ever / ever.sum()
-                lately = (recent + TREND_BACKOFF * share) / (recent.sum(axis=0) + TREND_BACKOFF)
+                lately = (recent + backoff * share) / (recent.sum(axis=0) + backoff)
                 row[:] = np.log(np.divide(lately, share, where=ever > 0, out=np.ones_like(lately)))
+                shares[:] = lately[:, 0]
             begin, end = np.searchsorted(days, [day, day + 1])
             recent *= reaches
             for clicks in (recent, ever):
@@ -370,18 +381,18 @@ class Memory:
     video says little.
     """
 
-    def __init__(self, video_clicks, column_clicks, video_column, by_video, by_column, daily, reaches=TREND_REACHES):
+    def __init__(self, video_clicks, column_clicks, video_column, by_video, by_column, daily, **trend):
         self.video_clicks, self.column_clicks = video_clicks, column_clicks  # [videos], [columns + 1]
         self.video_column = video_column  # int [videos]: the column that each was clicked in most, 0 = in none
         num_numbers = len(column_clicks)
         self.by_video = CountTable(by_video, len(video_clicks), num_numbers)  # what was clicked near it
         self.by_column = CountTable(by_column, num_numbers, num_numbers)
-        self.daily, self.trend = daily, Trend(daily, num_numbers - 1, reaches)
+        self.daily, self.trend = daily, Trend(daily, num_numbers - 1, **trend)
         self.popularity = column_clicks[1:] / max(column_clicks.sum(), 1)
 
     @classmethod
-    def of_counts(cls, counts, index):
-        """Return the Memory of Counts."""
+    def of_counts(cls, counts, index, **trend):
+        """Return the Memory of Counts, with a Trend of those constants."""
         num_videos, num_numbers = FIRST_VIDEO + len(index.videos), 1 + len(index.columns)
         videos, columns = np.divmod(counts.clicks.keys, num_numbers)
         video_clicks = np.bincount(videos, counts.clicks.values, num_videos)
@@ -400,7 +411,7 @@ class Memory:
         keys, values = (video_column[rows] * num_numbers + columns)[has_column], counts.near.values[has_column]
         by_column = add_pairs(Pairs(keys, values)).strongest(num_numbers, COLUMN_WIDTH)
         by_video = counts.near.strongest(num_numbers, MEMORY_WIDTH)
-        return cls(video_clicks, column_clicks, video_column, by_video, by_column, counts.daily)
+        return cls(video_clicks, column_clicks, video_column, by_video, by_column, counts.daily, **trend)
 
     def scores(self, videos, columns, mix):
         """Return float64 [n, columns] for histories [n, len] of videos and columns, padded at the end, by a Mix."""
@@ -418,9 +429,8 @@ class Memory:
 
     def recent_popularity(self, now):
         """Return the share of each column in the clicks of the days before the moments [n], [n, columns]; of all where unknown."""
-        rows, place = np.unique(self.trend.rows(now), return_inverse=True)
-        shares = self.popularity * np.exp(self.trend.table[rows, 1:, 0].astype(float))
-        return (shares / np.maximum(shares.sum(axis=1, keepdims=True), 1e-12))[place]
+        shares = self.trend.shares[self.trend.rows(now), 1:].astype(float)
+        return np.where(shares.any(axis=1, keepdims=True), shares, self.popularity)
 
     def habit(self, columns, now, mix):
         """Return float64 [n, columns]: the user's own columns [n, len], late ones weighing more, and a little popularity."""
@@ -440,12 +450,12 @@ class Memory:
             np.savez(file, **clicks, **arrays)
 
     @classmethod
-    def load(cls, path, reaches):
-        """Return the Memory that save() wrote."""
+    def load(cls, path, **trend):
+        """Return the Memory that save() wrote, with a Trend of those constants."""
         with np.load(path) as saved:
             arrays = [saved[name] for name in ("video_clicks", "column_clicks", "video_column")]
             tables = ("by_video", "by_column", "daily")
-            return cls(*arrays, *(Pairs(saved[f"{table}.keys"], saved[f"{table}.values"]) for table in tables), reaches)
+            return cls(*arrays, *(Pairs(saved[f"{table}.keys"], saved[f"{table}.values"]) for table in tables), **trend)
 
 
 def recency(in_column, decay):

@@ -430,10 +430,9 @@ def all_rankings(scorer, counts, chosen, use_memory, standing, index):
     nudge = 1e-6 * scorer.of_current(
         memory.popularity[None]
     )  # of columns that are equal otherwise, the popular one first
-    item_max_len = standing and standing.saved["constants"]["ITEM_MAX_LEN"]
-    stood = standing and Scorer(
-        standing.model, memory, index, item_max_len
-    )  # counted in the training records, as the new
+    if standing:  # counted in the training records, as the new one
+        stood = Memory.of_counts(counts, index, **trend_constants(standing.saved))
+        stood = Scorer(standing.model, stood, index, standing.saved["constants"]["ITEM_MAX_LEN"])
     plain = chosen._replace(memory_weight=0.0, habit_weight=0.0, clicked_factor=1.0)
     rows = {"towers": plain}
     if use_memory:
@@ -561,7 +560,12 @@ def load_model(work_dir=WORK_DIR, index=None):
         model = build_model(**saved["arguments"], shelves=shelves)
         model.load_weights(weights)
     with damage_named(memory):
-        return Standing(model, Memory.load(memory, saved["constants"]["TREND_REACHES"]), Mix(**saved["mix"]), saved)
+        return Standing(model, Memory.load(memory, **trend_constants(saved)), Mix(**saved["mix"]), saved)
+
+
+def trend_constants(saved):
+    """Return the constants of a saved model's Trend."""
+    return {name: saved["constants"][f"TREND_{name.upper()}"] for name in ("reaches", "backoff", "size")}
 
 
 @contextlib.contextmanager

@@ -48,7 +48,8 @@ def edit(folder, script, **constants):
     path = folder / f"{script}.py"
     text = path.read_text(encoding="utf-8")
     for name, value in constants.items():
-        text, edits = re.subn(rf"^({name}: .*?) = (.*|\([^)]*\))$", rf"\g<1> = {value!r}", text, flags=re.MULTILINE)
+        former = rf"^({name}: .*?) = (\(\n(?: .*\n)+\).*|.*)$"  # in brackets it may take several lines
+        text, edits = re.subn(former, rf"\g<1> = {value!r}", text, flags=re.MULTILINE)
         assert edits == 1, f"{script}.py has no constant {name}"
     path.write_text(text, encoding="utf-8")
 

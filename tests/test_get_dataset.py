@@ -1,93 +1,84 @@
-"""get_dataset.py: equal batches with and without files, right targets, honest sampling, held-out histories as served."""
+"""get_dataset.py: equal batches with and without files, right targets, honest sampling, held-out histories as served, counts."""
 
 import hashlib
-import shutil
+import itertools
+import math
+import random
+from collections import Counter
 
 import get_dataset as script
-import get_tfrecord as get_tfrecord_module
 from get_dataset import (
-    add_candidates,
-    bucket_windows,
-    column_table,
-    dataset_from_clicks,
-    held_out,
-    load_manifest,
-    make_dataset,
-    video_table,
-)
-from get_indexing import FileRange, Index, InputError, get_indexing
-from get_tfrecord import ClickEncoder, get_tfrecord, write_windows
+    BACKWARD, DAY, NEAR_DECAY,
+    Pairs, add_candidates, add_pairs, bucket_windows, column_table, count_windows, dataset_from_clicks, gap_buckets,
+    held_out, load_manifest, make_dataset, shelves_table,
+)  # fmt: skip
+from get_indexing import UNKNOWN, Index, InputError, get_indexing
+from get_tfrecord import ClickEncoder, History, get_tfrecord, write_windows
+from model_tf2 import Memory
+from train import epoch_batches
 
 import numpy as np
 import pytest
 import tensorflow as tf
+from conftest import _clicks_like_real, _raw
 
-CONSTANTS = dict(USER_MAX_LEN=12, WINDOW_OVERLAP=4, MIN_HISTORY=1, HELD_OUT_USERS=30)
+CONSTANTS = dict(USER_MAX_LEN=12, WINDOW_OVERLAP=4, MIN_HISTORY=1, VISIT_GAP=1800, HELD_OUT_USERS=15, RANGE_BYTES=2000)
 INDEX = Index({"a": 2, "b": 3, "c": 4}, {"c1": [2, 3], "c2": [4]})
-FEATURES = {
-    "user_feature": np.int32,
-    "user_column": np.int32,
-    "target_video": np.int32,
-    "target_column": np.int32,
-    "label": np.float32,
-}
+WINDOW = {"user_feature": "i4", "user_column": "i4", "user_time": "i8", "user_gap": "i4", "asked": "i8", "label": "f4"}
+FEATURES = {*WINDOW, "target_column", "uid", "start", "repeated"}
 
 
-@pytest.fixture
-def chain(tmp_path, raw):
-    """A function that runs the chain up to the records on raw data and returns what load_manifest() does."""
-
-    def run(data):
-        raw(tmp_path / "raw", **data)
-        get_indexing(tmp_path / "raw", tmp_path, min_clicks=1)
-        get_tfrecord(tmp_path / "raw", tmp_path, 1, **{name.lower(): value for name, value in CONSTANTS.items()})
-        return load_manifest(tmp_path, CONSTANTS)
-
-    return run
-
-
-@pytest.fixture
-def many_shards(monkeypatch):
-    """Cut the input into ranges of 2000 bytes."""
-    monkeypatch.setattr(get_tfrecord_module, "RANGE_BYTES", 2000)
-
-
-@pytest.fixture
-def large_batches(monkeypatch):
-    """Put all windows of like length into one batch."""
-    monkeypatch.setattr(script, "MIN_STEPS", 1)
+def chain(folder, data):
+    """Run the chain up to the records on raw data and return what load_manifest() does."""
+    get_indexing(_raw(folder / "raw", **data), folder)
+    get_tfrecord(folder / "raw", folder, 1, **CONSTANTS)
+    return load_manifest(folder, CONSTANTS)
 
 
 def of_lengths(*lengths):
-    """Return raw data of users with so many clicks."""
-    clicks = ["a_c1", "b", "x_c2", "c_c2", "b_c1"]
-    users = [(f"u{u}", [clicks[(u + i * i) % 5] for i in range(n)]) for u, n in enumerate(lengths)]
+    """Return raw data of users with so many clicks, the last ones in no column; a quarter of the clicks begins a visit."""
+    clicks, rng, users = ["a_c1", "b", "x_c2", "c_c2", "b_c1"], random.Random(3), []
+    for u, n in enumerate(lengths):
+        gaps = [rng.choice([9, 9, 1799, 1800]) for _ in range(n)]
+        times = itertools.accumulate(gaps, initial=1_700_000_000)
+        users.append((f"u{u}", [clicks[(u + i * i) % 5 if i < n - u % 20 else 1] for i in range(n)], list(times)[1:]))
     return {"columns": {"c1": ["a", "b"], "c2": ["c"]}, "users": users}
 
 
-def place_held_out(uid, clicks, share):
-    """Return (split, place of the last click in a column) of a held-out user; ("train", None) of another."""
-    draw = int.from_bytes(hashlib.blake2b(uid.encode(), digest_size=8).digest(), "big") / 2**64
-    places = [place for place, click in enumerate(clicks) if place and "_" in click]
-    split = "val" if draw < share else "test" if draw >= 1 - share else "train"
-    return (split, places[-1]) if split != "train" and places else ("train", None)
+def histories_of(users):
+    """Return (uid, clicks) and (uid, clicks, times) as Historys."""
+    return [History(uid, clicks, *(times or [[0] * len(clicks)]), 0) for uid, clicks, *times in users]
+
+
+def cut_by_hand(data, share):
+    """Yield (uid, clicks, times, split, where what is held out begins, place of the target, if there is one) of each user.
+
+    It is the first click in a column of the last visit that has one and clicks before; without times each click is a visit.
+    """
+    for uid, clicks, *times in data["users"]:
+        times, end = times[0] if times else [0] * len(clicks), len(clicks)
+        draw = int.from_bytes(hashlib.blake2b(uid.encode(), digest_size=8).digest(), "big") / 2**64
+        split = "val" if draw < share else "test" if draw >= 1 - share else "train"
+        begins = [i for i in range(end) if i == 0 or not any(times) or times[i] - times[i - 1] >= 1800]
+        first = {}
+        for i in (i for i in range(end) if clicks[i].partition("_")[2] in data["columns"]):
+            first.setdefault(max(begin for begin in begins if begin <= i), i)
+        begin = max((begin for begin in first if begin > 0 and split != "train"), default=end)
+        yield uid, clicks, times, split, begin, first.get(begin)
 
 
 def training_windows(data, share):
     """Return {(uid, start): clicks} of the windows of two clicks or more that are trained on."""
-    windows = {}
-    for uid, clicks in data["users"]:
-        trained = clicks[: place_held_out(uid, clicks, share)[1]]
-        for start in range(0, len(trained), 8):
-            if len(trained) > 1 and (start == 0 or len(trained) > start + 4):
-                windows[uid.encode(), start] = trained[start : start + 12]
-    return windows
+    users = [(uid.encode(), clicks[:end]) for uid, clicks, *_, end, _ in cut_by_hand(data, share) if end > 1]
+    starts = [(uid, clicks, start) for uid, clicks in users for start in range(0, max(len(clicks) - 4, 1), 8)]
+    return {(uid, start): clicks[start : start + 12] for uid, clicks, start in starts}
 
 
-def batches_of(*users, max_len):
-    """Return the batches of (uid, clicks) under INDEX."""
-    constants = dict(USER_MAX_LEN=max_len, WINDOW_OVERLAP=4, MIN_HISTORY=1)
-    return list(dataset_from_clicks(users, INDEX, constants).as_numpy_iterator())
+def batches_of(*users, max_len, monkeypatch):
+    """Return the batches of (uid, clicks, times) under INDEX, with all windows of like length in one."""
+    monkeypatch.setattr(script, "MIN_STEPS", 1)
+    constants = CONSTANTS | {"USER_MAX_LEN": max_len}
+    return list(dataset_from_clicks(histories_of(users), INDEX, constants).as_numpy_iterator())
 
 
 def windows_in(batches):
@@ -95,383 +86,385 @@ def windows_in(batches):
     return [(uid, start) for batch in batches for uid, start in zip(batch["uid"], batch["start"], strict=True)]
 
 
-# ---------------------------------------------------------------- batches
+def assert_equal(one, other):
+    assert one.keys() == other.keys()
+    for name in one:
+        np.testing.assert_array_equal(one[name], other[name], strict=True)
 
 
-def test_targets_by_hand(monkeypatch, large_batches):
+def test_targets_and_moments_by_hand(monkeypatch):
     monkeypatch.setattr(script, "AHEAD", 3)
     # a known video, one in column 1, an unknown one in column 2, a known one in no column, one in column 1
-    [batch] = batches_of(("u1", ["a", "b_c1", "zzz_c2", "c", "a_c1"]), ("u2", ["c", "b_c2", "b", "a_c9"]), max_len=5)
-    assert batch["user_feature"].tolist() == [[2, 3, 1, 4, 2], [4, 3, 3, 2, 0]]
-    assert batch["user_column"].tolist() == [[0, 1, 2, 0, 1], [0, 2, 0, 0, 0]]
-    assert batch["target_video"].tolist() == [[3, 1, 4, 2, 0], [3, 3, 2, 0, 0]]
-    assert batch["label"].tolist() == [[1, 1, 0, 1, 0], [1, 0, 0, 0, 0]]
+    of_1 = ["a", "b_c1", "zzz_c2", "c", "a_c1"], [1000, 1000, 1001, 1003, 1103]
+    users = ("u1", *of_1), ("u2", ["c", "b_c2", "b", "a_c9"])
+    [batch] = batches_of(*users, max_len=5, monkeypatch=monkeypatch)
+    found = {name: batch[name].tolist() for name in FEATURES}
+    assert found["user_feature"] == [[2, 3, 1, 4, 2], [4, 3, 3, 2, 0]]
+    assert found["user_column"] == [[0, 1, 2, 0, 1], [0, 2, 0, 0, 0]]
+    assert found["label"] == [[1, 1, 0, 1, 0], [1, 0, 0, 0, 0]]
     none = [0, 0, 0]  # where the next click is no target, those after it are none either
-    assert batch["target_column"].tolist() == [
+    assert found["target_column"] == [
         [[1, 2, 0], [2, 0, 1], none, [1, 0, 0], none],
         [[2, 0, 0], none, none, none, none],
     ]
-    assert batch["uid"].tolist() == [b"u1", b"u2"] and batch["start"].tolist() == batch["repeated"].tolist() == [0, 0]
-    assert {name: batch[name].dtype.type for name in FEATURES} == FEATURES
+    assert found["user_time"] == [of_1[1], [0] * 5]
+    assert found["asked"] == [[1000, 1001, 1003, 1103, 0], [0] * 5]  # the time of the next click
+    assert found["user_gap"] == [[1, 1, 2, 7, 0], [0] * 5]  # 0, 1, 2 and 100 seconds
+    assert found["uid"] == [b"u1", b"u2"] and found["start"] == found["repeated"] == [0, 0]
+    assert {name: batch[name].dtype for name in WINDOW} == WINDOW
 
 
-def test_what_a_window_repeats_is_no_target_of_it(large_batches):
-    clicks = ["a_c1"] * 6 + ["b_c2"] * 4
-    [batch] = batches_of(("u", clicks), max_len=8)
+def test_a_gap_is_counted_in_factors_of_two_and_none_where_either_side_is_not_known():
+    """Of 1 s it is 1, of 2 s and 3 s it is 2, and so on, up to 31; a moment that is not after the click counts as 1 s."""
+    gaps, expected = [-5, 0, 1], [1, 1, 1]
+    for power in range(1, 31):
+        gaps += [2**power, 2 ** (power + 1) - 1]
+        expected += [power + 1] * 2
+    then = np.full(len(gaps), 2_000_000_000)
+    assert gap_buckets(then, then + gaps).numpy().tolist() == expected
+    assert gap_buckets(np.array([0, 9, 0]), np.array([9, 0, 0])).numpy().tolist() == [0, 0, 0]
+
+
+def test_what_a_window_repeats_is_no_target_of_it_and_a_single_click_is_in_no_batch(monkeypatch):
+    users = ("u", ["a_c1"] * 6 + ["b_c2"] * 4, [*range(1, 11)]), ("one", ["a_c1"]), ("none", [])
+    [batch] = batches_of(*users, max_len=8, monkeypatch=monkeypatch)
     assert (batch["start"].tolist(), batch["repeated"].tolist()) == ([0, 4], [0, 4])
     assert batch["label"].tolist() == [[1, 1, 1, 1, 1, 1, 1, 0], [0, 0, 0, 1, 1, 0, 0, 0]]
-    assert batch["target_video"].tolist() == [[2, 2, 2, 2, 2, 3, 3, 0], [0, 0, 0, 3, 3, 0, 0, 0]]
     assert batch["target_column"][..., 0].tolist() == [[1, 1, 1, 1, 1, 2, 2, 0], [0, 0, 0, 2, 2, 0, 0, 0]]
+    assert batch["user_time"].tolist() == [[1, 2, 3, 4, 5, 6, 7, 8], [5, 6, 7, 8, 9, 10, 0, 0]]
 
 
-def test_a_window_of_a_single_click_is_in_no_batch(large_batches):
-    [batch] = batches_of(("one", ["a_c1"]), ("two", ["a", "b_c1"]), ("none", []), max_len=5)
-    assert batch["uid"].tolist() == [b"two"]
-
-
-def test_records_and_generator_give_equal_batches(tmp_path, raw, clicks_like_real):
-    data = clicks_like_real(80, seed=1)
-    data["users"] += [("long", data["users"][0][1] * 9), ("longer", data["users"][1][1] * 20), ("one", ["t0a-0"])]
-    index = get_indexing(raw(tmp_path / "raw", **data), tmp_path)
-    (tmp_path / "tfrecord").mkdir()
+def test_records_and_generator_give_equal_batches(tmp_path):
+    data = _clicks_like_real(40, seed=1, times=True)
+    data["users"] += _clicks_like_real(80, seed=2)["users"][40:]  # without times
+    data["users"] += [("long", data["users"][50][1] * 9), ("longer", data["users"][60][1] * 20), ("one", ["t0a-0"])]
+    index = get_indexing(_raw(tmp_path / "raw", **data), tmp_path)
     shards = {split: tmp_path / f"tfrecord/{split}.tfrecord" for split in ("train", "val", "test")}
-    made_with = {"constants": CONSTANTS, "held_out_share": 0.0}
-    clicks = FileRange(str(tmp_path / "raw/click_seq/clicks.json"))
-    manifest = write_windows([clicks], shards, ClickEncoder(index), made_with)
-    from_records = make_dataset(manifest | {"shards": {path.name: {} for path in shards.values()}}, tmp_path)
-    from_generator = dataset_from_clicks(data["users"], index, CONSTANTS)
-    assert from_generator.element_spec == from_records.element_spec
+    made_with, path = {"constants": CONSTANTS, "held_out_share": 0}, f"{tmp_path}/raw/click_seq/clicks.json"
+    part = write_windows([(path, 0, math.inf)], shards, ClickEncoder(index), made_with)
+    manifest = {"shards": {"train.tfrecord": {}}, "splits": {"train": {"windows": part["train windows"]}}}
+    from_records = make_dataset(manifest, tmp_path)
+    from_generator = dataset_from_clicks(histories_of(data["users"]), index, CONSTANTS)
+    assert from_generator.element_spec == from_records.element_spec and from_records.element_spec.keys() == FEATURES
     assert len(from_generator) == len(from_records) > 1
     for one, other in zip(from_records.as_numpy_iterator(), from_generator.as_numpy_iterator(), strict=True):
-        assert one.keys() == other.keys() == {*FEATURES, "uid", "start", "repeated"}
-        for name in one:
-            np.testing.assert_array_equal(one[name], other[name], strict=True)
+        assert_equal(one, other)
 
 
-def test_padding_is_zero_and_no_longer_than_the_longest_window_of_the_batch(tmp_path, chain, monkeypatch):
-    monkeypatch.setattr(script, "BATCH_POSITIONS", 48)
-    monkeypatch.setattr(script, "MIN_STEPS", 1)
-    data = of_lengths(*range(40), *range(2, 62))
-    manifest, _ = chain(data)
-    windows, shapes = training_windows(data, 0.3), set()
-    for batch in make_dataset(manifest, tmp_path, seed=1).as_numpy_iterator():
-        lengths = np.array([len(windows[window]) for window in windows_in([batch])])
-        shapes.add(batch["user_feature"].shape)
-        assert batch["user_feature"].shape[1] == lengths.max()
-        places = np.arange(lengths.max())
-        real = places < lengths[:, None]
-        np.testing.assert_array_equal(batch["user_feature"] > 0, real)
-        assert not any(batch[name][~real].any() for name in FEATURES)
-        is_new = (places + 1 < lengths[:, None]) & (places + 1 >= batch["repeated"][:, None])
-        np.testing.assert_array_equal(batch["target_video"] > 0, is_new)
-        np.testing.assert_array_equal(batch["target_column"][..., 0] > 0, batch["label"] > 0)
-    assert len(shapes) > 3
-
-
-@pytest.mark.parametrize(
-    "lengths",
-    [[3] * 30, [12] * 30, [13] * 30, range(60), [0, 1, 2, 3] * 20, [400, *[3] * 25]],
-    ids=["three", "full", "one over", "all", "tiny", "one giant"],
-)
+@pytest.mark.parametrize("lengths", [[12] * 30, [13] * 30, range(60), [0, 1, 2, 3] * 20, [400, *[3] * 25]])
 @pytest.mark.parametrize("positions", [1, 30, 100_000])
-def test_the_number_of_batches_is_known_without_a_pass(lengths, positions, monkeypatch, large_batches):
+def test_batches_keep_within_the_positions_padded_with_zeros_and_len_is_their_number(lengths, positions, monkeypatch):
+    monkeypatch.setattr(script, "MIN_STEPS", 1)
     monkeypatch.setattr(script, "BATCH_POSITIONS", positions)
-    monkeypatch.setattr(
-        tf.data.experimental, "assert_cardinality", lambda steps: known.append(steps) or (lambda data: data)
-    )
-    known, data = [], of_lengths(*lengths)
-    batches = list(dataset_from_clicks(data["users"], INDEX, CONSTANTS).as_numpy_iterator())
-    assert known == [len(batches)] and len(windows_in(batches)) == len(training_windows(data, 0))
-
-
-def test_the_length_of_the_dataset_of_records_is_known(tmp_path, chain):
-    data = of_lengths(*range(60))
-    manifest, _ = chain(data)
-    dataset = make_dataset(manifest, tmp_path, seed=3)
+    data = of_lengths(*lengths)
+    dataset, windows = dataset_from_clicks(histories_of(data["users"]), INDEX, CONSTANTS), training_windows(data, 0)
     batches = list(dataset.as_numpy_iterator())
-    assert len(dataset) == len(batches) > 1 and len(windows_in(batches)) == len(training_windows(data, 0.5))
+    assert len(dataset) == len(batches) and sorted(windows_in(batches)) == sorted(windows)
+    for batch in batches:
+        of_batch = np.array([len(windows[window]) for window in windows_in([batch])])
+        number, longest = batch["user_feature"].shape
+        assert longest == max(of_batch) and (number == 1 or number * longest <= positions)
+        assert longest < 2 * min(of_batch)  # windows of like length
+        real = np.arange(longest) < of_batch[:, None]
+        for name in ("user_feature", "user_time"):
+            np.testing.assert_array_equal(batch[name] > 0, real)
+        for name in ("asked", "user_gap"):  # known where a click follows
+            np.testing.assert_array_equal(batch[name][:, :-1] > 0, real[:, 1:])
+        assert not any(batch[name][~real].any() for name in (*WINDOW, "target_column"))
 
 
 def test_a_batch_has_about_the_positions_asked_for_and_windows_of_like_length(monkeypatch):
-    lengths = [9, 9, *[10] * 49]  # ten windows of each length from 2 to 50; those of one click are no one's
+    lengths = {1: 99} | dict.fromkeys(range(2, 51), 10)  # windows of one click are no one's
     # 30, 30, 60, 120 and 250 windows of up to 4, 7, 13, 25 and 50 clicks: a 150th of the places is 110.
     assert bucket_windows(lengths) == ([4, 7, 13, 25, 50], [27, 15, 8, 4, 2], 2 + 2 + 8 + 30 + 125)
     monkeypatch.setattr(script, "BATCH_POSITIONS", 100)
-    assert bucket_windows(lengths) == ([4, 7, 13, 25, 50], [25, 14, 7, 4, 2], 2 + 3 + 9 + 30 + 125)
-    assert bucket_windows([0, 0, 5])[1:] == ([1, 1], 5)  # little data gets small batches
+    assert bucket_windows(lengths)[1:] == ([25, 14, 7, 4, 2], 2 + 3 + 9 + 30 + 125)
+    assert bucket_windows({1: 9, 2: 5})[1:] == ([1, 1], 5)  # little data gets small batches
 
 
-def test_the_same_seed_gives_the_same_batches_and_another_another_order(tmp_path, chain, clicks_like_real, many_shards):
-    manifest, _ = chain(clicks_like_real(150, seed=2))
+def test_an_epoch_has_every_training_window_once_in_the_order_of_its_seed(tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "PARSE_BLOCK", 7)
+    data = of_lengths(*[(5 * i) % 41 for i in range(150)])
+    manifest, _ = chain(tmp_path, data)
     assert len(manifest["shards"]) > 9
 
     def epoch(seed):
-        return list(make_dataset(manifest, tmp_path, seed=seed).as_numpy_iterator())
+        dataset = make_dataset(manifest, tmp_path, seed=seed)
+        batches = list(dataset.as_numpy_iterator())
+        assert len(dataset) == len(batches) > 1
+        return batches
 
-    first, again, other, plain = epoch(1), epoch(1), epoch(2), epoch(None)
-    for one, two in zip(first, again, strict=True):
-        for name in one:
-            np.testing.assert_array_equal(one[name], two[name])
-    assert windows_in(first) != windows_in(other)
-    assert windows_in(plain) == windows_in(epoch(None)) != windows_in(first)
-    assert sorted(windows_in(first)) == sorted(windows_in(other)) == sorted(windows_in(plain))
-
-
-def test_every_training_window_comes_once_in_a_shuffled_epoch(tmp_path, chain, many_shards, monkeypatch):
-    monkeypatch.setattr(script, "PARSE_BLOCK", 7)
-    data = of_lengths(*[(5 * i) % 41 for i in range(150)])
-    manifest, _ = chain(data)
-    expected = list(training_windows(data, 0.2))
-    windows = windows_in(make_dataset(manifest, tmp_path, seed=1).as_numpy_iterator())
-    assert len(expected) > 100 and windows != expected
-    assert sorted(windows) == sorted(expected)
+    first, again, other, plain, plain_again = map(epoch, (1, 1, 2, None, None))
+    for one, two in zip(first + plain, again + plain_again, strict=True):
+        assert_equal(one, two)
+    orders = [windows_in(batches) for batches in (first, other, plain)]
+    assert orders[0] != orders[1] != orders[2] != orders[0]
+    expected = sorted(training_windows(data, manifest["held_out_share"]))
+    assert len(expected) > 100 and list(map(sorted, orders)) == [expected] * 3
 
 
-# ---------------------------------------------------------------- held out
-
-
-@pytest.mark.parametrize("split", ["val", "test"])
-def test_a_held_out_history_is_what_serving_would_read(tmp_path, chain, many_shards, monkeypatch, split):
+@pytest.mark.parametrize("timed", [False, True], ids=["without times", "with times"])
+def test_a_held_out_history_is_what_serving_would_read_before_the_visit(tmp_path, monkeypatch, timed):
     monkeypatch.setattr(script, "PARSE_BLOCK", 5)
-    data = of_lengths(*[(5 * i) % 41 for i in range(100)])
-    # The last clicks are in no column; many of them take windows of their own.
-    data["users"] = [(uid, clicks + ["b"] * (i % 40)) for i, (uid, clicks) in enumerate(data["users"])]
-    manifest, index = chain(data)
-    found, columns, expected = held_out(manifest, split, tmp_path), {"c1": 1, "c2": 2}, {}
-    for uid, clicks in data["users"]:
-        of_split, place = place_held_out(uid, clicks, 0.3)
-        if of_split == split:
-            last = [click.partition("_") for click in clicks[max(place - 12, 0) : place]]
-            padding = [0] * (12 - len(last))
-            expected[uid.encode()] = (
-                [index.videos[vid] for vid, _, _ in last] + padding,
-                [columns.get(cid, 0) for _, _, cid in last] + padding,
-                columns[clicks[place].partition("_")[2]],
-                place,
-            )
-    names = ("user_feature", "user_column", "target_column", "history")
-    rows = zip(*(found[name].tolist() for name in names), strict=True)
-    assert len(found["uid"]) == len(expected) > 20
-    assert dict(zip(found["uid"].tolist(), rows, strict=True)) == expected
-
-
-# ---------------------------------------------------------------- the column side
+    data = of_lengths(*[(5 * i) % 71 for i in range(100)])
+    data["users"] = [user if timed else user[:2] for user in data["users"]]
+    manifest, index = chain(tmp_path, data)
+    columns, expected, later = {"c1": 1, "c2": 2}, {"val": {}, "test": {}}, 0
+    for uid, clicks, times, split, begin, place in cut_by_hand(data, manifest["held_out_share"]):
+        if place is not None:
+            read = [click.partition("_") for click in clicks[:begin]][-12:]
+            numbers = [[index.videos.get(vid, UNKNOWN) for vid, *_ in read], [columns.get(cid, 0) for *_, cid in read]]
+            lists = [of + [0] * (12 - begin) for of in (*numbers, times[:begin][-12:])]
+            target = columns[clicks[place].partition("_")[2]]
+            expected[split][uid.encode()] = (*lists, times[begin], target, begin)
+            later += begin < place
+    assert (later > 0) == timed  # a visit may begin with clicks in no column
+    names = ("user_feature", "user_column", "user_time", "now", "target_column", "history")
+    for split, of_split in expected.items():
+        found = held_out(manifest, split, tmp_path)
+        rows = zip(*(found[name].tolist() for name in names), strict=True)
+        assert len(found["uid"]) == len(of_split) > 10
+        assert dict(zip(found["uid"].tolist(), rows, strict=True)) == of_split
+        assert found["history"].tolist() == sorted(found["history"])
 
 
 def test_a_column_shows_its_most_clicked_videos_and_ties_go_by_shelf_order():
-    index = Index({}, {"c1": [7, 2, 5, 3, 4], "c2": [], "c3": [6, 2]})
+    index = Index({}, {"c1": [7, 2, 5, 3, 4], "c2": [], "c3": [6, 2], "c4": [100]})  # 100 is newer than the counts
     clicks = np.array([99, 99, 3, 0, 8, 3, 1, 3])  # of the videos 2 to 7: 3 0 8 3 1 3
-    assert column_table(index, clicks, max_len=3).tolist() == [[0, 0, 0], [4, 7, 2], [0, 0, 0], [2, 6, 0]]
+    table = column_table(index, clicks, max_len=3)
+    assert table.tolist() == [[0, 0, 0], [4, 7, 2], [0, 0, 0], [2, 6, 0], [100, 0, 0]] and table.dtype == np.int32
     assert column_table(index, clicks, max_len=9).tolist()[1] == [4, 7, 2, 5, 3]
-
-
-def test_a_video_newer_than_the_counts_has_no_clicks():
-    index = Index({}, {"c1": [9, 2, 8, 3], "c2": [100]})
-    table = column_table(index, np.array([99, 99, 0, 5]), max_len=3)
-    assert table.tolist() == [[0, 0, 0], [3, 9, 2], [100, 0, 0]]
-    assert table.dtype == np.int32
 
 
 def test_a_video_is_known_by_the_columns_that_show_it_and_others_those_of_fewest_videos_first():
     index = Index(dict.fromkeys("abcd"), {"c1": [2, 3, 4], "c2": [], "c3": [4], "c4": [4, 2], "c5": [2, 4]})
-    table = video_table(index, max_len=3)
-    assert table.tolist() == [[0] * 3, [0] * 3, [4, 5, 1], [1, 0, 0], [4, 5, 1], [0] * 3]
-    assert table.dtype == np.int32
-    assert video_table(index, max_len=1, num_columns=3).tolist() == [[0], [0], [1], [1], [1], [0]]
+    table = shelves_table(index, max_len=3)
+    assert table.tolist() == [[0] * 3, [0] * 3, [4, 5, 1], [1, 0, 0], [4, 5, 1], [0] * 3] and table.dtype == np.int32
+    assert shelves_table(index, max_len=1, num_columns=3).tolist() == [[0], [0], [1], [1], [1], [0]]
 
 
-def drawn_batches(num_batches, num_columns, seed=5):
-    """Return (batches with candidates, their targets [batches, 6, 2, 2]) of users who repeat columns.
+CLICKED = [*range(1, 7), *range(8, 40)]  # of 40 columns, 7 and 40 have no click
 
-    Column n holds the videos n + 1 and n + 2. A user clicks 7 times in 10 in the columns 1 and 2, and else in any.
-    """
-    column_videos = np.array([[0, 0], *([n + 1, n + 2] for n in range(1, num_columns + 1))], np.int32)
-    rng = np.random.default_rng(1)
-    shape = [num_batches, 6, 2, 2]
-    targets = np.where(rng.random(shape) < 0.7, rng.integers(1, 3, shape), rng.integers(1, num_columns + 1, shape))
+
+def drawn_batches(num_batches, seed=5):
+    """Return (batches with candidates, targets [batches, 6, 2, 2]), most in columns 1 and 2; column n holds n + 1 and n + 2."""
+    column_videos = np.array([[0, 0], *([n + 1, n + 2] for n in range(1, 41))], np.int32)
+    rng, shape = np.random.default_rng(1), [num_batches, 6, 2, 2]
+    targets = np.where(rng.random(shape) < 0.7, rng.integers(1, 3, shape), rng.choice(CLICKED, shape))
     targets[:, 1, 1], targets[:, 2, :, 1] = 0, 0  # places without a target, and targets with nothing after them
     batches = tf.data.Dataset.from_tensor_slices({"target_column": targets.astype(np.int32)})
-    batches = add_candidates(batches, column_videos, num_videos=num_columns + 1, seed=seed)
-    return list(batches.as_numpy_iterator()), targets
+    clicks = np.isin(np.arange(41), CLICKED) * 3.0
+    return list(add_candidates(batches, column_videos, clicks, seed).as_numpy_iterator()), targets
 
 
-@pytest.fixture
-def few_drawn(monkeypatch):
-    """Draw 6 columns where there are more than 30."""
+@pytest.mark.parametrize(("limit", "number"), [(37, 6), (38, 38)], ids=["drawn", "all"])
+def test_candidates_are_all_clicked_columns_or_fresh_draws_of_them_after_the_targets(monkeypatch, limit, number):
+    monkeypatch.setattr(script, "MAX_CANDIDATES", limit)
+    monkeypatch.setattr(script, "NUM_NEGATIVES", 6)
+    (batches, targets), (again, _), (others, _) = (drawn_batches(50, seed) for seed in (5, 5, 6))
+    drawn, of_others = ([tuple(batch["item_column"][-number:].tolist()) for batch in of] for of in (batches, others))
+    for batch, same, of_batch, candidates in zip(batches, again, targets, drawn, strict=True):
+        assert_equal(batch, same)
+        columns = batch["item_column"]
+        assert sorted(columns[:-number].tolist()) == ([] if number == 38 else np.unique(of_batch).tolist())
+        assert candidates == tuple(sorted({*candidates} & {*CLICKED})) and len(candidates) == number
+        assert batch["item_log_prob"].tolist() == [np.float32(np.log(number / 38))] * number
+        shown = np.where(columns[:, None] > 0, np.stack([columns + 1, columns + 2], 1), 0)
+        np.testing.assert_array_equal(batch["item_feature"], shown)
+        np.testing.assert_array_equal(columns[batch["target_item"]][of_batch > 0], of_batch[of_batch > 0])
+    assert (drawn != of_others and len(set(drawn)) > 45) == (number == 6)
+
+
+@pytest.mark.parametrize(("limit", "number"), [(1, 5), (4096, 12)], ids=["drawn", "all"])
+def test_a_column_not_clicked_in_the_training_records_is_no_candidate(tmp_path, monkeypatch, limit, number):
+    """End to end, as train.py makes its batches: one column has no click at all, one only clicks that are held out."""
+    monkeypatch.setattr(script, "MAX_CANDIDATES", limit)
+    monkeypatch.setattr(script, "NUM_NEGATIVES", 5)
+    data = _clicks_like_real(80, seed=6)
+    data["columns"] = {"never": ["t0a-0", "t0b-0"], **data["columns"], "held": ["t0a-1"]}
+    cut = cut_by_hand(data, 0.125)
+    data["users"] = [(uid, [*clicks, *["t0a-1_held"] * (split == "test")]) for uid, clicks, _, split, *_ in cut]
+    manifest, index = chain(tmp_path, data)
+    assert manifest["held_out_share"] > 0.1 and 14 in held_out(manifest, "test", tmp_path)["target_column"]
+    memory = Memory.of_counts(count_windows(manifest, ["train"], index, tmp_path, 1), index)
+    batches = list(epoch_batches(manifest, index, tmp_path, memory, 1, 1).as_numpy_iterator())
+    assert len(batches) > 20 and all(len(batch["item_log_prob"]) == number for batch in batches)
+    seen = set(np.concatenate([batch["item_column"] for batch in batches]).tolist())
+    assert seen - {0} == set(range(2, 14))  # of 1 to 14
+
+
+def test_every_column_is_drawn_as_often_as_its_log_prob_says_and_the_sum_over_them_is_right(monkeypatch):
+    """The sum over the candidates is that over all columns, also where users repeat columns."""
     monkeypatch.setattr(script, "MAX_CANDIDATES", 30)
     monkeypatch.setattr(script, "NUM_NEGATIVES", 6)
-
-
-def test_all_columns_are_candidates_where_they_fit(monkeypatch):
-    monkeypatch.setattr(script, "MAX_CANDIDATES", 40)
-    batches, _ = drawn_batches(3, num_columns=40)
-    for batch in batches:
-        assert batch["item_column"].tolist() == list(range(1, 41))
-        assert batch["item_log_prob"].tolist() == [0.0] * 40
-    assert [batch[name].dtype for name in ("item_column", "item_feature", "item_log_prob", "negative_video")] == [
-        np.int32, np.int32, np.float32, np.int32,
-    ]  # fmt: skip
-
-
-def test_of_more_columns_fresh_distinct_draws_are_candidates_and_the_targets_come_before_them(few_drawn):
-    batches, targets = drawn_batches(50, num_columns=40)
-    drawn = set()
-    for batch, of_batch in zip(batches, targets, strict=True):
-        assert batch["item_log_prob"].tolist() == [np.float32(np.log(6 / 40))] * 6
-        own, candidates = batch["item_column"][:-6].tolist(), batch["item_column"][-6:].tolist()
-        assert sorted(own) == np.unique(of_batch).tolist()
-        assert len(set(candidates)) == 6 and min(candidates) >= 1 and max(candidates) <= 40
-        drawn.add(tuple(candidates))
-    assert len(drawn) > 45  # fresh ones for every batch
-
-
-@pytest.mark.parametrize("num_columns", [20, 40], ids=["all", "drawn"])
-def test_an_item_shows_its_column_and_a_target_its_item(few_drawn, num_columns):
-    batches, targets = drawn_batches(20, num_columns)
-    for batch, of_batch in zip(batches, targets, strict=True):
-        columns = batch["item_column"]
-        expected = np.where(columns[:, None] > 0, np.stack([columns + 1, columns + 2], 1), 0)
-        np.testing.assert_array_equal(batch["item_feature"], expected)
-        np.testing.assert_array_equal(columns[batch["target_item"]][of_batch > 0], of_batch[of_batch > 0])
-
-
-def test_every_column_is_drawn_as_often_as_its_log_prob_says(few_drawn):
-    batches, _ = drawn_batches(4000, num_columns=40)
-    times = sum(np.bincount(batch["item_column"][-6:], minlength=41) for batch in batches)[1:]
+    batches, targets = drawn_batches(4000)
+    times = sum(np.bincount(batch["item_column"][-6:], minlength=41) for batch in batches)[CLICKED]
     expected = 4000 * np.exp(batches[0]["item_log_prob"][0])
-    assert (abs(times - expected) < 5 * np.sqrt(expected * (1 - 6 / 40))).all()
-
-
-def test_the_sum_over_the_candidates_is_that_over_all_columns_also_where_users_repeat_columns(few_drawn):
-    batches, targets = drawn_batches(4000, num_columns=40)
+    assert (abs(times - expected) < 5 * np.sqrt(expected * (1 - 6 / 38))).all()
     x = np.exp(np.random.default_rng(2).normal(size=41))
-    x[0], x[1:3] = 0, 5.0  # popular columns have high scores
-    estimates = {1: [], 2: [], "another": []}
+    x[[0, 7, 40]], x[1:3] = 0, 5.0  # popular columns have high scores
+    estimates = {1: [], 2: [], 3: []}  # of targets in the two popular columns and in others
     for batch, of_batch in zip(batches, targets, strict=True):
         candidates, log_prob = batch["item_column"][-6:], batch["item_log_prob"]
         for own in of_batch[:, 0, 0].tolist():
-            others = np.sum(np.where(candidates == own, 0, x[candidates] / np.exp(log_prob)))
-            estimates[own if own < 3 else "another"].append(x[own] + others)
+            estimates[min(own, 3)].append(x[own] + (x[candidates] / np.exp(log_prob))[candidates != own].sum())
     for of_target in estimates.values():
         # The six targets of a batch share its candidates, so only one in six is independent of the others for sure.
         error = np.std(of_target) / np.sqrt(len(of_target) / 6)
-        assert error < 0.015 * x.sum()
-        assert abs(np.mean(of_target) - x.sum()) < 4 * error
+        assert error < 0.015 * x.sum() and abs(np.mean(of_target) - x.sum()) < 4 * error
 
 
-def test_random_videos_are_real_ones_and_all_come_up(monkeypatch):
-    monkeypatch.setattr(script, "AUX_NEGATIVES", 64)
-    batches, _ = drawn_batches(40, num_columns=10)
-    drawn = np.array([batch["negative_video"] for batch in batches])
-    assert drawn.shape == (40, 64)
-    assert set(drawn.ravel().tolist()) == set(range(2, 13))  # 11 videos count from 2
-    assert len({tuple(row) for row in drawn.tolist()}) == 40
+def test_a_step_reads_the_first_video_of_each_column_and_random_others(monkeypatch):
+    """Of shelves of 9 places, 4 in each of 300 batches: the same places for all columns, each but the first as often."""
+    monkeypatch.setattr(script, "ITEM_SAMPLE", 4)
+    monkeypatch.setattr(script, "BATCH_POSITIONS", 17)  # where all videos are no more than that, all are read
+    shelf, target = np.arange(27).reshape(3, 9), tf.constant([[[1, 2]]], tf.int32)
+    dataset, drawn = tf.data.Dataset.from_tensors({"target_column": target}).repeat(300), Counter()
+    for batch in add_candidates(dataset, shelf, [0, 1, 1], seed=5).as_numpy_iterator():
+        first, second = batch["item_feature"]
+        assert first[0] == 9 and len(set(first)) == 4 and np.array_equal(second, first + 9)
+        drawn.update((first - 9).tolist())
+    assert drawn.pop(0) == 300 and sorted(drawn) == list(range(1, 9))
+    assert max(abs(number - 300 * 3 / 8) for number in drawn.values()) < 4 * (300 * 3 / 8 * 5 / 8) ** 0.5
+    (batch,) = add_candidates(dataset.take(1), shelf[:, :8], [0, 1, 1], seed=5).as_numpy_iterator()
+    assert np.array_equal(batch["item_feature"], shelf[1:, :8])
 
 
-def test_the_same_seed_draws_the_same_candidates_and_another_others(few_drawn):
-    one, two, other = (drawn_batches(20, num_columns=40, seed=seed)[0] for seed in (5, 5, 6))
-    for first, second, third in zip(one, two, other, strict=True):
-        for name in first:
-            np.testing.assert_array_equal(first[name], second[name])
-        assert any(first["negative_video"] != third["negative_video"])
+def test_pairs_add_up_by_key_and_of_each_row_the_strongest_stay_and_column_zero_holds_what_the_others_did():
+    """Rows 2 and 5 of columns 0 to 3; of equal ones the first column stays."""
+    one = Pairs(np.array([11, 8, 11, 9]), np.array([1.0, 9, 1, 1]))
+    other = Pairs(np.array([10, 23, 22, 21, 8]), np.ones(5))
+    total = add_pairs(one, other)
+    assert [values.tolist() for values in total] == [[8, 9, 10, 11, 21, 22, 23], [10, 1, 1, 2, 1, 1, 1]]
+    assert [values.tolist() for values in total.strongest(4, 2)] == [[8, 9, 11, 20, 21, 22], [11, 1, 2, 1, 1, 1]]
 
 
-# ---------------------------------------------------------------- refusals
+@pytest.fixture(scope="module")
+def counted(tmp_path_factory):
+    """(manifest, index, work folder, whole histories, those of which training may know): clicks as (video, column, day)."""
+    folder, rng = tmp_path_factory.mktemp("counted"), random.Random(12)
+    columns = {f"c{i}": [f"v{i}{k}" for k in range(4)] + ["v00"] for i in range(4)} | {"gone": ["v01"], "never": ["w"]}
+    pool = [(v, c) for c, vids in columns.items() if c != "never" for v in (*vids, "v11", "unheard", "w")]
+    users = enumerate(of_lengths(*[(7 * u) % 71 for u in range(60)])["users"])
+    drawn = ((u, uid, enumerate(rng.choices(pool, k=len(times))), times) for u, (uid, _, times) in users)
+    users = [(uid, [v + f"_{c}" * (i % 3 > 0) for i, (v, c) in of], times)[: 2 + u % 2] for u, uid, of, times in drawn]
+    get_indexing(_raw(folder / "raw", columns=columns, users=users), folder)
+    del columns["gone"]  # it was clicked and is retired
+    index = get_indexing(_raw(folder / "raw", columns=columns), folder)
+    manifest = get_tfrecord(folder / "raw", folder, 1, **CONSTANTS)
+    assert len(manifest["shards"]) >= 3 * 3
+    numbers, whole, trained_on = [None, *index.columns], [], []
+    for _, clicks, times, _, end, _ in cut_by_hand({"columns": columns, "users": users}, manifest["held_out_share"]):
+        parts = [(click.partition("_"), time // DAY) for click, time in zip(clicks, times, strict=True)]
+        videos = [(index.videos.get(vid, UNKNOWN), numbers.index(cid or None), day) for (vid, _, cid), day in parts]
+        whole.append(videos)
+        trained_on.append(videos[:end])
+    return manifest, index, folder, whole, trained_on
+
+
+def brute_counts(histories):
+    """[{(row, column): sum}] of clicks, near, follows and daily, over whole histories; pairs up to 4 clicks apart."""
+    clicks, near, follows, daily = (Counter() for _ in range(4))
+    for history in histories:
+        clicks.update((video, column) for video, column, _ in history)
+        daily.update((day, column) for _, column, day in history if day and column)
+        follows.update(itertools.pairwise(column for _, column, _ in history if column))
+        for i, j in itertools.combinations(range(len(history)), 2):
+            if j - i <= 4:
+                for at, by, weight in ((i, j, 1.0), (j, i, BACKWARD)):
+                    if history[at][0] != UNKNOWN and history[by][1]:
+                        near[history[at][0], history[by][1]] += weight * NEAR_DECAY ** (j - i - 1)
+    return [clicks, near, follows, daily]
+
+
+def as_sums(counts):
+    """Counts of 6 columns -> [{(row, column): sum}], whose keys rise."""
+    assert all((np.diff(pairs.keys) > 0).all() for pairs in counts)
+    return [dict(zip(zip(*np.divmod(pairs.keys, 7), strict=True), pairs.values, strict=True)) for pairs in counts]
+
+
+@pytest.mark.parametrize("cut", [{}, dict(COUNT_BLOCK=7, MAX_PAIRS=40), dict(COUNT_BYTES=1, MAX_PAIRS=1)])
+def test_what_overlapping_windows_count_is_what_the_histories_hold_once_however_it_is_cut(counted, monkeypatch, cut):
+    """Of all splits it is every click of everybody. There is room for all columns of a video, however often tables merge."""
+    manifest, index, folder, whole, trained_on = counted
+    for name, value in cut.items():
+        monkeypatch.setattr(script, name, value)
+    splits, histories = (["train", "val", "test"], whole) if "COUNT_BLOCK" in cut else (["train"], trained_on)
+    expected = brute_counts(histories)
+    assert all(len(sums) > 5 for sums in expected)
+    counts = count_windows(manifest, splits, index, folder, num_workers=2 if "COUNT_BYTES" in cut else 1)
+    assert as_sums(counts) == list(map(pytest.approx, expected))
+
+
+def test_a_bounded_table_keeps_totals_exact_and_the_strongest_columns(counted, monkeypatch):
+    manifest, index, folder, _, trained_on = counted
+    monkeypatch.setattr(script, "MAX_WIDTH", 2)
+    monkeypatch.setattr(script, "MAX_PAIRS", 50)
+    clicks, near, *others = as_sums(count_windows(manifest, ["train"], index, folder, 1))
+    expected = brute_counts(trained_on)
+    assert [clicks, *others] == [expected[0], *expected[2:]] and len(near) < len(expected[1])
+    for video in {video for video, _ in expected[1]}:
+        full, kept = ([sums.get((video, column), 0) for column in range(7)] for sums in (expected[1], near))
+        assert [sum(kept), *sorted(kept[1:])] == pytest.approx([sum(full), 0, 0, 0, 0, *sorted(full)[-2:]])
+
+
+def test_a_day_counts_what_was_clicked_in_it_and_what_a_window_repeats_counts_once():
+    """By hand: the first two clicks of one window were counted in another. Days are UTC; a time of 0 is not known."""
+    block = {
+        "user_feature": np.array([[2, 3, 2, 1, 2], [3, 2, 0, 0, 0]]),
+        "user_column": np.array([[1, 2, 0, 2, 2], [1, 1, 0, 0, 0]]),
+        "user_time": np.array([[5 * DAY, 6 * DAY - 1, 7 * DAY - 1, 7 * DAY - 1, 7 * DAY], [0] * 5]),
+        "repeated": np.array([2, 0]),
+    }
+    counts = script.count_block(block, max_lag=1, num_numbers=3)
+    clicks, near, follows, daily = (dict(zip(*map(np.ndarray.tolist, pairs), strict=True)) for pairs in counts)
+    assert clicks == {2 * 3: 1, 1 * 3 + 2: 1, 2 * 3 + 2: 1, 3 * 3 + 1: 1, 2 * 3 + 1: 1}
+    assert near == {2 * 3 + 2: BACKWARD + 1 + BACKWARD, 3 * 3 + 1: 1, 2 * 3 + 1: BACKWARD}
+    assert follows == {2 * 3 + 2: 2, 1 * 3 + 1: 1} and daily == {6 * 3 + 2: 1, 7 * 3 + 2: 1}
 
 
 @pytest.fixture
-def made(chain, clicks_like_real):
+def made(tmp_path):
     """The (manifest, index) of a small chain."""
-    return chain(clicks_like_real(40, seed=4))
+    return chain(tmp_path, _clicks_like_real(40, seed=4))
 
 
-def test_records_of_another_index_are_refused_naming_both_files_and_the_script(tmp_path, made):
-    (tmp_path / "indexing/vid2idx.json").unlink()
-    (tmp_path / "indexing/cid2vidx.json").unlink()
-    (tmp_path / "raw/cid2vids.json").write_text('{"cid": "c1", "vids": ["t0a-0"]}')
-    get_indexing(tmp_path / "raw", tmp_path)
-    with pytest.raises(InputError) as error:
-        load_manifest(tmp_path, CONSTANTS)
-    for part in (f"{tmp_path}/tfrecord/manifest.json", "indexing/vid2idx.json", "get_tfrecord.py"):
-        assert part in str(error.value)
-
-
-def test_columns_in_another_order_are_another_index(tmp_path, made):
-    path = tmp_path / "indexing/cid2vidx.json"
-    text = path.read_text()
-    path.write_text(text.replace("t0a", "t0X").replace("t0b", "t0a").replace("t0X", "t0b"))
-    with pytest.raises(InputError, match=r"manifest\.json: made with indexing/vid2idx.json = "):
+def test_records_older_than_the_index_are_refused_in_one_line_that_names_the_script(tmp_path, made):
+    get_indexing(_raw(tmp_path / "raw", columns={"new": ["newer"]}), tmp_path)
+    line = r"^[^\n]*/tfrecord/manifest\.json: made with index = [^\n]*; run get_tfrecord\.py again\Z"
+    with pytest.raises(InputError, match=line):
         load_manifest(tmp_path, CONSTANTS)
 
 
-def test_a_grown_index_is_no_mismatch(tmp_path, raw, made):
-    _, before = made
-    raw(tmp_path / "raw", columns={"new": ["newer"], **{cid: [] for cid in before.columns}})
-    get_indexing(tmp_path / "raw", tmp_path)
-    _, index = load_manifest(tmp_path, CONSTANTS)
-    assert len(index.columns) == len(before.columns) + 1 and "newer" in index.videos
-
-
-@pytest.mark.parametrize("damage", ["gone", "cut", "longer"])
-@pytest.mark.parametrize("split", ["train", "test"])
-def test_a_missing_or_damaged_shard_is_named_with_the_script_to_run(tmp_path, made, damage, split):
+@pytest.mark.parametrize(("split", "change"), [("train", lambda data: data[:-1]), ("test", lambda data: data + b"x")])
+def test_a_missing_or_damaged_shard_is_named_with_the_script_to_run(tmp_path, made, change, split):
     shard = next((tmp_path / "tfrecord").glob(f"{split}-*"))
-    if damage == "gone":
-        shard.unlink()
-    else:
-        shard.write_bytes(shard.read_bytes()[:-1] if damage == "cut" else shard.read_bytes() + b"x")
-    with pytest.raises(InputError, match=rf"{shard}: .*run get_tfrecord\.py again"):
-        load_manifest(tmp_path, CONSTANTS)
+    for damage in (lambda: shard.write_bytes(change(shard.read_bytes())), shard.unlink):
+        damage()
+        with pytest.raises(InputError, match=rf"{shard}: .*run get_tfrecord\.py again"):
+            load_manifest(tmp_path, CONSTANTS)
 
 
-def test_a_missing_manifest_names_its_absolute_path_and_the_script(tmp_path, made, monkeypatch):
-    (tmp_path / "tfrecord/manifest.json").unlink()
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match=rf"{tmp_path}/tfrecord/manifest\.json.*run get_tfrecord\.py first"):
-        load_manifest(".")
-
-
-def test_records_of_another_format_are_refused(tmp_path, made, monkeypatch):
-    monkeypatch.setattr(script, "FORMAT", 99)
-    with pytest.raises(InputError, match=r"manifest\.json: made with format = 3, now it is 99; run get_tfrecord\.py"):
-        load_manifest(tmp_path, CONSTANTS)
-
-
-@pytest.mark.parametrize("name", CONSTANTS)
-def test_records_made_with_other_constants_are_refused_naming_constant_values_and_script(tmp_path, made, name):
-    was = CONSTANTS[name]
-    message = (
-        rf"{tmp_path}/tfrecord/manifest\.json: made with {name} = {was}, now it is {was + 1}; run get_tfrecord\.py"
-    )
-    with pytest.raises(InputError, match=message):
-        load_manifest(tmp_path, CONSTANTS | {name: was + 1})
-
-
-def test_without_constants_named_those_of_the_scripts_hold(tmp_path, made):
-    with pytest.raises(InputError, match=r"made with USER_MAX_LEN = 12, now it is 50"):
+def test_records_of_another_format_or_other_constants_are_refused_naming_values_and_script(tmp_path, made, monkeypatch):
+    for name, was in CONSTANTS.items():
+        message = rf"manifest\.json: made with {name} = {was}, now it is {was + 1}; run get_tfrecord\.py again"
+        with pytest.raises(InputError, match=message):
+            load_manifest(tmp_path, CONSTANTS | {name: was + 1})
+    with pytest.raises(InputError, match=r"made with USER_MAX_LEN = 12, now it is 50"):  # of the scripts
         load_manifest(tmp_path)
+    monkeypatch.setattr(script, "FORMAT", 99)
+    with pytest.raises(InputError, match=r"made with format = \d+, now it is 99; run get_tfrecord\.py again"):
+        load_manifest(tmp_path, CONSTANTS)
 
 
-def test_records_may_be_moved(tmp_path, made):
-    shutil.copytree(tmp_path, tmp_path / "elsewhere", ignore=shutil.ignore_patterns("elsewhere"))
-    shutil.rmtree(tmp_path / "tfrecord")
-    manifest, _ = load_manifest(tmp_path / "elsewhere", CONSTANTS)
-    assert len(list(make_dataset(manifest, tmp_path / "elsewhere"))) > 1
-
-
-# ---------------------------------------------------------------- run by itself
-
-
-def test_run_by_itself_it_shows_the_shapes_and_a_user_in_words(tmp_path, raw, monkeypatch, capsys):
+def test_run_by_itself_it_shows_the_shapes_and_a_user_in_words(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    titles, names = {"a": "First film", "b": "Second film"}, {"c1": "Evening"}
     users = [(f"u{i}", ["a", "b_c1", "what", "a_c1"]) for i in range(20)]  # the last of each is held out
-    raw(tmp_path / "data/sample", columns={"c1": ["a", "b"]}, users=users, titles=titles, names=names)
+    names = dict(titles={"a": "First film", "b": "Second film"}, names={"c1": "Evening"})
+    _raw(tmp_path / "data/sample", columns={"c1": ["a", "b"]}, users=users, **names)
     get_indexing()
     get_tfrecord(num_workers=1)
-    capsys.readouterr()
     script.main()
     out = capsys.readouterr().out
-    for name in (*FEATURES, "uid", "start", "repeated"):
-        assert f"\n{name}" in f"\n{out}"
+    assert all(f"\n{name} " in out for name in FEATURES)
     assert out.endswith("  First film  -> then:\n  Second film  in Evening\n  an unknown video\n")

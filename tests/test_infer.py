@@ -3,22 +3,22 @@
 import csv
 import gzip
 import hashlib
+import itertools
 import json
 import math
 import os
 import shutil
+import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 
 import get_dataset
 import infer as infer_module
-import train as train_module
-from get_dataset import column_table, dataset_from_clicks, load_manifest
-from get_indexing import InputError, cut_files, get_indexing, load_index
-from get_tfrecord import get_tfrecord
-from infer import Ranker, Reason, infer, print_example
-from model_tf2 import Memory, Scorer, count_windows
-from train import MEMORY_DECAYS, train
+from get_dataset import column_table, count_windows, dataset_from_clicks, load_manifest
+from get_indexing import InputError, get_indexing, load_index
+from get_tfrecord import History, cut_files, get_tfrecord
+from infer import NOW_AFTER, Ranker, Reason, infer, print_example
+from model_tf2 import Memory, Scorer
+from train import train
 
 import numpy as np
 import pytest
@@ -26,20 +26,37 @@ from conftest import _clicks_like_real, _raw, _write_lines
 
 REAL = _clicks_like_real(150, seed=31)
 HEARD = ["t0a-1_t0a", "t0b-2"]  # clicks of a user whom the model knows
+START = 1_763_942_400  # 2025-11-24, 00:00 UTC
+
+
+def times_of(clicks):
+    """Times of a user's clicks, each a visit by itself; every topic has a week of its own, so there are trends."""
+    week = max("0123", key=[click[1] for click in clicks].count)
+    return [START + 604_800 * int(week) + 1800 * at + 600 * at**2 for at in range(len(clicks))]
+
+
+TIMES = {uid: times_of(clicks) for uid, clicks in REAL["users"]}
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A folder with raw/ and a trained work/ of 150 users with structured clicks; nothing is ranked there."""
     folder = tmp_path_factory.mktemp("trained")
-    raw = _raw(folder / "raw", **REAL)
+    raw = _raw(folder / "raw", columns=REAL["columns"])
+    users = [{"uid": uid, "click_seq": clicks, "times": TIMES[uid]} for uid, clicks in REAL["users"]]
+    _write_lines(raw / "click_seq/clicks.json", users)
     get_indexing(raw, folder / "work")
     get_tfrecord(raw, folder / "work", num_workers=1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(get_dataset, "MIN_STEPS", 6)
-        patch.setattr(train_module, "MEMORY_WEIGHTS", (0.3, 0.6))  # so that both towers and memory count
-        train(folder / "work", epochs=1, emb_dim=8)
+        # All of towers, memory and habit count.
+        train(folder / "work", arguments={"emb_dim": 8}, EPOCHS=1, MIX_WEIGHTS=(0.3,), CLICKED_FACTORS=(0.5,))
     return folder
+
+
+@pytest.fixture(scope="module")
+def ranker(trained):
+    return Ranker(trained / "work")
 
 
 @pytest.fixture
@@ -89,25 +106,29 @@ def filled(own, columns):
 # ---------------------------------------------------------------- the lines
 
 
-def test_each_user_has_a_line_in_input_order_with_every_column_once(ranked):
-    users = [*REAL["users"], ("long", HEARD * 400), ("none", []), ("unheard", ["x", "y_z"])]
+def test_each_user_has_a_line_in_input_order_with_every_column_once_and_how_many_clicks_it_was_made_of(ranked):
+    users = [*REAL["users"], ("same", HEARD * 400), ("none", []), ("same", HEARD), ('Zoë \u2028 "q" \\', ["x", "y_z"])]
     lines = ranked(users)
-    assert [line["uid"] for line in lines] == [uid for uid, _ in users]
-    assert all(list(line) == ["uid", "columns", "scores", "source"] for line in lines)
-    assert all(sorted(line["columns"]) == sorted(REAL["columns"]) for line in lines)
+    assert [(line["uid"], line["clicks"]) for line in lines] == [(uid, len(clicks)) for uid, clicks in users]
+    for line in lines:
+        assert list(line) == ["uid", "columns", "scores", "source", "clicks"]
+        assert sorted(line["columns"]) == sorted(REAL["columns"])
+        assert line["scores"] == sorted(line["scores"], reverse=True)
+        assert np.exp(line["scores"]).sum() == pytest.approx(1, abs=1e-3)  # log probabilities
+    assert len({tuple(line["columns"]) for line in lines}) > 50
+    first = [{**line, "columns": line["columns"][:3], "scores": line["scores"][:3]} for line in lines]
+    assert ranked(users, top_k=3) == first and ranked(users, top_k=1000) == lines
 
 
-def test_scores_are_finite_never_rise_and_equal_ones_go_by_the_order_of_the_columns(ranked):
-    order = list(REAL["columns"])
-    for line in ranked([*REAL["users"], ("none", [])]):
-        assert np.isfinite(line["scores"]).all()
-        pairs = [(-score, order.index(cid)) for cid, score in zip(line["columns"], line["scores"], strict=True)]
-        assert pairs == sorted(pairs)
-
-
-def test_scores_are_log_probabilities(ranked):
-    for line in ranked([*REAL["users"][:20], ("none", [])]):
-        assert np.exp(line["scores"]).sum() == pytest.approx(1, abs=1e-3)
+@pytest.mark.parametrize("decimals", [0, 1])
+def test_scores_are_sorted_before_they_are_rounded(ranked, monkeypatch, decimals):
+    exact = ranked(REAL["users"])
+    monkeypatch.setattr(infer_module, "DECIMALS", decimals)
+    rounded = ranked(REAL["users"])
+    assert [line["columns"] for line in rounded] == [line["columns"] for line in exact]
+    assert all(score == round(score, decimals) for line in rounded for score in line["scores"])
+    pairs = [pair for table in table_of(rounded) for pair in itertools.pairwise(table.items())]
+    assert any(score == lower and cid > after for (cid, score), (after, lower) in pairs)
 
 
 def test_equal_scores_go_by_the_order_of_the_columns(own):
@@ -118,48 +139,46 @@ def test_equal_scores_go_by_the_order_of_the_columns(own):
     assert line["columns"][-3:] == ["z9", "late", "a0"] and len(set(line["scores"][-3:])) == 1
 
 
-def test_a_user_without_a_known_click_gets_the_popularity_order(ranked):
-    lines = ranked([("none", []), ("u", HEARD), ("unheard", ["x", "what_ever", "t0a"]), ("odd", ["", "_", "_t9"])])
-    assert [line["source"] for line in lines] == ["popular", "model", "popular", "popular"]
-    for line in (lines[0], lines[2], lines[3]):
-        assert line["columns"] == popular_order()
-        assert line["scores"] == lines[0]["scores"]
+def test_a_user_without_a_known_click_or_in_no_file_gets_the_popularity_order(ranked, tmp_path):
+    unknown = [("none", []), ("unheard", ["x", "what_ever", "t0a"]), ("odd", ["", "_", "_t9"])]
+    *lines, known, in_column = ranked([*unknown, ("u", HEARD), ("v", ["unheard_t0a"])])
+    assert [line["source"] for line in lines] == ["popular"] * 3 and known["source"] == in_column["source"] == "model"
+    for line in lines:
+        assert line["columns"] == popular_order() and line["scores"] == lines[0]["scores"]
+    assert json.loads((tmp_path / "ranking/default.json").read_text()) == lines[0] | {"uid": ""}
 
 
-def test_an_unknown_video_clicked_in_a_known_column_is_a_known_click(ranked):
-    assert ranked([("u", ["unheard_t0a"])])[0]["source"] == "model"
+def timed(own, click_file, **lines):
+    """Write a click file of users, by name, who have HEARD and the other entries of a line given."""
+    lines = [{"uid": uid, "click_seq": HEARD, **line} for uid, line in lines.items()]
+    return _write_lines(own / f"asked/click_seq/{click_file}.json", lines)
 
 
-def test_users_that_come_twice_get_a_line_each(ranked):
-    lines = ranked([("same", HEARD), ("other", []), ("same", HEARD), ("same", ["t3a-1_t3a"])])
-    assert [line["uid"] for line in lines] == ["same", "other", "same", "same"]
-    assert lines[0] == lines[2] and lines[0]["columns"] != lines[3]["columns"]
-
-
-def test_top_k_keeps_the_first_columns(ranked):
-    users = [*REAL["users"][:9], ("none", [])]
-    whole, first = ranked(users), ranked(users, top_k=3)
-    assert [line["columns"] for line in first] == [line["columns"][:3] for line in whole]
-    assert [line["scores"] for line in first] == [line["scores"][:3] for line in whole]
-    assert ranked(users, top_k=1000) == whole
-
-
-def test_user_ids_are_written_as_they_are(ranked):
-    assert ranked([('Zoë \u2028 "q" \\ 日本', HEARD)])[0]["uid"] == 'Zoë \u2028 "q" \\ 日本'
-
-
-def test_different_users_get_different_rankings(ranked):
-    lines = ranked([("a", ["t0a-1_t0a", "t0b-1_t0b"]), ("b", ["t3a-1_t3a", "t3b-1_t3b"])])
-    assert lines[0]["columns"] != lines[1]["columns"]
+def test_a_line_is_ranked_for_its_now_and_without_it_for_now_after_the_newest_click_of_all(own, ranker, capsys):
+    times, newest = [START + 86_400, START + 86_460], START + 30 * 86_400
+    soon, late = dict(times=times, now=times[-1] + 7200), dict(times=times, now=newest + NOW_AFTER)
+    timeless = dict(now=soon["now"])
+    timed(own, "newest", e=dict(times=[START, newest]))
+    timed(own, "timed", default=dict(times=times), late=late, soon=soon, timeless=timeless)
+    lines = lines_of(rank_own(own)[1])
+    assert f"ranked for {time.strftime('%Y-%m-%d %H:%M', time.gmtime(late['now']))} UTC" in capsys.readouterr().out
+    for line, how in zip(lines, (late, late, soon, timeless), strict=True):
+        scores = {cid: math.log(probability) for cid, probability in ranker.rank(HEARD, **how)}
+        assert table_of([line])[0] == pytest.approx(scores, abs=1.01e-4)
+        assert [reason.cid for reason in ranker.why(HEARD, 3, **how)] == line["columns"][:3]
+    scores = np.array([[table[cid] for cid in REAL["columns"]] for table in table_of(lines)])
+    assert np.abs(scores[2] - scores[1]).max() > 0.05  # the trend is another, and the gap
+    assert np.abs(scores[2] - scores[3]).max() > 0.001  # the gap alone
 
 
 # ---------------------------------------------------------------- columns that changed since training
 
 
-def test_a_new_column_and_a_shelf_filled_anew_are_ranked_without_training_again(own):
+def test_new_columns_and_shelves_filled_anew_are_ranked_and_retired_ones_are_not_without_training_again(own):
     _raw(own / "asked", users=[("u", HEARD), ("none", [])])
     before = lines_of(rank_own(own)[0])
-    columns = REAL["columns"] | {"fresh": ["t0a-0", "t0a-1", "just made"], "t3a": ["t0b-0", "t0b-1"]}
+    left = {cid: vids for cid, vids in REAL["columns"].items() if cid not in ("t1b", "t3c")}
+    columns = left | {"fresh": ["t0a-0", "t0a-1", "just made"], "t3a": ["t0b-0", "t0b-1"]}
     filled(own, columns)
     after = lines_of(rank_own(own)[0])
     assert all(sorted(line["columns"]) == sorted(columns) for line in after)
@@ -168,28 +187,18 @@ def test_a_new_column_and_a_shelf_filled_anew_are_ranked_without_training_again(
     assert table_of(before)[0]["t3a"] != table_of(after)[0]["t3a"]
 
 
-@pytest.mark.parametrize("memory_weight", [0.3, 0.9])
-def test_a_column_newer_than_the_model_gets_what_the_towers_say_whatever_the_weight_of_the_memory(own, memory_weight):
+@pytest.mark.parametrize(("memory", "habit"), [(0.3, 0.1), (0.1, 0.85)])
+def test_a_column_newer_than_the_model_gets_what_the_towers_say_whatever_the_weights(own, memory, habit):
     """The user clicked in no column, so nothing else enters its score."""
     filled(own, REAL["columns"] | {"fresh": ["t0a-0", "t0a-1"]})
-    edit_model(own, mix=lambda mix: mix | {"memory_weight": memory_weight})
+    edit_model(own, memory_weight=memory, habit_weight=habit)
     ranker = Ranker(own / "work")
-    videos = np.array([ranker.encoder.encode(["t0a-1", "t0b-2"])[0]])
-    logits = ranker.scorer.towers(videos, np.zeros_like(videos)).astype(float) / ranker.mix.temperature
+    users = ranker.padded([ranker.encode(["t0a-1", "t0b-2"])])
+    logits = ranker.scorer.towers(users).astype(float) / ranker.mix.temperature
     expected = np.exp(logits) / np.exp(logits).sum()
-    scores = ranker.scores(*ranker.padded([(videos[0], np.zeros(2, int))]))
+    scores = ranker.scores(users)
     assert len(scores[0]) == 13 and np.exp(scores[0, 12]) == pytest.approx(expected[0, 12], rel=1e-5)
     assert not np.allclose(np.exp(scores[0, :12]), expected[0, :12], rtol=0.05)
-
-
-def test_a_retired_column_is_not_ranked(own):
-    left = {cid: vids for cid, vids in REAL["columns"].items() if cid not in ("t0a", "t1b", "t3c")}
-    filled(own, left)
-    _raw(own / "asked", users=[("u", HEARD), ("none", [])])
-    lines = lines_of(rank_own(own)[0])
-    assert all(sorted(line["columns"]) == sorted(left) for line in lines)
-    assert all(np.isfinite(line["scores"]).all() for line in lines)
-    assert lines[1]["columns"] == popular_order(left)
 
 
 def test_where_every_column_is_empty_it_says_so(own):
@@ -203,44 +212,41 @@ def test_where_every_column_is_empty_it_says_so(own):
 # ---------------------------------------------------------------- serving is what was evaluated
 
 
-def test_serving_gives_the_towers_logits_of_the_training_side(trained):
-    """The last position of a training window against all columns, for every user: one window holds all their clicks."""
-    index, ranker = load_index(trained / "work"), Ranker(trained / "work")
-    scorer, constants = ranker.scorer, load_manifest(trained / "work")[0]["constants"]
-    videos = column_table(index, scorer.memory.video_clicks)
-    columns = scorer.model.column_vectors(videos[1:], np.arange(1, len(videos)))
-    expected = {}
-    for batch in dataset_from_clicks(REAL["users"], index, constants).as_numpy_iterator():
-        vectors = scorer.model.user_vectors(batch["user_feature"], batch["user_column"]).numpy()
-        clicks = (batch[name] for name in ("uid", "user_feature", "user_column"))
-        for uid, clicked, shelves, of_user in zip(*clicks, vectors, strict=True):
-            last = np.count_nonzero(clicked) - 1
-            expected[uid.decode()] = np.array(scorer.model.scaled_cosines(of_user[last:][:1], columns))[0]
-            for place in np.flatnonzero(shelves):  # what is learned for a column clicked so many clicks ago
-                expected[uid.decode()][shelves[place] - 1] += scorer.model.repeats.numpy()[last - place]
-    assert expected.keys() == {uid for uid, _ in REAL["users"]}
+def test_serving_gives_the_towers_logits_of_the_training_side(trained, ranker):
+    """The last click of every user is asked for, of those before, at its time: one window holds all their clicks."""
+    index, constants, scorer = ranker.index, load_manifest(trained / "work")[0]["constants"], ranker.scorer
+    model, trend, videos = scorer.model, scorer.memory.trend, column_table(index, scorer.memory.video_clicks)
+    columns, expected = model.column_vectors(videos[1:], np.arange(1, len(videos))), {}
+    histories = [History(uid, clicks, TIMES[uid], 0) for uid, clicks in REAL["users"]]
+    for batch in dataset_from_clicks(histories, index, constants).map(trend.add_rows):
+        vectors = model.user_vectors(batch["user_feature"], batch["user_column"], batch["user_gap"])
+        of_batch = (batch[name].numpy() for name in ("uid", "user_feature", "trend_row"))
+        for uid, clicked, row, of_user in zip(*of_batch, vectors, strict=True):
+            at = np.count_nonzero(clicked) - 2
+            of_trend = model.trend_logits(trend.table[row[at], 1:])
+            expected[uid.decode()] = (model.scaled_cosines(of_user[at : at + 1], columns)[0] + of_trend).numpy()
+    assert expected.keys() == TIMES.keys()
     for uid, clicks in REAL["users"]:
-        padded = [np.pad([numbers], [(0, 0), (0, 40 - len(clicks))]) for numbers in ranker.encoder.encode(clicks)]
-        assert np.allclose(scorer.towers(*padded)[0], expected[uid], atol=1e-4)
+        users = ranker.padded([ranker.encode(clicks[:-1], TIMES[uid][:-1], TIMES[uid][-1])])
+        assert users.now[0] > 0 and np.allclose(scorer.towers(users)[0], expected[uid], atol=1e-4)
 
 
-def test_the_ranks_in_test_csv_are_those_that_serving_gives_with_the_memory_of_the_training_records(trained):
-    """Each test user's raw clicks before the last one in a column are ranked for as infer.py does."""
+def test_the_ranks_in_test_csv_are_those_that_serving_gives_with_what_the_training_records_count(trained):
+    """Each test user's raw clicks before the last one in a column are ranked for at its time, as infer.py does."""
     work, users, order = trained / "work", dict(REAL["users"]), list(REAL["columns"])
     (manifest, index), ranker = load_manifest(work), Ranker(work)
-    counts = count_windows(manifest, ["train"], MEMORY_DECAYS, index, work, num_workers=1)
-    memory = Memory.of_counts(counts, MEMORY_DECAYS.index(ranker.mix.decay), index)
+    memory = Memory.of_counts(count_windows(manifest, ["train"], index, work, num_workers=1), index)
     ranker.scorer = Scorer(ranker.scorer.model, memory, index)
     with open(work / "model/test.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert {row["uid"] for row in rows} == {uid for uid in users if draw(uid) >= 0.5} and len(rows) > 50
     for row in rows:
-        clicks = users[row["uid"]]
+        clicks, times = users[row["uid"]], TIMES[row["uid"]]
         place = max(place for place, click in enumerate(clicks) if "_" in click)
         target, before = clicks[place].split("_")[1], clicks[:place]
         assert (row["target"], row["history"]) == (target, str(place))
         assert row["clicked_before"] == str(int(any(click.endswith(f"_{target}") for click in before)))
-        scores = ranker.scores(*ranker.padded([ranker.encoder.encode(before)]))[0]
+        scores = ranker.scores(ranker.padded([ranker.encode(before, times[:place], times[place])]))[0]
         best = sorted(order, key=lambda cid: (-scores[order.index(cid)], order.index(cid)))
         assert row["mix"] == str(1 + best.index(target))
 
@@ -250,43 +256,11 @@ def draw(uid):
     return int(hashlib.blake2b(uid.encode(), digest_size=8).hexdigest(), 16) / 2**64
 
 
-def test_a_user_without_a_known_click_is_evaluated_as_ranked_by_popularity(trained):
-    ranker, unknown = Ranker(trained / "work"), np.array([[1, 1, 0]])
-    evaluated = ranker.scorer.probabilities(unknown, np.zeros_like(unknown), ranker.mix)
-    assert np.allclose(np.log(evaluated), ranker.scores(*ranker.padded([([1, 1], [0, 0])])))
-    clicks = ranker.scorer.memory.column_clicks[1:] + 0.5
-    assert np.allclose(evaluated, clicks / clicks.sum())
-
-
-def test_the_explanation_of_a_history_of_any_length_reads_its_last_clicks_alone(trained):
-    ranker = Ranker(trained / "work")
-    (reason,) = ranker.why(HEARD * 50_000, top_k=1)
-    assert len(reason.effects) == 100_000 and not any(reason.effects[: -ranker.user_max_len])
-    last = HEARD * 25
-    assert reason.effects[-len(last) :] == pytest.approx(ranker.why([*HEARD, *last], top_k=1)[0].effects[-len(last) :])
-
-
-def test_a_long_history_is_ranked_by_its_last_clicks(trained):
-    ranker, rng = Ranker(trained / "work"), np.random.default_rng(32)
-    videos, columns = rng.integers(2, 62, 200), rng.integers(0, 13, 200)
-    whole = ranker.scores(*ranker.padded([(videos, columns)]))
-    assert np.allclose(whole, ranker.scores(*ranker.padded([(videos[-50:], columns[-50:])])), atol=1e-6)
-    assert not np.allclose(whole, ranker.scores(*ranker.padded([(videos[:50], columns[:50])])), atol=1e-3)
-
-
 def assert_equal_rankings(some, others):
     """Equal but for the last decimal of a score, where sums that were padded otherwise may round the other way."""
     assert [line["uid"] for line in some] == [line["uid"] for line in others]
     for a, b in zip(table_of(some), table_of(others), strict=True):
         assert a == pytest.approx(b, abs=1.01e-4)
-
-
-@pytest.mark.parametrize("batch_users", [1, 7])
-def test_a_ranking_does_not_depend_on_the_batch(ranked, monkeypatch, batch_users):
-    users = [*REAL["users"][:20], ("none", []), ("long", HEARD * 60)]
-    whole = ranked(users)
-    monkeypatch.setattr(infer_module, "BATCH_USERS", batch_users)
-    assert_equal_rankings(ranked(users), whole)
 
 
 def test_two_workers_and_files_cut_into_ranges_give_the_same_bytes(own, monkeypatch):
@@ -308,16 +282,16 @@ def test_two_workers_and_files_cut_into_ranges_give_the_same_bytes(own, monkeypa
 # ---------------------------------------------------------------- files
 
 
-def edit_model(own, **changes):
-    """Change entries of model.json, each by a function, as a training that ended would: its id is another then."""
+def edit_model(own, **mix):
+    """Change entries of the mix in model.json as a training that ended would: its id is another then."""
     path = own / "work/model/model.json"
     saved = json.loads(path.read_text())
-    changed = saved | {name: change(saved[name]) for name, change in changes.items()}
-    path.write_text(json.dumps(changed | {"id": "another"}))
+    path.write_text(json.dumps(saved | {"mix": saved["mix"] | mix, "id": "another"}))
 
 
-def stamp(path):
-    return path.stat().st_mtime_ns, path.stat().st_ino
+def tree(folder):
+    """{path: bytes} of all files in a folder, hidden ones too."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.fixture
@@ -330,7 +304,8 @@ def two(own):
 
 
 def stamps(own):
-    return {path.name: stamp(path) for path in (own / "ranking").glob("*.json.gz")}
+    paths = (own / "ranking").glob("*.json.gz")
+    return {path.name: (path.stat().st_mtime_ns, path.stat().st_ino) for path in paths}
 
 
 def computed_again(own, **how):
@@ -343,134 +318,158 @@ def computed_again(own, **how):
 BOTH = {"one.json.gz", "two.json.gz"}
 
 
-def test_each_input_file_has_its_output_and_a_line_in_the_manifest_and_nothing_else_is_left(two):
-    assert [lines_of(two / f"ranking/{name}")[0]["uid"] for name in sorted(BOTH)] == ["a", "b"]
-    assert {path.name for path in (two / "ranking").iterdir()} == BOTH | {"manifest.jsonl"}
-    lines = [json.loads(line) for line in (two / "ranking/manifest.jsonl").read_text().splitlines()]
-    assert [list(line) for line in lines] == [["one.json.gz"], ["two.json.gz"]]
-    for line in lines:
-        ((name, made_from),) = line.items()
-        assert made_from["sha256"] == hashlib.sha256((two / "ranking" / name).read_bytes()).hexdigest()
-        assert made_from["clicks"] == "../asked/click_seq"  # as seen from the rankings
+def test_each_input_file_has_its_ranking_beside_it_what_it_was_made_of_and_nothing_else_is_left(two):
+    ranking, made = two / "ranking", {"one.made_of.json", "two.made_of.json"}
+    assert {path.name for path in ranking.iterdir()} == BOTH | made | {"default.json"}
+    for name, uid in (("one", "a"), ("two", "b")):
+        made_of, output = json.loads((ranking / f"{name}.made_of.json").read_text()), ranking / f"{name}.json.gz"
+        assert [line["uid"] for line in lines_of(output)] == [uid]
+        assert made_of["sha256"] == hashlib.sha256(output.read_bytes()).hexdigest()
+        line = json.dumps({"uid": uid, "click_seq": HEARD}).encode() + b"\n"
+        assert made_of["input"] == [hashlib.sha256(line).hexdigest(), 1]
+        assert made_of["clicks"] == {"absolute": str(two / "asked/click_seq"), "relative": "../asked/click_seq"}
 
 
-def test_a_click_file_with_a_long_name_is_ranked(own):
-    name = 65 * "视"  # 195 bytes of the 255 that a name can have
-    _raw(own / "asked", users=[("a", HEARD)], click_file=name)
-    assert [path.name for path in rank_own(own)] == [f"{name}.json.gz"]
-    assert {path.name for path in (own / "ranking").iterdir()} == {f"{name}.json.gz", "manifest.jsonl"}
+@pytest.mark.parametrize("name", [b"\xff", "\u2028".encode(), b"new\nline", 65 * "视".encode()])
+def test_a_click_file_of_any_name_is_ranked_once(own, name):
+    """The longest is of 195 bytes, of the 255 that a name can have."""
+    path = _raw(own / "asked", users=[("a", HEARD)], click_file="z") / "click_seq/z.json"
+    path.rename(path.with_name(os.fsdecode(name + b".json")))
+    (output,) = rank_own(own)
+    assert os.fsencode(output.name) == name + b".json.gz" and lines_of(output)[0]["uid"] == "a"
+    assert computed_again(own) == set()
 
 
-def test_an_empty_click_file_gives_an_empty_ranking(ranked):
-    assert ranked([]) == []
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [("two.json.gz", b"", r"two\.json\.gz: an empty file; copy it again, or remove it"),
+     ("two.json.gz", gzip.compress(b"{}" * 500, mtime=0)[:-9], "not a whole gzip file"),
+     ("one.json", b'{"uid": "b", "click_seq": ["t0b-2"]}\n{not JSON\n', r"1 of 2 lines are bad \(line 2: not JSON\), more")],
+)  # fmt: skip
+def test_a_click_file_that_is_not_whole_stops_the_run_before_anything_is_replaced(two, name, content, said):
+    before = stamps(two)
+    (two / "asked/click_seq" / name).write_bytes(content)
+    with pytest.raises(InputError, match=said):
+        rank_own(two, top_k=2)
+    assert stamps(two) == before
 
 
-def test_a_finished_file_is_not_computed_again(two, capsys):
-    assert computed_again(two) == set()
-    assert "0 users ranked in 0 files, 2 files stand" in capsys.readouterr().out
+def test_a_finished_file_is_not_computed_again(two, monkeypatch, capsys):
+    monkeypatch.chdir(two / "asked")
+    for name, value in dict(BATCH_USERS=1, GZIP_LEVEL=9, RANK_BYTES=7, EXAMPLE=1, SERVED_USERS=1).items():
+        monkeypatch.setattr(infer_module, name, value)
+    capsys.readouterr()
+    assert computed_again(two) == computed_again(two, asked="../asked/click_seq") == set()
+    said = f"0 users ranked in 0 files, 2 files stand in {two / 'ranking'}\n"
+    assert capsys.readouterr().out == 2 * said
     _raw(two / "asked", users=[("b", HEARD), ("c", [])], click_file="two", gzip=True)
-    assert computed_again(two) == {"two.json.gz"}
+    assert computed_again(two) == {"two.json.gz"} and "\nuser b clicked last:\n" in capsys.readouterr().out
     assert [line["uid"] for line in lines_of(two / "ranking/two.json.gz")] == ["b", "c"]
+    (two / "asked/click_seq/two.json.gz").unlink()
+    assert computed_again(two) == set() and (two / "ranking/two.json.gz").exists()
 
 
-def test_a_ranking_that_is_gone_or_damaged_is_computed_again(two):
-    one = two / "ranking/one.json.gz"
-    good = one.read_bytes()
-    one.unlink()
-    assert computed_again(two) == {"one.json.gz"} and one.read_bytes() == good
-    one.write_bytes(good[:-1] + b"x")
-    assert computed_again(two) == {"one.json.gz"} and one.read_bytes() == good
+def test_a_ranking_that_is_gone_or_changed_or_lacks_what_it_was_made_of_is_made_again(two):
+    one, made_of = two / "ranking/one.json.gz", two / "ranking/one.made_of.json"
+    good, note = one.read_bytes(), made_of.read_bytes()
+    for path, content in [(one, good + good), (made_of, note[:40]), (made_of, b"7"), (made_of, b""), (one, b"")]:
+        path.write_bytes(content) if content else path.unlink()
+        assert computed_again(two) == {"one.json.gz"}
+        assert (one.read_bytes(), made_of.read_bytes()) == (good, note)
 
 
 CHANGES = {
     "a shelf": lambda own, patch: filled(own, REAL["columns"] | {"t0a": ["t1a-0"]}),
-    "the model": lambda own, patch: edit_model(own, mix=lambda mix: mix | {"memory_weight": 0.35}),
-    "DECIMALS": lambda own, patch: patch.setattr(infer_module, "DECIMALS", 3),
+    "the model": lambda own, patch: edit_model(own, memory_weight=0.35),
+} | {
+    name: lambda own, patch, name=name: patch.setattr(infer_module, name, 99)
+    for name in ("DECIMALS", "NOW_AFTER", "MAX_ID_CHARS", "MAX_LINE_BYTES")
 }
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_every_file_is_computed_again_when_the_index_the_model_or_what_is_printed_changed(two, monkeypatch, change):
-    before = lines_of(two / "ranking/one.json.gz")
-    change(two, monkeypatch)
-    assert computed_again(two) == BOTH
-    assert lines_of(two / "ranking/one.json.gz") != before
-
-
-def test_every_file_is_computed_again_when_the_limits_of_lines_changed(two, monkeypatch):
-    monkeypatch.setitem(infer_module.LIMITS, "MAX_ID_CHARS", 999)
-    assert computed_again(two) == BOTH
-
-
-def test_a_file_is_computed_again_when_top_k_changed(two):
-    for top_k, columns in ((2, 2), (0, 12)):
-        assert computed_again(two, top_k=top_k) == BOTH
-        assert len(lines_of(two / "ranking/one.json.gz")[0]["columns"]) == columns
-
-
-def test_what_only_concerns_running_computes_nothing_again(two, monkeypatch):
-    for name, value in dict(BATCH_USERS=1, GZIP_LEVEL=9, MEMO_SIZE=1).items():
-        monkeypatch.setattr(infer_module, name, value)
-    monkeypatch.setattr(infer_module, "RANK_BYTES", 7)
-    assert computed_again(two) == set()
-
-
-def test_a_line_of_the_manifest_that_was_torn_costs_its_own_file_alone(two):
-    manifest = two / "ranking/manifest.jsonl"
-    whole = manifest.read_text()
-    manifest.write_text(whole + whole[:40])
-    assert computed_again(two) == set() and manifest.read_text() == whole
-    manifest.write_text(whole[:-40])
-    assert computed_again(two) == {"two.json.gz"} and manifest.read_text() == whole
-    for damaged in (b"\xff", b"7", b"[1]", b'["ab"]', b'{"one.json.gz": 7}', b'{"one.json.gz": {}}'):
-        manifest.write_bytes(damaged + b"\n" + whole.encode() + damaged + b"\n")
-        assert computed_again(two) == set() and manifest.read_text() == whole
-
-
-def test_the_ranking_of_a_click_file_that_is_gone_is_kept_and_named(two, capsys):
-    (two / "asked/click_seq/two.json.gz").unlink()
+def test_every_file_is_computed_again_when_the_index_the_model_or_a_constant_changed(two, monkeypatch, change):
+    timed(two, "one", a=dict(times=[START + 86_400] * 2))
     rank_own(two)
-    path = two / "ranking/two.json.gz"
-    assert path.exists() and f"{path}: no click file of this name any more" in capsys.readouterr().err
+    change(two, monkeypatch)
+    assert computed_again(two) == BOTH and computed_again(two) == set()
 
 
-def test_a_ranking_of_another_click_folder_is_never_overwritten_and_not_called_gone(two, capsys):
-    before = {path.name: path.read_bytes() for path in (two / "ranking").iterdir()}
+def test_a_ranking_of_another_click_folder_is_never_overwritten(two):
     others = _raw(two / "others", users=[("o", HEARD)], click_file="one") / "click_seq"
+    before = tree(two)
     with pytest.raises(InputError, match=r"one\.json\.gz is the ranking of a file in .*/asked/click_seq.*RANKING_DIR"):
         rank_own(two, others)
-    assert {path.name: path.read_bytes() for path in (two / "ranking").iterdir()} == before
+    assert tree(two) == before
     (others / "one.json").rename(others / "three.json")
-    assert lines_of(rank_own(two, others)[0])[0]["uid"] == "o"
-    assert {name: data for name, data in before.items() if name in BOTH}.items() <= {
-        path.name: path.read_bytes() for path in (two / "ranking").iterdir()
-    }.items()
-    assert "any more" not in capsys.readouterr().err and computed_again(two) == set()
+    former = stamps(two)
+    rank_own(two, others)
+    assert former.items() <= stamps(two).items()
 
 
-def test_a_link_to_the_clicks_of_each_day_is_the_same_folder_every_day(own):
-    for day in ("monday", "tuesday"):
-        _raw(own / day, users=[(day, HEARD)], click_file="one")
-        (own / "today").unlink(missing_ok=True)
-        (own / "today").symlink_to(own / day)
-        assert [line["uid"] for line in lines_of(rank_own(own, own / "today/click_seq")[0])] == [day]
+@pytest.mark.parametrize("moved", [["asked", "work", "ranking"], ["work", "ranking"], ["ranking"], ["work"]])
+def test_folders_that_were_moved_leave_nothing_to_do_and_are_ranked_as_before(two, moved):
+    for name in moved:
+        (two / "moved").mkdir(exist_ok=True)
+        (two / name).rename(two / "moved" / name)
+    asked, work, ranking = (two / ("moved" if name in moved else ".") / name for name in ("asked", "work", "ranking"))
+    before = tree(two)
+    infer(asked / "click_seq", work, ranking, num_workers=1)
+    assert tree(two) == before
+    _raw(asked, users=[("c", HEARD)], click_file="one")
+    assert lines_of(infer(asked / "click_seq", work, ranking, num_workers=1)[0])[0]["uid"] == "c"
 
 
-def test_two_experiments_whose_click_folders_are_named_alike_do_not_overwrite_each_other(own, tmp_path, monkeypatch):
-    for name in ("one", "other"):
-        _raw(tmp_path / name / "asked", users=[("u", HEARD)])
-    monkeypatch.chdir(tmp_path / "one")
-    (output,) = infer("asked/click_seq", own / "work", tmp_path / "ranking", num_workers=1)
-    former = output.read_bytes()
-    monkeypatch.chdir(tmp_path / "other")
-    with pytest.raises(InputError, match=r"one/asked/click_seq, not in .*other/asked/click_seq; .* RANKING_DIR"):
-        infer("asked/click_seq", own / "work", tmp_path / "ranking", num_workers=1)
-    assert output.read_bytes() == former
+def run_main(own, monkeypatch, clicks, ranking):
+    """Run main() of a folder made by own() with these CLICKS_DIR and RANKING_DIR."""
+    monkeypatch.setattr(infer_module, "CLICKS_DIR", str(clicks))
+    monkeypatch.setattr(infer_module, "RANKING_DIR", str(ranking))
+    monkeypatch.setattr(infer_module, "infer", lambda: infer(clicks, own / "work", ranking, num_workers=1))
+    infer_module.main()
 
 
-def test_a_click_folder_may_be_named_by_another_path(two, monkeypatch):
-    monkeypatch.chdir(two / "asked")
-    assert computed_again(two, asked="click_seq") == computed_again(two, asked="../asked/click_seq") == set()
+@pytest.mark.parametrize("names", [("click_seq", "click_seq"), ("click_seq", "link"), ("link", "click_seq")])
+def test_a_ranking_folder_that_is_that_of_the_clicks_is_refused_before_a_byte_is_written(own, monkeypatch, names):
+    (own / "asked/link").symlink_to(_raw(own / "asked", users=[("u", HEARD)]) / "click_seq")
+    before = tree(own)
+    with pytest.raises(InputError, match="RANKING_DIR is the folder of the clicks; name another one"):
+        run_main(own, monkeypatch, *(own / "asked" / name for name in names))
+    assert tree(own) == before
+
+
+def test_rankings_elsewhere_leave_the_folder_of_the_work_untouched(own, monkeypatch):
+    """It may be read-only. Of what is written there, and removed again, the time of its folder would tell."""
+
+    def state():
+        return tree(own / "work"), [path.stat().st_mtime_ns for path in [own / "work", *(own / "work").rglob("*")]]
+
+    before, clicks = state(), _raw(own / "asked", users=[("u", HEARD)]) / "click_seq"
+    run_main(own, monkeypatch, clicks, own / "elsewhere")
+    assert lines_of(own / "elsewhere/clicks.json.gz")[0]["uid"] == "u" and state() == before
+
+
+@pytest.mark.parametrize("uids", [["a", "a"], ["z"]])
+def test_a_click_file_that_changes_while_ranked_keeps_its_ranking_and_others_are_ranked(two, monkeypatch, uids):
+    """It grows, or another of the same size and time takes its place."""
+    rank_ranges, path, new = infer_module.rank_ranges, two / "asked/click_seq/one.json", two / "new"
+    kept = {name: data for name, data in tree(two / "ranking").items() if name.startswith("one.")}
+    new.write_bytes(b"".join(json.dumps({"uid": uid, "click_seq": HEARD}).encode() + b"\n" for uid in uids))
+    os.utime(new, ns=(path.stat().st_atime_ns, path.stat().st_mtime_ns))
+
+    def rank_and_change(*args, **how):
+        parts = rank_ranges(*args, **how)
+        new.replace(path) if uids == ["z"] else shutil.copyfile(new, path)
+        return parts
+
+    with monkeypatch.context() as patch:
+        patch.setattr(infer_module, "rank_ranges", rank_and_change)
+        with pytest.raises(InputError, match=r"/one\.json: changed while it was ranked, so the former ranking stays"):
+            rank_own(two, top_k=2)
+    assert kept.items() <= tree(two / "ranking").items()
+    assert len(lines_of(two / "ranking/two.json.gz")[0]["columns"]) == 2
+    assert computed_again(two, top_k=2) == {"one.json.gz"}
+    assert [line["uid"] for line in lines_of(two / "ranking/one.json.gz")] == uids
+    assert not list((two / "ranking").glob(".*"))
 
 
 def test_files_and_folders_of_others_stay_and_disturb_nothing(two):
@@ -478,20 +477,11 @@ def test_files_and_folders_of_others_stay_and_disturb_nothing(two):
     for name, data in notes.items():
         (two / "ranking" / name).parent.mkdir(exist_ok=True)
         (two / "ranking" / name).write_bytes(data)
-        (two / "asked/click_seq" / name).parent.mkdir(exist_ok=True)
-    (two / "ranking/.folder.tmp").mkdir()
+    for leftover in (f".one.json.gz.{'0' * 32}.tmp", f"..part.{'1' * 32}.tmp.{'f' * 32}.tmp"):  # of a killed run
+        (two / "ranking" / leftover).write_bytes(b"half")
     assert computed_again(two) == set() and computed_again(two, top_k=1) == BOTH
     assert {name: (two / "ranking" / name).read_bytes() for name in notes} == notes
-    assert (two / "ranking/.folder.tmp").is_dir()
-
-
-@pytest.mark.parametrize("name", [b"\xff.json", "\u2028.json".encode(), b"new\nline.json"])
-def test_any_file_name_is_ranked_once(own, name):
-    path = _raw(own / "asked", users=[("a", HEARD)], click_file="z") / "click_seq/z.json"
-    path.rename(path.with_name(os.fsdecode(name)))
-    (output,) = rank_own(own)
-    assert os.fsencode(output.name) == name + b".gz" and lines_of(output)[0]["uid"] == "a"
-    assert computed_again(own) == set()
+    assert [path.name for path in (two / "ranking").glob(".*")] == [".mine.tmp"]
 
 
 @pytest.mark.parametrize("change", [CHANGES["a shelf"], CHANGES["the model"]])
@@ -511,87 +501,79 @@ def test_a_model_or_index_that_changes_under_a_run_stops_it_and_leaves_the_forme
     assert stamps(two) == before
 
 
-def test_bad_lines_are_skipped_and_every_good_one_is_ranked(own, capsys):
-    lines = [{"uid": f"u{n}", "click_seq": HEARD} for n in range(200)]
-    lines[50:50] = ["{not JSON"]
-    lines[100:100] = [""]
-    _write_lines(own / "asked/click_seq/clicks.json", lines)
-    ranked = lines_of(rank_own(own)[0])
-    assert [line["uid"] for line in ranked] == [f"u{n}" for n in range(200)]
-    printed = capsys.readouterr()
-    assert "1 of 202 lines are bad (line 51: not JSON)" in printed.err
-    assert "200 users ranked" in printed.out
+# ---------------------------------------------------------------- were the former rankings right?
 
 
-def test_too_many_bad_lines_stop_and_leave_the_former_output(two):
-    before = stamps(two)
-    _write_lines(two / "asked/click_seq/one.json", [{"uid": "b", "click_seq": HEARD}, "{not JSON"])
-    with pytest.raises(InputError, match=r"one\.json: 1 of 2 lines are bad \(line 2: not JSON\), more than"):
-        rank_own(two)
-    assert stamps(two) == before
+def places(clicks, since, ranked, popular):
+    """The places of the first click since in a ranked column, by the ranking, the own columns and popularity; or None."""
+    own, since = ([click.rpartition("_")[2] for click in of if "_" in click] for of in (clicks, since))
+    by_popularity = sorted(ranked, key=popular.index)
+    weight = {cid: sum(0.8**age for age, clicked in enumerate(reversed(own)) if clicked == cid) for cid in ranked}
+    by_own = sorted(by_popularity, key=lambda cid: -weight[cid])
+    target = next((cid for cid in since if cid in ranked), None)
+    return target and [1 + order.index(target) for order in (ranked, by_own, by_popularity)]
 
 
-def test_a_truncated_gzip_file_stops_and_leaves_no_output(own):
-    asked = _raw(own / "asked", users=REAL["users"], gzip=True) / "click_seq"
-    packed = (asked / "clicks.json.gz").read_bytes()
-    (asked / "clicks.json.gz").write_bytes(packed[: len(packed) // 2])
-    with pytest.raises(InputError, match="not a whole gzip file"):
-        rank_own(own)
-    assert [path for path in (own / "ranking").iterdir() if not path.name.startswith(".")] == []
-
-
-def test_what_a_killed_run_left_is_removed(two):
-    for name in (f".one.json.gz.{'0' * 32}.tmp", f"..one.json.gz.{'0' * 32}.tmp.{'f' * 32}.tmp"):
-        (two / "ranking" / name).write_bytes(b"half")
-    rank_own(two)
-    assert not list((two / "ranking").glob(".*"))
-
-
-def test_a_missing_clicks_folder_is_named(own):
-    with pytest.raises(InputError, match=r"/nowhere: no such folder"):
-        rank_own(own, own / "nowhere")
-
-
-@pytest.mark.parametrize("killed", [True, False], ids=["a first training that was killed", "no training"])
-def test_where_no_training_was_finished_it_names_the_script_to_run_first(own, killed):
-    for path in (own / "work/model").iterdir():
-        if not (killed and path.name.endswith((".h5", ".npz", "history.csv"))):
-            path.unlink() if path.is_file() else shutil.rmtree(path)
-    with pytest.raises(FileNotFoundError, match=r"model\.json: no such file; run train\.py first"):
-        rank_own(own, own / "raw/click_seq")
+@pytest.mark.parametrize("served_users", [3000, 30])
+def test_the_former_rankings_are_measured_by_what_users_clicked_since(own, monkeypatch, capsys, served_users):
+    """Of 102 lines and SERVED_USERS = 30 those of a half of the users are taken."""
+    monkeypatch.setattr(infer_module, "SERVED_USERS", served_users)
+    table, users, share = own / "ranking/served.csv", REAL["users"][:100], 1.0 if served_users == 3000 else 0.5
+    _raw(own / "asked", users=users)
+    former = {line["uid"]: line["columns"] for line in lines_of(rank_own(own)[0])}
+    filled(own, REAL["columns"] | {"late": ["t0a-0"]})
+    since = {uid: [f"x_{cid}" for cid in REAL["columns"]][n % 7 : n % 7 + n % 3] for n, uid in enumerate(former)}
+    since["user4"] = ["t0a-1", "t0a-1_gone", "t0a-0_late", *since["user4"]]  # in no column, or one that was not ranked
+    asked = [("new", HEARD), *((uid, clicks + since[uid]) for uid, clicks in reversed(users)), ("newer", HEARD)]
+    _raw(own / "asked", users=asked)
+    rank_own(own)
+    ranks = [places(clicks, since[uid], former[uid], popular_order()) for uid, clicks in users if draw(uid) < share]
+    ranks = np.array([of_user for of_user in ranks if of_user])
+    hits = [np.mean([rank <= 10 for rank in of_order]) for of_order in ranks.T]
+    gains = [np.mean([(rank <= 10) / math.log2(1 + rank) for rank in of_order]) for of_order in ranks.T]
+    (row,) = csv.DictReader(table.read_text().splitlines())
+    assert row["users"] == str(len(ranks)) and (len(ranks) == 66 if share == 1 else 20 < len(ranks) < 46)
+    assert row["model"] == json.loads((own / "work/model/model.json").read_text())["id"]
+    for name, hit, gain in zip(("", "own ", "popular "), hits, gains, strict=True):
+        assert (row[f"{name}HR@10"], row[f"{name}NDCG@10"]) == (f"{hit:.4f}", f"{gain:.4f}")
+    said = f"served: of the former rankings, for what {len(ranks)} users clicked first since: NDCG@10 {gains[0]:.4f}, HR@10"
+    assert said in capsys.readouterr().out and len({f"{gain:.4f}" for gain in gains}) == 3
+    rank_own(own, top_k=3)
+    assert "served" not in capsys.readouterr().out and table.read_text().count("\n") == 2
+    _raw(own / "asked", users=[(uid, clicks + [f"t0a-0_{cid}" for cid in REAL["columns"]]) for uid, clicks in asked])
+    rank_own(own)
+    assert "served: " in capsys.readouterr().out and table.read_text().count("\n") == 3
 
 
 # ---------------------------------------------------------------- one user, now, and why
 
 
-@pytest.fixture(scope="module")
-def ranker(trained):
-    return Ranker(trained / "work")
+def test_ids_that_are_integers_are_their_decimal_text(own):
+    filled(own, REAL["columns"] | {"7": ["64", "65"]})
+    ranker = Ranker(own / "work")
+    assert ranker.rank([64]) == ranker.rank(["64"]) != ranker.rank(["nobody knows"])
+    assert ranker.why([64, "t0a-1_t0a"]) == ranker.why(["64", "t0a-1_t0a"])
 
 
-def test_one_user_is_ranked_as_in_the_file(ranked, ranker):
-    users = REAL["users"][:20]
-    for (_, clicks), line in zip(users, ranked(users), strict=True):
-        of_user = ranker.rank(clicks)
-        assert dict(of_user).keys() == set(line["columns"]) and of_user[:2] == ranker.rank(clicks, top_k=2)
-        scores = {cid: math.log(probability) for cid, probability in of_user}
-        assert list(scores.values()) == sorted(scores.values(), reverse=True)
-        assert_equal_rankings([{**line, "columns": list(scores), "scores": list(scores.values())}], [line])
-
-
-def test_several_threads_may_ask_one_ranker(ranker):
-    clicks = [clicks for _, clicks in REAL["users"]]
-    with ThreadPoolExecutor(8) as threads:
-        assert list(threads.map(ranker.rank, clicks)) == [ranker.rank(of_user) for of_user in clicks]
+@pytest.mark.parametrize("clicks", ["t0a-1", None, 64, ("t0a-1",), {"t0a-1": 1}, [None], ["t0a-1", 1.5], [[7]]])
+def test_what_is_no_list_of_ids_is_refused_and_times_of_another_number(ranker, clicks):
+    for call in (ranker.rank, ranker.why):
+        with pytest.raises(TypeError, match="clicks must be a list of texts or integers"):
+            call(clicks)
+        with pytest.raises(TypeError, match="1 times for 2 clicks"):
+            call(HEARD, times=[START])
 
 
 @pytest.mark.parametrize("clicks", [["t0a-1_t0a", "nobody knows", "t0b-2", "t1a-1_t1a"], ["nobody knows"], []])
 def test_what_a_click_does_is_what_ranking_without_it_changes(ranker, clicks):
-    reasons, ranked = ranker.why(clicks, top_k=3), dict(ranker.rank(clicks))
+    reasons, ranked, weights = ranker.why(clicks, top_k=3), dict(ranker.rank(clicks)), (0.4, 0.3, 0.3)
+    parts = ranker.scorer.parts(ranker.padded([ranker.encode(clicks)]), ranker.mix)
     assert [reason.cid for reason in reasons] == list(ranked)[:3]
     for reason in reasons:
         assert math.isclose(reason.probability, ranked[reason.cid], rel_tol=1e-4)
-        assert 0 <= reason.of_towers <= 1 if "t0b-2" in clicks else reason.of_towers is None
+        shares = [part[0, ranker.cids.index(reason.cid)] * weight for part, weight in zip(parts, weights, strict=True)]
+        expected = [share / sum(shares) for share in shares[:2]] if "t0b-2" in clicks else [None, None]
+        assert [reason.of_towers, reason.of_memory] == pytest.approx(expected)
         for place, effect in enumerate(reason.effects):
             without = dict(ranker.rank(clicks[:place] + clicks[place + 1 :]))
             assert abs(effect - math.log(ranked[reason.cid] / without[reason.cid])) < 3e-4
@@ -599,55 +581,38 @@ def test_what_a_click_does_is_what_ranking_without_it_changes(ranker, clicks):
 
 
 def test_a_click_that_changes_nothing_has_no_effect(ranker):
-    clicks = ["t3a-1_t3a", *["t0a-1_t0a", "t0b-2"] * 40]
-    assert len(clicks) > ranker.user_max_len + 1
+    """Of a history of any length the last clicks alone are read."""
+    clicks = ["t3a-1_t3a", *["t0a-1_t0a", "t0b-2"] * 50_000]
     unread = len(clicks) - ranker.user_max_len
     for reason in ranker.why(clicks):
         assert reason.effects[:unread] == [0.0] * unread and any(reason.effects[unread:])
+        assert len(reason.effects) == len(clicks)
     assert all(reason.effects == [0.0, 0.0] for reason in ranker.why(["nobody knows", "nor that"]))
-
-
-def test_the_clicks_of_a_theme_speak_for_its_column(ranker):
-    """Users go on in the theme of their last clicks, so the theme's column stands first because of them."""
-    (reason,) = ranker.why(["t1a-1_t1a", "t2a-1_t2a", "t0a-1_t0a", "t0a-2_t0a"], top_k=1)
-    assert reason.cid.startswith("t0")
-    assert max(reason.effects) == max(reason.effects[2:]) > 0
-
-
-# ---------------------------------------------------------------- the printed example
+    of_last = dict(ranker.rank(clicks[-50:]))
+    assert dict(ranker.rank(clicks)) == pytest.approx(of_last)
+    assert dict(ranker.rank(clicks[:50])) != pytest.approx(of_last)
 
 
 def test_the_example_names_what_was_clicked_what_is_shown_and_why_as_far_as_titles_are_known(own, capsys):
     index = load_index(own / "work")
-    reasons = [Reason("t0a", 0.5, 0.25, [0.31, 0.9, 0.01]), Reason("t0b", 0.1, None, [-0.5, 0.0, 0.2])]
-    example = "u", ["t0b-2", "t0a-1_t0a", "x"], reasons
+    reasons = [Reason("t0a", 0.5, 0.25, 0.45, [0.31, 0.9, 0.01]), Reason("t0b", 0.1, None, None, [-0.5, 0.0, 0.2])]
+    clicks, times = ["t0b-2", "t0a-1_t0a", "x"], [START, START, START + 3600]
     named = _raw(own / "named", columns={"t0a": ["t0a-1"]}, names={"t0a": "The best"}, titles={"t0b-2": "A title"})
-    damaged = _raw(own / "damaged", columns={"t0a": ["t0a-1"]})
-    (damaged / "cid2vids2.json.gz").write_bytes(b"no gzip")
-    for data_dir, title, name in (
-        (named, "A title", "The best"),
-        (own / "none", "t0b-2", "t0a"),
-        (damaged, "t0b-2", "t0a"),
+    when = ", opened after 5 hours, on 2025-11-24 06:00 UTC,"
+    for data_dir, title, name, history in (
+        (named, "A title", "The best", History("u", clicks, times, START + 6 * 3600)),
+        (own / "none", "t0b-2", "t0a", History("u", clicks, [0, 0, 0], 0)),
     ):
-        print_example(*example, index, data_dir)
+        print_example(history, reasons, index, data_dir)
         assert capsys.readouterr().out.splitlines() == [
             "user u clicked last:",
             f"  {title}",
             f"  t0a-1  in {name}",
             "  x",
-            "and is shown first, by these of the clicks:",
-            f"   50.0%  {name}  (towers 25%, memory 75%)",
+            f"and is shown first{when if history.times[0] else ''} by these of the clicks:",
+            f"   50.0%  {name}  (towers 25%, memory 45%, habit 30%)",
             f"          +0.90  t0a-1  in {name}",
             f"          +0.31  {title}",
             "   10.0%  t0b  (popular)",
             "          +0.20  x",
         ]
-
-
-def test_a_run_ends_with_the_first_user_of_what_it_ranked_and_one_that_ranked_nothing_without(own, capsys):
-    asked = _raw(own / "asked", users=[("u", ["t0a-1_t0a", "t0b-2"]), ("v", ["t0b-2"])]) / "click_seq"
-    rank_own(own, asked)
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[1:3] == ["user u clicked last:", "  t0a-1  in t0a"]
-    rank_own(own, asked)
-    assert len(capsys.readouterr().out.splitlines()) == 1

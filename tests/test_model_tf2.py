@@ -1,39 +1,21 @@
-"""The towers, their losses, what is counted, the memory, the mix of both, and the one that scores."""
+"""The towers, their loss, the trend, the memory, habit, the mix of all, and the one that scores."""
 
-import hashlib
 import itertools
-import random
-from collections import Counter, defaultdict
+from types import SimpleNamespace
 
 import get_dataset
-import get_tfrecord as get_tfrecord_module
 import model_tf2
-from get_dataset import AUX_NEGATIVES, add_candidates
-from get_indexing import FIRST_VIDEO, PAD, UNKNOWN, Index, InputError, get_indexing
-from get_tfrecord import get_tfrecord
+from get_dataset import DAY, Counts, Pairs, add_candidates
+from get_indexing import FIRST_VIDEO, PAD, UNKNOWN, Index, InputError
 from model_tf2 import (
-    BACKWARD,
-    BST_DSSM,
-    MAX_LAG,
-    Counts,
-    CountTable,
-    Memory,
-    Mix,
-    Pairs,
-    Scorer,
-    add_pairs,
-    build_model,
-    candidate_loss,
-    count_windows,
-    mix,
-    to_probabilities,
-    training_loss,
-)
+    NUM_GAPS, TREND_BACKOFF, TREND_REACHES,
+    Memory, Mix, Scorer, Trend, Users, build_model, training_loss,
+)  # fmt: skip
+from train import make_scorer
 
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import _raw
 
 NUM_VIDEOS, NUM_COLUMNS, DIM = 30, 6, 8
 LAST_VIDEO = FIRST_VIDEO + NUM_VIDEOS - 1
@@ -41,7 +23,7 @@ KINDS = pytest.mark.parametrize("kind", ["softmax", "bce"])
 
 
 def shaken(**arguments):
-    """A model with large random weights, biases of ages and repeats too, so that whatever is read shows."""
+    """A model with large random weights, biases of ages, of gaps and of trends too, so that whatever is read shows."""
     sizes = dict(num_videos=NUM_VIDEOS, num_columns=NUM_COLUMNS, emb_dim=DIM)
     model, rng = build_model(**{**sizes, **arguments}), np.random.default_rng(5)
     for variable in model.variables:
@@ -58,10 +40,10 @@ def model():
 
 @pytest.fixture
 def clicks():
-    """Video and column numbers [3, 7] of three users' clicks."""
+    """Numbers of videos and columns, and gaps, [3, 7] each, of three users' clicks."""
     rng = np.random.default_rng(6)
     videos, columns = rng.integers(FIRST_VIDEO, LAST_VIDEO + 1, [3, 7]), rng.integers(0, NUM_COLUMNS + 1, [3, 7])
-    return videos.astype(np.int32), columns.astype(np.int32)
+    return [numbers.astype(np.int32) for numbers in (videos, columns, rng.integers(0, NUM_GAPS, [3, 7]))]
 
 
 @pytest.fixture
@@ -72,21 +54,11 @@ def shelves():
 
 
 def inputs_of(clicks, shelves):
-    names = "user_feature", "user_column", "item_feature", "item_column"
-    return dict(zip(names, (*clicks, *shelves), strict=True))
+    return dict(zip((*HISTORY, "item_feature", "item_column"), (*clicks, *shelves), strict=True))
 
 
 def after(array, padding):
     return np.pad(array, [(0, 0), (0, padding)])
-
-
-def before(array, padding):
-    return np.pad(array, [(0, 0), (padding, 0)])
-
-
-def softmax(logits):
-    powers = np.exp(logits - np.max(logits, axis=-1, keepdims=True))
-    return powers / powers.sum(axis=-1, keepdims=True)
 
 
 def close(a, b, tolerance=1e-5):
@@ -97,20 +69,14 @@ def close(a, b, tolerance=1e-5):
 
 
 @pytest.mark.parametrize("padding", [1, 60])
-def test_padding_does_not_change_the_user_vectors_before_or_after_the_clicks(model, clicks, padding):
-    vectors = model.user_vectors(*clicks).numpy()
-    in_graph = tf.function(lambda *of: model.user_vectors(*of))
-    assert close(in_graph(*(after(array, padding) for array in clicks))[:, :7], vectors)
-    assert close(model.user_vectors(*(after(array, padding) for array in clicks))[:, :7], vectors)
-    assert close(model.user_vectors(*(before(array, padding) for array in clicks))[:, padding:], vectors)
-
-
-@pytest.mark.parametrize("padding", [1, 12])
-def test_padding_does_not_change_the_column_vectors_nor_the_logits(model, clicks, shelves, padding):
-    videos, numbers = shelves
-    padded = after(videos, padding), numbers
-    assert close(model.column_vectors(*padded), model.column_vectors(videos, numbers))
-    longer = [after(array, padding) for array in clicks]
+def test_neither_padding_nor_the_order_of_a_columns_videos_changes_anything(model, clicks, shelves, padding):
+    vectors, (videos, numbers) = model.user_vectors(*clicks).numpy(), shelves
+    longer, padded = [after(array, padding) for array in clicks], (after(videos, padding), numbers)
+    assert close(tf.function(model.user_vectors)(*longer)[:, :7], vectors)
+    assert close(model.user_vectors(*longer)[:, :7], vectors)
+    assert close(model.user_vectors(*(np.pad(of, [(0, 0), (padding, 0)]) for of in clicks))[:, padding:], vectors)
+    for of_column in (padded[0], padded[0][:, ::-1]):
+        assert close(model.column_vectors(of_column, numbers), model.column_vectors(videos, numbers))
     assert close(model(inputs_of(longer, padded)), model(inputs_of(clicks, shelves)), 1e-4)
 
 
@@ -119,112 +85,85 @@ def test_a_user_vector_does_not_depend_on_later_clicks(model, clicks, place):
     vectors, changed = model.user_vectors(*clicks).numpy(), [array.copy() for array in clicks]
     changed[0][:, place + 1 :] = FIRST_VIDEO + (changed[0][:, place + 1 :] - FIRST_VIDEO + 1) % NUM_VIDEOS
     changed[1][:, place + 1 :] = (changed[1][:, place + 1 :] + 1) % (NUM_COLUMNS + 1)
+    changed[2][:, place + 1 :] = (changed[2][:, place + 1 :] + 1) % NUM_GAPS
     others = model.user_vectors(*changed).numpy()
     assert close(others[:, : place + 1], vectors[:, : place + 1])
     assert not close(others[:, place + 1], vectors[:, place + 1], 1e-3)
 
 
-@pytest.mark.parametrize("which", [0, 1])
-def test_a_user_vector_depends_on_each_earlier_video_and_on_each_earlier_column(model, clicks, which):
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_a_user_vector_depends_on_each_earlier_video_column_and_gap_and_on_their_order(model, clicks, which):
     vectors = model.user_vectors(*clicks).numpy()
     for place in range(7):
         changed = [array.copy() for array in clicks]
         changed[which][:, place] = np.where(changed[which][:, place] == 3, 4, 3)
         others = model.user_vectors(*changed).numpy()
         assert np.abs(others[:, -1] - vectors[:, -1]).max(axis=1).min() > 1e-4
+    swapped = [array[:, [1, 0, *range(2, 7)]] for array in clicks]
+    assert not close(model.user_vectors(*swapped)[:, -1], vectors[:, -1], 1e-3)
 
 
-def test_a_user_vector_depends_on_the_order_of_the_clicks(model, clicks):
-    swapped = [array[:, [1, 0, 2, 3, 4, 5, 6]] for array in clicks]
-    assert not close(model.user_vectors(*swapped)[:, -1], model.user_vectors(*clicks)[:, -1], 1e-3)
+def test_vectors_have_length_one_and_a_user_is_as_much_longer_as_its_gap_says(model, clicks, shelves):
+    sureness = np.where(clicks[2] > 0, np.exp(model.gap_scale.numpy())[clicks[2]], 1)
+    assert close(np.linalg.norm(model.user_vectors(*clicks), axis=-1), sureness) and sureness.std() > 0.1
+    assert close(np.linalg.norm(model.column_vectors(*shelves), axis=-1), 1)
 
 
-def test_the_order_of_a_columns_videos_does_not_matter(model, shelves):
-    videos, numbers = shelves
-    padded = after(videos, 2)
-    shuffled = np.stack([row[order] for row, order in zip(padded, np.argsort(padded * 7919 % 101), strict=True)])
-    assert not np.array_equal(padded, shuffled)
-    assert close(model.column_vectors(shuffled, numbers), model.column_vectors(videos, numbers))
+def test_logits_are_the_scaled_cosines_with_the_user_after_the_last_click(clicks, shelves):
+    """Of histories of different length; clicks older than max_age are read too. A column is newer than the model."""
+    model, (shelf, numbers) = shaken(max_age=2), (shelves[0], np.array([1, 2, 3, 9], np.int32))
+    for row, length in enumerate([7, 4, 1]):
+        for numbers_of in clicks:
+            numbers_of[row, length:] = 0
+    last, items = model.user_vectors(*clicks).numpy()[[0, 1, 2], [6, 3, 0]], model.column_vectors(shelf, numbers)
+    assert close(model(inputs_of(clicks, (shelf, numbers))), float(model.scale) * last @ items.numpy().T, 1e-4)
+    clicks[0][0, 0] = 1 + clicks[0][0, 1]
+    assert not close(model.user_vectors(*clicks)[0, 6], last[0], 1e-4)
 
 
-def test_vectors_have_length_one(model, clicks, shelves):
-    for vectors in (model.user_vectors(*clicks), model.column_vectors(*shelves)):
-        assert close(np.linalg.norm(vectors, axis=-1), 1)
-
-
-def bonus_of(model, columns, number):
-    """What is learned for clicks in a column, given the columns clicked, oldest first: a sum over its clicks."""
-    repeats = model.repeats.numpy()
-    ages = [len(columns) - 1 - place for place, column in enumerate(columns) if column == number and number]
-    return sum(repeats[min(age, len(repeats) - 1)] for age in ages)
-
-
-@pytest.mark.parametrize("max_age", [None, 2])
-def test_logits_are_the_scaled_cosines_and_what_is_learned_for_each_click_in_the_column(clicks, shelves, max_age):
-    """For the click after the last one, of histories of different length; old ages share the last number."""
-    model, (videos, columns) = shaken(max_age=max_age), (array.copy() for array in clicks)
-    videos[1, 4:] = columns[1, 4:] = videos[2] = columns[2] = 0
-    videos[2, 0], columns[2, 0] = 5, 3
-    shelf, numbers = (
-        shelves[0],
-        np.array([1, 2, 3, 9], np.int32),
-    )  # 4 to 6 are not candidates, 9 is newer than the model
-    users, items = model.user_vectors(videos, columns).numpy(), model.column_vectors(shelf, numbers).numpy()
-    logits = model(inputs_of((videos, columns), (shelf, numbers))).numpy()
-    assert any((columns == number).any() for number in (4, 5, 6)) and (columns == 0).any()
-    for user, length in enumerate([7, 4, 1]):
-        cosines = items @ users[user, length - 1]
-        bonus = [bonus_of(model, columns[user, :length].tolist(), number) for number in numbers.tolist()]
-        assert close(logits[user], float(model.scale) * cosines + bonus, 1e-4)
-
-
-def test_without_its_map_a_column_is_the_mean_of_its_videos_and_its_own_embedding(shelves):
-    model = shaken(column_map=False)
-    videos, numbers = shelves
-    states = model.column_tower(model.embed_videos(videos), videos != PAD)
-    mean = tf.reduce_sum(states, axis=1) / tf.maximum(tf.math.count_nonzero(videos, 1, True, tf.float32), 1)
-    expected = tf.math.l2_normalize(mean + model.embed_columns(numbers), axis=-1)
-    assert close(model.column_vectors(videos, numbers), expected, 1e-6)
-
-
-def test_a_model_that_learned_nothing_gives_no_bonus_for_repeats(clicks, shelves):
-    model = build_model(num_videos=NUM_VIDEOS, num_columns=NUM_COLUMNS, emb_dim=DIM)
-    users, items = model.user_vectors(*clicks).numpy(), model.column_vectors(*shelves).numpy()
-    assert close(model(inputs_of(clicks, shelves)), float(model.scale) * users[:, -1] @ items.T, 1e-4)
+def test_gaps_change_a_vector_where_times_are_known_and_something_was_learned_of_gaps(model, clicks):
+    """Without times all is the same, whatever was learned; nor does a time change the vectors of the clicks before it."""
+    others, (videos, columns, gaps) = shaken(item_blocks=1), clicks
+    for learned in (others.gap_embedding, others.gap_scale):
+        learned.assign(-3 * learned.numpy())
+    none, some = np.zeros_like(gaps), np.where(np.arange(7) < 4, 0, 1 + gaps // 2)
+    assert np.array_equal(others.user_vectors(videos, columns, none), model.user_vectors(videos, columns, none))
+    both = [of.user_vectors(videos, columns, some).numpy() for of in (others, model)]
+    assert close(both[0][:, :4], both[1][:, :4]) and not close(both[0][:, 4], both[1][:, 4], 1e-2)
+    new = build_model(num_videos=NUM_VIDEOS, num_columns=NUM_COLUMNS, emb_dim=DIM)
+    assert np.array_equal(new.user_vectors(videos, columns, gaps), new.user_vectors(videos, columns, none))
 
 
 def test_empty_users_and_empty_columns_give_no_nan(model, clicks, shelves):
-    (videos, columns), (shelf, numbers) = (array.copy() for array in clicks), (array.copy() for array in shelves)
-    videos[0], columns[0], videos[1, 3:], columns[1, 3:] = 0, 0, 0, 0
+    (shelf, numbers), third = (array.copy() for array in shelves), model.user_vectors(*clicks)[2]
+    for of in clicks:
+        of[0], of[1, 3:] = 0, 0
     shelf[0], shelf[1], numbers[0] = 0, 0, 0
     with tf.GradientTape() as tape:
-        users, items = model.user_vectors(videos, columns), model.column_vectors(shelf, numbers)
-        logits = model.next_logits(users, videos, columns, items, numbers)
-        total = tf.reduce_sum(logits**2)
-    gradients = tape.gradient(total, model.trainable_variables)
-    assert np.isfinite(users).all() and np.isfinite(items).all() and np.isfinite(logits).all()
-    assert all(np.isfinite(tf.convert_to_tensor(gradient)).all() for gradient in gradients)
-    assert close(model.user_vectors(videos, columns)[2], model.user_vectors(*clicks)[2])
-    assert close(logits[0], 0)  # an empty user ranks nothing
+        users, items = model.user_vectors(*clicks), model.column_vectors(shelf, numbers)
+        logits = model.scaled_cosines(model.last_vectors(users, clicks[0]), items)
+    gradients = [g for g in tape.gradient(logits, model.trainable_variables) if g is not None]  # none: the trend's
+    assert all(np.isfinite(tf.convert_to_tensor(of)).all() for of in (users, items, logits, *gradients))
+    assert close(users[2], third) and close(logits[0], 0)  # an empty user ranks nothing
 
 
 @pytest.mark.parametrize("number", [LAST_VIDEO + 1, 10**9])
 def test_a_video_beyond_the_vocabulary_is_an_unknown_one_and_the_last_of_it_is_not(model, clicks, shelves, number):
-    (videos, columns), (shelf, numbers) = clicks, shelves
+    (videos, *rest), (shelf, numbers) = clicks, shelves
     newer, unknown, shelf_newer, shelf_unknown = videos.copy(), videos.copy(), shelf.copy(), shelf.copy()
     newer[:, 2], unknown[:, 2], shelf_newer[:, 1], shelf_unknown[:, 1] = number, UNKNOWN, number, UNKNOWN
-    assert close(model.user_vectors(newer, columns), model.user_vectors(unknown, columns))
+    assert close(model.user_vectors(newer, *rest), model.user_vectors(unknown, *rest))
     assert close(model.column_vectors(shelf_newer, numbers), model.column_vectors(shelf_unknown, numbers))
-    assert not close(model.user_vectors(newer, columns), model.user_vectors(videos, columns), 1e-3)
+    assert not close(model.user_vectors(newer, *rest), model.user_vectors(videos, *rest), 1e-3)
     newer[:, 2] = LAST_VIDEO
-    assert not close(model.user_vectors(newer, columns), model.user_vectors(unknown, columns), 1e-3)
+    assert not close(model.user_vectors(newer, *rest), model.user_vectors(unknown, *rest), 1e-3)
 
 
 def test_a_video_has_the_mean_of_the_columns_that_show_it_beside_its_own_embedding(model):
     """Also one newer than the model, in columns of which one is newer too; padding, and what no column shows, has none."""
     shown_in = np.zeros([LAST_VIDEO + 2, 3], np.int32)
     shown_in[4], shown_in[LAST_VIDEO + 1] = [2, 5, 0], [3, NUM_COLUMNS + 1, 0]
-    informed = build_model(**model.arguments, video_columns=shown_in)
+    informed = build_model(**model.arguments, shelves=shown_in)
     informed.set_weights(model.get_weights())
     own, columns = model.video_embedding.numpy(), model.column_embedding.numpy()
     embedded = informed.embed_videos(np.array([4, 5, PAD, LAST_VIDEO + 1, 10**9], np.int32))
@@ -234,10 +173,9 @@ def test_a_video_has_the_mean_of_the_columns_that_show_it_beside_its_own_embeddi
 
 @pytest.mark.parametrize("number", [NUM_COLUMNS + 1, 10**9])
 def test_a_column_newer_than_the_model_has_no_embedding_of_its_own(model, clicks, shelves, number):
-    (videos, columns), (shelf, numbers) = clicks, shelves
-    newer, none = columns.copy(), columns.copy()
-    newer[:, 2], none[:, 2] = number, 0
-    assert close(model.user_vectors(videos, newer), model.user_vectors(videos, none))
+    (videos, columns, gaps), (shelf, numbers) = clicks, shelves
+    newer, none = (np.where(np.arange(7) == 2, of, columns) for of in (number, 0))
+    assert close(model.user_vectors(videos, newer, gaps), model.user_vectors(videos, none, gaps))
     from_videos = model.column_vectors(shelf, np.zeros_like(numbers))
     assert close(model.column_vectors(shelf, np.full_like(numbers, number)), from_videos)
     assert not close(model.column_vectors(shelf, numbers), from_videos, 1e-3)
@@ -245,19 +183,15 @@ def test_a_column_newer_than_the_model_has_no_embedding_of_its_own(model, clicks
     assert not close(model.column_vectors(shelf, last), from_videos, 1e-3)
 
 
-def test_a_model_built_again_from_its_arguments_scores_the_same(model, clicks, shelves, tmp_path):
+def test_a_model_built_again_from_its_arguments_scores_the_same(clicks, shelves, tmp_path):
+    given = dict(num_videos=9, num_columns=3, emb_dim=12, num_heads=3, user_blocks=2, item_blocks=0, ffn_ratio=1,
+                 dropout=0.0, max_age=4, column_map=False, num_trends=2)  # fmt: skip
+    model = shaken(**given)
     model.save_weights(tmp_path / "towers.weights.h5")
     again = build_model(**model.arguments)
     again.load_weights(tmp_path / "towers.weights.h5")
     assert np.array_equal(again(inputs_of(clicks, shelves)), model(inputs_of(clicks, shelves)))
-    assert again.arguments == model.arguments
-
-
-def test_arguments_name_all_that_the_model_was_built_with():
-    given = dict(num_videos=9, num_columns=3, emb_dim=12, num_heads=3, user_blocks=2, item_blocks=0, ffn_ratio=1,
-                 dropout=0.0, max_age=4, column_map=False)  # fmt: skip
-    assert BST_DSSM(**given).arguments == given
-    assert build_model(**given).arguments == given
+    assert again.arguments == model.arguments == given
 
 
 def test_a_width_that_the_heads_do_not_divide_is_refused():
@@ -265,35 +199,17 @@ def test_a_width_that_the_heads_do_not_divide_is_refused():
         build_model(num_videos=9, num_columns=3, emb_dim=10, num_heads=4)
 
 
-def test_clicks_older_than_max_age_are_still_read():
-    model, rng = shaken(max_age=2), np.random.default_rng(8)
-    videos = rng.integers(FIRST_VIDEO, LAST_VIDEO, [1, 9]).astype(np.int32)
-    other, none = videos.copy(), np.zeros_like(videos)
-    other[0, 0] = LAST_VIDEO
-    assert not close(model.user_vectors(videos, none)[0, -1], model.user_vectors(other, none)[0, -1], 1e-4)
-
-
-# ---------------------------------------------------------------- dropout
-
-
-def test_dropout_drops_its_share_and_keeps_the_sum_in_expectation():
-    dropped = model_tf2.drop_out(tf.ones([301, 77]), 0.3, tf.constant([1, 2], tf.int64)).numpy()
-    kept = 1 - 77 / 256  # the rate in 1 / 256
-    assert np.isin(dropped, [0, np.float32(1 / kept)]).all()
+def test_dropout_drops_its_share_by_its_seed_and_keeps_the_sum_in_expectation():
+    ones, seeds = tf.ones([301, 77]), [tf.constant([seed, 2], tf.int64) for seed in (1, 1, 2)]
+    dropped, again, other = (model_tf2.drop_out(ones, 0.3, seed).numpy() for seed in seeds)
+    assert np.array_equal(dropped, again) and not np.array_equal(dropped, other)
+    assert close(np.unique(dropped), [0, 1 / 0.7])
     assert abs((dropped == 0).mean() - 0.3) < 0.01 and abs(dropped.mean() - 1) < 0.02
-    neighbours = np.corrcoef(dropped[:, :-1].ravel(), dropped[:, 1:].ravel())[0, 1]
-    assert abs(neighbours) < 0.03  # they do not go together
+    assert np.array_equal(model_tf2.drop_out(ones, 0.3, None), ones)
+    assert np.array_equal(model_tf2.drop_out(ones, 0.0, seeds[0]), ones)
 
 
-def test_dropout_is_that_of_its_seed_and_without_one_there_is_none():
-    states = tf.random.stateless_normal([9, 5], [3, 4])
-    first, again, other = (model_tf2.drop_out(states, 0.5, tf.constant([seed, 7], tf.int64)) for seed in (1, 1, 2))
-    assert np.array_equal(first, again) and not np.array_equal(first, other)
-    assert np.array_equal(model_tf2.drop_out(states, 0.5, None), states)
-    assert np.array_equal(model_tf2.drop_out(states, 0.0, tf.constant([1, 7], tf.int64)), states)
-
-
-# ---------------------------------------------------------------- the loss of given logits
+# ---------------------------------------------------------------- the loss
 
 
 def loss_by_hand(own, shares, others, log_prob, kind):
@@ -306,46 +222,15 @@ def loss_by_hand(own, shares, others, log_prob, kind):
     return shares @ positive + negative @ np.exp(-np.array(log_prob, float))
 
 
-@pytest.fixture
-def scored():
-    """Logits of targets [5, 3], their shares [5, 3], others [5, 4]."""
-    rng = np.random.default_rng(9)
-    shares = np.array([[1, 0.5, 0.25], [1, 0.5, 0], [1, 0, 0.25], [1, 0, 0], [1, 0.5, 0.25]])
-    values = rng.normal(0, 2, [5, 3]), shares, rng.normal(0, 2, [5, 4])
-    return [value.astype(np.float32) for value in values]
-
-
-@KINDS
-@pytest.mark.parametrize("log_prob", [0.0, -1.3], ids=["all are drawn", "some are drawn"])
-def test_the_loss_is_the_sum_over_targets_with_the_clicks_after_the_next_by_their_shares(scored, kind, log_prob):
-    own, shares, others = scored
-    by_hand = [loss_by_hand(*of, np.full(4, log_prob), kind) for of in zip(own, shares, others, strict=True)]
-    assert float(candidate_loss(own, shares, others, log_prob, kind)) == pytest.approx(sum(by_hand), rel=1e-5)
-
-
-@KINDS
-def test_a_candidate_drawn_less_often_counts_more_and_one_left_out_counts_nothing(scored, kind):
-    own, shares, others = scored
-    losses = [float(candidate_loss(own, shares, others, log_prob, kind)) for log_prob in (0.0, -1.0, -3.0)]
-    assert losses == sorted(losses) and len(set(losses)) == 3
-    without, others[:, 2] = float(candidate_loss(own, shares, others[:, [0, 1, 3]], -1.0, kind)), -1e9
-    assert float(candidate_loss(own, shares, others, -1.0, kind)) == pytest.approx(without)
-
-
-@KINDS
-def test_the_loss_of_no_target_is_zero(kind):
-    nothing = tf.zeros([0, 2]), tf.zeros([0, 2]), tf.zeros([0, 4]), 0.0
-    assert float(candidate_loss(*nothing, kind)) == 0
-
-
-# ---------------------------------------------------------------- the loss of a batch
-
+HISTORY = "user_feature", "user_column", "user_gap"
 AHEAD = 3  # next clicks whose columns are targets, here
+TRENDS = np.random.default_rng(10).normal(0, 2, [5, 1 + NUM_COLUMNS, 3]).astype(np.float32)  # of 4 days
+TRENDS[0] = 0  # no known day
 
 
-def losses_of(model, batch, kind="softmax", **options):
-    """training_loss() in which each click after the next counts half of the one before."""
-    return training_loss(model, batch, kind, ahead_decay=0.5, **options)
+def loss_of(model, batch, kind="softmax", **options):
+    """training_loss() with trends, in which each click after the next counts half of the one before."""
+    return training_loss(model, batch, kind, **dict(ahead_decay=0.5, trends=TRENDS) | options)
 
 
 @pytest.fixture
@@ -359,15 +244,21 @@ def batch():
     shelf = rng.permutation(np.arange(FIRST_VIDEO, LAST_VIDEO))[: NUM_COLUMNS * 4].reshape(NUM_COLUMNS, 4)
     shelf[0, 2:] = 0
     next_columns = following * (following[..., :1] > 0)
-    integers = {"user_feature": videos, "user_column": columns, "target_video": after(videos[:, 1:], 1),
+    integers = {"user_feature": videos, "user_column": columns, "user_gap": rng.integers(0, NUM_GAPS, [3, 6]),
+                "trend_row": rng.integers(0, len(TRENDS), [3, 6]),
                 "target_column": next_columns, "target_item": np.maximum(next_columns - 1, 0),
-                "item_column": np.arange(1, NUM_COLUMNS + 1), "item_feature": shelf,
-                "negative_video": rng.integers(FIRST_VIDEO, LAST_VIDEO, AUX_NEGATIVES)}  # fmt: skip
+                "item_column": np.arange(1, NUM_COLUMNS + 1), "item_feature": shelf}  # fmt: skip
     return {name: tf.constant(value, tf.int32) for name, value in integers.items()} | {
-        "label": tf.constant(next_columns[..., 0] > 0, tf.float32),
         "item_log_prob": tf.zeros([NUM_COLUMNS]),
         "seed": tf.constant([5, 6], tf.int64),
     }
+
+
+def only_target(batch, row, place):
+    """The same batch, in which only what follows that click is a target."""
+    mask = np.zeros([3, 6, 1], np.int32)
+    mask[row, place] = 1
+    return batch | {"target_column": batch["target_column"] * mask}
 
 
 def with_candidates(batch, candidates, log_prob):
@@ -385,86 +276,57 @@ def with_candidates(batch, candidates, log_prob):
 
 
 def logits_by_hand(model, batch, row, place):
-    """Logits [columns] of a target: the user after that click, every column, and the clicks up to it."""
-    videos, columns = batch["user_feature"].numpy(), batch["user_column"].numpy()
-    user = model.user_vectors(videos[row : row + 1, : place + 1], columns[row : row + 1, : place + 1])[0, -1]
-    items = model.column_vectors(batch["item_feature"], batch["item_column"]).numpy()
-    numbers = range(1, NUM_COLUMNS + 1)
-    bonus = [bonus_of(model, columns[row, : place + 1].tolist(), number) for number in numbers]
-    return float(model.scale) * items @ user.numpy() + bonus
-
-
-def column_loss_by_hand(model, batch, candidates, log_prob, kind):
-    losses = []
-    for row, place in zip(*np.nonzero(batch["label"].numpy()), strict=True):
-        logits = logits_by_hand(model, batch, row, place)
-        wanted = [(number, 0.5**k) for k, number in enumerate(batch["target_column"][row, place].numpy()) if number]
-        own, shares = [logits[number - 1] for number, _ in wanted], [share for _, share in wanted]
-        others = [logits[number - 1] for number in candidates if number != wanted[0][0]]
-        losses.append(loss_by_hand(own, shares, others, np.full(len(others), log_prob), kind))
-    return np.mean(losses)
+    """Logits [columns] of a target: the user after that click, every column, and its trend on the day of the target."""
+    cut = [batch[name].numpy()[row : row + 1, : place + 1] for name in HISTORY]
+    served = model(inputs_of(cut, (batch["item_feature"], batch["item_column"])))[0].numpy()
+    return served + TRENDS[batch["trend_row"][row, place], 1:] @ model.trend_weights.numpy()
 
 
 @KINDS
+@pytest.mark.parametrize("decay", [0.5, 0.0])
 @pytest.mark.parametrize("candidates", [range(1, 7), [1, 3, 4, 6]])
-def test_the_loss_of_the_columns_is_that_of_the_logits_that_are_served(model, batch, kind, candidates):
-    """Against all columns and against some, in which a target need not be."""
-    log_prob = np.log(len(candidates) / NUM_COLUMNS)
+def test_the_loss_is_that_of_the_logits_served_and_the_trend_of_each_targets_day(model, batch, kind, candidates, decay):
+    """Against all columns or some, in which a target need not be. Where no time is known it is as without trends."""
+    log_prob, losses = np.log(len(candidates) / NUM_COLUMNS), []
+    for row, place in np.argwhere(batch["target_column"][..., 0]):
+        logits = logits_by_hand(model, batch, row, place)
+        wanted = [(number, decay**k) for k, number in enumerate(batch["target_column"][row, place].numpy()) if number]
+        own, shares = [logits[number - 1] for number, _ in wanted], [share for _, share in wanted]
+        others = [logits[number - 1] for number in candidates if number != wanted[0][0]]
+        losses.append(loss_by_hand(own, shares, others, np.full(len(others), log_prob), kind))
     given = batch if len(candidates) == NUM_COLUMNS else with_candidates(batch, candidates, log_prob)
-    _, of_columns = losses_of(model, given, kind, training=False)
-    assert float(of_columns) == pytest.approx(column_loss_by_hand(model, batch, candidates, log_prob, kind), rel=1e-4)
-    row, place = np.argwhere(batch["label"].numpy())[3]
-    cut = [batch[name].numpy()[row : row + 1, : place + 1] for name in ("user_feature", "user_column")]
-    served = model(inputs_of(cut, (batch["item_feature"], batch["item_column"])))[0]
-    assert close(served, logits_by_hand(model, batch, row, place), 1e-4)
+    loss = float(loss_of(model, given, kind, ahead_decay=decay, training=False))
+    assert loss == pytest.approx(np.mean(losses), rel=1e-4)
+    losses = [loss_of(model, given | {"trend_row": 0 * given["trend_row"]}, trends=of) for of in (TRENDS, None)]
+    assert float(losses[0]) == pytest.approx(float(losses[1]), rel=1e-6)
 
 
-def test_the_auxiliary_loss_is_the_next_video_among_the_random_ones_that_are_not_it(model, batch):
-    total, of_columns = losses_of(model, batch, "softmax", aux_weight=1.0, training=False)
-    users = model.user_vectors(batch["user_feature"], batch["user_column"]).numpy()
-    negatives, none = batch["negative_video"].numpy(), np.zeros(1, np.int32)
-    vectors = {v: model.column_vectors(np.array([[v]], np.int32), none).numpy()[0] for v in range(2, LAST_VIDEO + 1)}
-    expected = []
-    for row, place in zip(*np.nonzero(batch["target_video"].numpy()), strict=True):
-        own, user = int(batch["target_video"][row, place]), users[row, place]
-        score = {v: np.exp(float(model.scale) * user @ vector) for v, vector in vectors.items()}
-        # so many draws of 30 videos: each draw stands for 30 / draws of a video
-        others = sum(score[v] for v in negatives if v != own) * NUM_VIDEOS / AUX_NEGATIVES
-        expected.append(-np.log(score[own] / (score[own] + others)))
-    assert float(total - of_columns) == pytest.approx(np.mean(expected), rel=1e-3)
-
-
-def test_no_target_sees_its_own_click_or_a_later_one(model, batch):
-    """Of one target at a time: other clicks after it leave its loss as it is, another click before it does not."""
-    for row, place in np.argwhere(batch["label"].numpy())[::3]:
-        mask = np.zeros([3, 6, 1], np.int32)
-        mask[row, place] = 1
-        alone = batch | {"target_column": batch["target_column"] * mask, "target_video": tf.zeros([3, 6], tf.int32)}
-
-        def loss(alone=alone, **changed):
-            return float(losses_of(model, alone | changed, training=False)[0])
-
-        later, seen = np.arange(6) > place, np.arange(6) == place
-        other = {"user_feature": 2 + batch["user_feature"] % 20, "user_column": 1 + batch["user_column"] % 6}
+def test_no_target_sees_its_own_click_or_a_later_one_nor_the_trend_of_another_moment(model, batch):
+    """Of one target at a time: what is changed after it leaves its loss as it is, what is changed at it does not."""
+    other = {"user_feature": 2 + batch["user_feature"] % 20, "user_column": 1 + batch["user_column"] % 6,
+             "user_gap": (1 + batch["user_gap"]) % NUM_GAPS, "trend_row": (1 + batch["trend_row"]) % len(TRENDS)}  # fmt: skip
+    for row, place in np.argwhere(batch["target_column"][..., 0])[::3]:
+        alone, at = only_target(batch, row, place), np.arange(6)
+        loss = float(loss_of(model, alone, training=False))
         for name, values in other.items():
-            assert loss(**{name: tf.where(later, values, batch[name])}) == pytest.approx(loss(), rel=1e-5)
-            assert loss(**{name: tf.where(seen, values, batch[name])}) != pytest.approx(loss(), rel=1e-5)
+            unseen = at > place if name in HISTORY else at != place
+            for changed in (unseen, at == place):
+                changed_batch = alone | {name: tf.where(changed, values, batch[name])}
+                is_same = float(loss_of(model, changed_batch, training=False)) == pytest.approx(loss, rel=1e-5)
+                assert is_same == (changed is unseen), name
 
 
 @KINDS
 def test_a_sample_stands_for_all_columns_in_expectation_also_where_a_user_repeats_columns(model, batch, kind):
     """Of one target, over all 20 sets of 3 of the 6 columns, which draws without replacement give alike."""
-    only, row, place = np.zeros([3, 6, 1], np.int32), 0, 3
-    only[row, place] = 1
-    batch |= {"target_column": batch["target_column"] * only, "target_video": tf.zeros([3, 6], tf.int32)}
-    logits, wanted = logits_by_hand(model, batch, row, place), batch["target_column"][row, place].numpy()
-    assert wanted[0] in batch["user_column"][row, : place + 1]
-    shares = 0.5 ** np.arange(AHEAD) * (wanted > 0)
+    batch = only_target(batch, 0, 3)
+    logits, wanted = logits_by_hand(model, batch, 0, 3), int(batch["target_column"][0, 3, 0])
+    assert wanted in batch["user_column"][0, :4]
 
     def amount(given):
         """What of a loss is linear in the candidates: the softmax's denominator, or all of the other."""
-        loss = float(losses_of(model, given, kind, training=False)[1])
-        return np.exp(loss + shares @ logits[wanted - 1] / shares.sum()) if kind == "softmax" else loss
+        loss = float(loss_of(model, given, kind, ahead_decay=0.0, training=False))
+        return np.exp(loss + logits[wanted - 1]) if kind == "softmax" else loss
 
     drawn = itertools.combinations(range(1, 7), 3)
     sampled = [amount(with_candidates(batch, candidates, np.log(3 / 6))) for candidates in drawn]
@@ -472,62 +334,37 @@ def test_a_sample_stands_for_all_columns_in_expectation_also_where_a_user_repeat
     assert np.std(sampled) > 0.01 * np.mean(sampled)
 
 
-def test_candidates_are_all_columns_or_draws_without_replacement_that_are_equally_likely(monkeypatch):
-    """Of 7 columns, and 3 of them in each of 300 batches whose targets are always the same."""
-    shelf, always = np.arange(8)[:, None], tf.constant([[[5, 2], [0, 0]]], tf.int32)
-    dataset = tf.data.Dataset.from_tensors({"target_column": always}).repeat(300)
-    (batch,) = add_candidates(dataset.take(1), shelf, NUM_VIDEOS, seed=4).as_numpy_iterator()
-    assert batch["item_column"].tolist() == [1, 2, 3, 4, 5, 6, 7] and not batch["item_log_prob"].any()
-    monkeypatch.setattr(get_dataset, "MAX_CANDIDATES", 6)
-    monkeypatch.setattr(get_dataset, "NUM_NEGATIVES", 3)
-    drawn = Counter()
-    for batch in add_candidates(dataset, shelf, NUM_VIDEOS, seed=4).as_numpy_iterator():
-        items, own = batch["item_column"], batch["target_item"]
-        assert np.array_equal(items[own], always) and np.array_equal(batch["item_feature"][:, 0], items)
-        assert np.allclose(batch["item_log_prob"], np.log(3 / 7)) and len(batch["item_log_prob"]) == 3
-        candidates = items[-3:].tolist()
-        assert candidates == sorted(set(candidates))
-        drawn.update(candidates)
-    assert sorted(drawn) == [1, 2, 3, 4, 5, 6, 7]
-    deviation = (300 * 3 / 7 * 4 / 7) ** 0.5
-    assert max(abs(number - 300 * 3 / 7) for number in drawn.values()) < 4 * deviation
-
-
-def test_a_step_reads_the_first_video_of_each_column_and_random_others(monkeypatch):
-    """Of shelves of 9 places, 4 in each of 300 batches: the same places for all columns, each but the first as often."""
-    monkeypatch.setattr(get_dataset, "ITEM_SAMPLE", 4)
-    monkeypatch.setattr(get_dataset, "BATCH_POSITIONS", 17)
-    shelf, target = np.arange(27).reshape(3, 9), tf.constant([[[1, 2]]], tf.int32)
-    dataset, drawn = tf.data.Dataset.from_tensors({"target_column": target}).repeat(300), Counter()
-    for batch in add_candidates(dataset, shelf, NUM_VIDEOS, seed=5).as_numpy_iterator():
-        first, second = batch["item_feature"]
-        assert first[0] == 9 and len(set(first)) == 4 and np.array_equal(second, first + 9)
-        drawn.update((first - 9).tolist())
-    assert sorted(drawn) == list(range(9)) and drawn.pop(0) == 300
-    deviation = (300 * 3 / 8 * 5 / 8) ** 0.5
-    assert max(abs(number - 300 * 3 / 8) for number in drawn.values()) < 4 * deviation
-    for sample, positions in ((9, 17), (4, 18)):  # no more places than that, no more videos than clicks
-        monkeypatch.setattr(get_dataset, "ITEM_SAMPLE", sample)
-        monkeypatch.setattr(get_dataset, "BATCH_POSITIONS", positions)
-        (batch,) = add_candidates(dataset.take(1), shelf, NUM_VIDEOS, seed=5).as_numpy_iterator()
-        assert np.array_equal(batch["item_feature"], shelf[1:])
+@pytest.mark.parametrize(("sample", "positions"), [(4, 17), (9, 17), (4, 18)])
+def test_a_step_reads_the_first_video_of_each_column_and_random_others(monkeypatch, sample, positions):
+    """Of shelves of 9 places 4, each but the first as often; all, where they are no more than that or than a batch's clicks."""
+    monkeypatch.setattr(get_dataset, "ITEM_SAMPLE", sample)
+    monkeypatch.setattr(get_dataset, "BATCH_POSITIONS", positions)
+    shelf, dataset = np.arange(27).reshape(3, 9), tf.data.Dataset.from_tensors({"target_column": [[[1, 2]]]})
+    batches = add_candidates(dataset.repeat(300), shelf, [0, 1, 1], seed=5)
+    drawn = np.array([batch["item_feature"] for batch in batches.as_numpy_iterator()])
+    assert np.array_equal(drawn[:, 1], drawn[:, 0] + 9)
+    number, share = drawn.shape[2], (drawn.shape[2] - 1) / 8
+    assert number == (4 if (sample, positions) == (4, 17) else 9)
+    times = np.bincount(drawn[:, 0].ravel() - 9, minlength=9)
+    assert times[0] == 300 and times.max() == 300 and times.sum() == 300 * number
+    assert np.abs(times[1:] - 300 * share).max() <= 4 * (300 * share * (1 - share)) ** 0.5
 
 
 def gradients_of(model, batch, kind, **part):
     with tf.GradientTape() as tape:
-        losses = losses_of(model, batch, kind, **part)
-    gradients = tape.gradient(losses[0], model.trainable_variables)
-    return losses, {v.path: g if g is None else np.array(tf.convert_to_tensor(g))
-                    for v, g in zip(model.trainable_variables, gradients, strict=True)}  # fmt: skip
+        loss = loss_of(model, batch, kind, **part)
+    gradients = tape.gradient(loss, model.trainable_variables)
+    return float(loss), {v.path: g if g is None else np.array(tf.convert_to_tensor(g))
+                         for v, g in zip(model.trainable_variables, gradients, strict=True)}  # fmt: skip
 
 
 @KINDS
 def test_every_weight_learns(batch, kind):
-    """Of a model as training starts it: nothing is disconnected, in both towers, in the scale and in the repeats."""
+    """Of a model as training starts it: nothing is disconnected, in both towers, in scale, gaps, sureness and trends."""
     model = build_model(num_videos=NUM_VIDEOS, num_columns=NUM_COLUMNS, emb_dim=DIM, user_blocks=1, item_blocks=1)
     _, gradients = gradients_of(model, batch, kind)
-    # Embeddings, scale, repeats and the map of the column tower; four kernels a block, and the user tower's age bias.
-    assert len(gradients) == 5 + (4 + 1) + 4
+    # Embeddings, the column tower's map and those four; four kernels a block, and the user tower's age bias.
+    assert len(gradients) == 3 + 4 + (4 + 1) + 4
     assert [path for path, g in gradients.items() if g is None or not np.isfinite(g).all() or not g.any()] == []
 
 
@@ -537,572 +374,382 @@ def test_the_parts_of_replicas_add_up_to_the_loss_and_the_gradients_of_one(model
     """Also of more replicas than windows, some of which have none."""
     if len(candidates) < NUM_COLUMNS:
         batch = with_candidates(batch, candidates, np.log(4 / 6))
-    losses, gradients = gradients_of(model, batch, kind, training=False)
+    loss, gradients = gradients_of(model, batch, kind, training=False)
     for replicas in (2, 5):
         parts = [gradients_of(model, batch, kind, training=False, replica=replica, num_replicas=replicas)
                  for replica in range(replicas)]  # fmt: skip
-        assert close(np.sum([of_part for of_part, _ in parts], axis=0), losses, 1e-4)
+        assert sum(of_part for of_part, _ in parts) == pytest.approx(loss, abs=1e-4)
         for path, gradient in gradients.items():
             assert close(np.sum([of_part[path] for _, of_part in parts], axis=0), gradient, 1e-4)
 
 
-def test_where_every_column_is_one_video_there_is_no_auxiliary_loss(model, batch):
-    total, of_columns = losses_of(model, batch | {"item_feature": batch["item_feature"][:, :1]}, training=False)
-    assert float(total) == float(of_columns) > 0
-    total, of_columns = losses_of(model, batch, training=False)
-    assert float(total) > float(of_columns) > 0
+@KINDS
+def test_a_batch_without_targets_gives_no_loss_and_finite_gradients(model, batch, kind):
+    loss, gradients = gradients_of(model, batch | {"target_column": tf.zeros([3, 6, AHEAD], tf.int32)}, kind)
+    assert loss == 0 and all(np.isfinite(g).all() for g in gradients.values() if g is not None)
 
 
-def test_without_a_share_for_the_clicks_after_the_next_only_the_next_is_a_target(model, batch):
-    next_alone = batch | {"target_column": batch["target_column"] * np.array([1, 0, 0], np.int32)}
-    expected = [float(loss) for loss in losses_of(model, next_alone, training=False)]
-    assert [float(loss) for loss in training_loss(model, batch, training=False)] == pytest.approx(expected)
-    assert float(losses_of(model, batch, training=False)[0]) != pytest.approx(expected[0])
-
-
-def test_dropout_and_the_share_of_later_clicks_go_by_clicks_per_video_unless_they_are_set(monkeypatch):
-    """By 1 / sqrt(clicks per video): of 25 clicks a video .2 and .4, within .1 to .3 and up to .6; and no click is none."""
+def test_dropout_and_the_share_of_later_clicks_go_by_clicks_per_clicked_video_unless_they_are_set(world, monkeypatch):
+    """By 1 / sqrt of them: of 25 .2 and .4, within .1 to .3 and up to .6. A catalogue that nobody clicked changes nothing."""
+    index, counts, clicks, *_ = world
+    counts, known = counts._replace(clicks=pairs_of(9 * clicks)), 9 * clicks[2:].sum(axis=1)
+    expected = model_tf2.by_rarity(known.sum(), (known > 0).sum())
+    for new in (0, 5000):
+        more = Index(index.videos | {f"new{number}": number for number in range(22, 22 + new)}, index.columns)
+        memory = Memory.of_counts(counts, more)
+        of, ahead_decay = make_scorer(tf.distribute.get_strategy(), memory, more, {"emb_dim": DIM})
+        assert (of.model.arguments["dropout"], ahead_decay) == expected < (0.2, 0.4)
     assert model_tf2.by_rarity(2500, 100) == (0.2, 0.4)
     assert model_tf2.by_rarity(1600 * 10, 10) == (0.1, 0.05)
     assert model_tf2.by_rarity(40, 10) == model_tf2.by_rarity(0, 10) == (0.3, 0.6)
     monkeypatch.setattr(model_tf2, "DROPOUT", 0.0)
-    assert model_tf2.by_rarity(2500, 100) == (0.0, 0.4)
     monkeypatch.setattr(model_tf2, "AHEAD_DECAY", 0.7)
     assert model_tf2.by_rarity(2500, 100) == (0.0, 0.7)
 
 
-@KINDS
-def test_a_batch_without_targets_gives_a_finite_loss_and_gradients(model, batch, kind):
-    batch |= {"label": tf.zeros([3, 6]), "target_column": tf.zeros([3, 6, AHEAD], tf.int32)}
-    (total, of_columns), gradients = gradients_of(model, batch, kind)
-    assert float(of_columns) == 0 and float(total) > 0
-    assert all(np.isfinite(g).all() for g in gradients.values() if g is not None)
-    (total, _), gradients = gradients_of(model, batch | {"target_video": tf.zeros([3, 6], tf.int32)}, kind)
-    assert float(total) == 0
-    assert all(np.isfinite(g).all() for g in gradients.values() if g is not None)
+# ---------------------------------------------------------------- trend
+
+FIRST_DAY = 20_000
+NOTHING = Pairs(np.zeros(0, np.int64), np.zeros(0))
 
 
-# ---------------------------------------------------------------- pairs and tables
+def pairs_of(array, first=0):
+    """Pairs of an array [rows, columns + 1] of counts, whose first row has the number `first`."""
+    rows, columns = np.nonzero(array)
+    return Pairs((first + rows) * array.shape[1] + columns, array[rows, columns].astype(float))
 
 
-def test_pairs_add_up_by_key_in_any_order():
-    one = Pairs(np.array([7, 3, 7]), np.array([[1.0], [2.0], [4.0]]))
-    total = add_pairs(one, Pairs(np.array([9, 3]), np.array([[8.0], [16.0]])))
-    assert total.keys.tolist() == [3, 7, 9] and total.values.ravel().tolist() == [18, 5, 8]
-    nothing = add_pairs(Pairs(np.zeros(0, np.int64), np.zeros([0, 2])))
-    assert nothing.keys.shape == (0,) and nothing.values.shape == (0, 2)
-
-
-def test_the_strongest_columns_of_a_row_stay_and_what_the_others_held_goes_to_column_zero():
-    """Rows 2 and 5 of columns 0 to 3: strength is the sum over the values; of equal ones the first column stays."""
-    keys = np.array([2 * 4 + 0, 2 * 4 + 1, 2 * 4 + 2, 2 * 4 + 3, 5 * 4 + 1, 5 * 4 + 2, 5 * 4 + 3])
-    values = np.array([[9, 9], [1, 0], [3, 3], [2, 4], [1, 1], [1, 1], [1, 1]], float)
-    kept = Pairs(keys, values).cut(4, 2)
-    assert dict(zip(kept.keys.tolist(), kept.values.tolist(), strict=True)) == {
-        8: [10, 9], 10: [3, 3], 11: [2, 4], 20: [1, 1], 21: [1, 1], 22: [1, 1]}  # fmt: skip
-
-
-@pytest.fixture(params=["matrix", "sparse"])
-def path(request, monkeypatch):
-    """Both ways in which a table of counts is read."""
-    if request.param == "sparse":
-        monkeypatch.setattr(model_tf2, "MATRIX_SIZE", 0)
-    return request.param
-
-
-def test_a_table_gives_its_rows_weighted_and_keeps_the_totals_of_what_it_dropped(path):
-    rng = np.random.default_rng(15)
-    full = rng.integers(1, 9, [6, 5]).astype(float) * (rng.random([6, 5]) < 0.6)  # column 0 is what was lost before
-    full[3] = 0
-    rows, columns = np.nonzero(full)
-    table = CountTable(Pairs(rows * 5 + columns, full[rows, columns][:, None]).cut(5, width=2), 6, 5)
-    assert (table.matrix is not None) == (path == "matrix")
-    kept = full[:, 1:].copy()
-    for row in kept:
-        row[np.argsort(-row, kind="stable")[2:]] = 0
-    assert np.array_equal(table.totals, full.sum(axis=1)) and (kept.sum(axis=1) < full[:, 1:].sum(axis=1)).any()
-    wanted, weights = rng.integers(0, 6, [4, 7]), rng.normal(0, 1, [4, 7])
-    expected = np.einsum("nh,nhc->nc", weights, kept[wanted])
-    assert close(table.weighted_rows(wanted, weights), expected, 1e-12)
-    for few in (1, 5):  # of a single user, fewer than the table has
-        assert close(
-            table.weighted_rows(wanted[:1, :few], weights[:1, :few]),
-            (weights[0, :few] @ kept[wanted[0, :few]])[None],
-            1e-12,
-        )
-    assert table.weighted_rows(wanted[:, :0], weights[:, :0]).tolist() == np.zeros([4, 4]).tolist()
-
-
-# ---------------------------------------------------------------- counting
-
-MAX_LEN, OVERLAP, DECAYS, HELD_OUT = 12, 5, (0.6, 0.9), 12
-MOST_LAG = min(MAX_LAG, OVERLAP)
-
-
-def split_of(uid, share):
-    """By the hash of the uid: the lowest are for validation, the highest for the test."""
-    draw = int.from_bytes(hashlib.blake2b(uid.encode(), digest_size=8).digest(), "big") / 2**64
-    return "val" if draw < share else "test" if draw >= 1 - share else "train"
-
-
-@pytest.fixture(scope="module")
-def records(tmp_path_factory):
-    """(manifest, index, work folder, {uid: history as numbers}): long histories, in windows of 12, in many shards.
-
-    At most three clicks in a row are in no column. Column "gone" was clicked and is retired.
-    """
-    folder, rng = tmp_path_factory.mktemp("counted"), random.Random(12)
-    columns = {f"c{i}": [f"v{i}{k}" for k in range(4)] + ["v00"] for i in range(4)} | {"gone": ["v01"], "never": ["w"]}
-    users = []
-    for user in range(60):
-        history = []
-        for _ in range(rng.choice([0, 1, 2, 7, 12, 13, 19, 40, 70])):
-            column = rng.choice(["c0", "c1", "c2", "c3", "gone"])
-            video = rng.choice([*columns[column], "v11", "unheard", "w"])
-            plain = rng.random() < 0.4 and any("_" in click for click in history[-3:])
-            history.append(video if plain else f"{video}_{column}")
-        users.append((f"u{user}", history))
-    raw = _raw(folder / "raw", columns=columns, users=users)
-    (raw / "vid2title.json").write_text('{"vid": "plain", "title": "On no shelf"}\n')
-    get_indexing(raw, folder / "work")
-    _raw(raw, columns={cid: vids for cid, vids in columns.items() if cid != "gone"})
-    index = get_indexing(raw, folder / "work")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(get_tfrecord_module, "RANGE_BYTES", 4000)
-        constants = dict(user_max_len=MAX_LEN, window_overlap=OVERLAP, held_out_users=HELD_OUT)
-        manifest = get_tfrecord(raw, folder / "work", num_workers=1, **constants)
-    assert len(manifest["shards"]) >= 3 * 3 and index.columns["gone"] == []
-    numbers, histories = {cid: number for number, cid in enumerate(index.columns, start=1)}, {}
-    for uid, history in users:
-        parts = [click.split("_") for click in history]
-        histories[uid] = [(index.videos.get(p[0], UNKNOWN), numbers[p[1]] if p[1:] else 0) for p in parts]
-    assert max(map(len, histories.values())) == 70 and 1 in map(len, histories.values())
-    return manifest, index, folder / "work", histories
-
-
-@pytest.fixture(scope="module")
-def trained_on(records):
-    """The histories of which training may know: those of the held-out users end before what is held out."""
-    _, index, _, histories = records
-    current, cut = [n for n, shelf in enumerate(index.columns.values(), start=1) if shelf], []
-    for uid, history in histories.items():
-        places = [at for at, (_, column) in enumerate(history) if at and column in current]
-        cut.append(history[: places[-1]] if places and split_of(uid, HELD_OUT / 60) != "train" else history)
-    assert sum(map(len, cut)) < sum(map(len, histories.values()))
-    return cut
-
-
-def brute_counts(histories):
-    """{(video, column): clicks}, {(video, column): near, a weight for each decay}, {(column, column): next}."""
-    clicks, near, follows = Counter(), defaultdict(lambda: np.zeros(len(DECAYS))), Counter()
-    for history in histories:
-        clicks.update(history)
-        in_columns = [column for _, column in history if column]
-        follows.update(itertools.pairwise(in_columns))
-        for i, j in itertools.combinations(range(len(history)), 2):
-            (video, column), (later_video, later_column) = history[i], history[j]
-            weight = np.array(DECAYS) ** (j - i - 1) * (j - i <= MOST_LAG)
-            if video != UNKNOWN and later_column:
-                near[video, later_column] += weight
-            if later_video != UNKNOWN and column:
-                near[later_video, column] += BACKWARD * weight
-    return clicks, near, follows
-
-
-def dense(pairs, size, rows):
-    """Pairs as an array [rows, size, values]."""
-    array = np.zeros([rows, size, pairs.values.shape[1]])
-    array[pairs.keys // size, pairs.keys % size] = pairs.values
-    assert (np.diff(pairs.keys) > 0).all()
-    return array
-
-
-def agree(counts, histories, index):
-    """Whether Counts are what a brute-force count over whole histories gives."""
-    size, rows = 1 + len(index.columns), FIRST_VIDEO + len(index.videos)
-    for pairs, expected in zip(counts, brute_counts(histories), strict=True):
-        array = np.zeros([rows, size, pairs.values.shape[1]])
-        for place, value in expected.items():
-            array[place] = value
-        assert array.any() and np.allclose(dense(pairs, size, rows), array, rtol=1e-5)
-    return True
-
-
-@pytest.fixture(scope="module")
-def counts(records):
-    """Counts of the training records."""
-    manifest, index, work_dir, _ = records
-    return count_windows(manifest, ["train"], DECAYS, index, work_dir, num_workers=1)
-
-
-def test_what_is_counted_over_overlapping_windows_is_what_the_whole_histories_hold_once(records, counts, trained_on):
-    assert agree(counts, trained_on, records[1])
-
-
-def test_all_splits_together_count_every_click_of_everybody_those_held_out_included(records, counts):
-    manifest, index, work_dir, histories = records
-    held_out = count_windows(manifest, ["val", "test"], DECAYS, index, work_dir, num_workers=1)
-    assert agree(Counts.add(counts, held_out, size=1 + len(index.columns)), histories.values(), index)
-
-
-@pytest.mark.parametrize(("count_bytes", "count_block", "max_pairs"), [(1, 1024, 40), (1 << 20, 7, 1)])
-def test_the_counts_do_not_depend_on_how_the_work_is_cut(
-    records, trained_on, monkeypatch, count_bytes, count_block, max_pairs
-):
-    """There is room for all columns of a video, however often the tables are merged."""
-    manifest, index, work_dir, _ = records
-    for name, value in dict(COUNT_BYTES=count_bytes, COUNT_BLOCK=count_block, MAX_PAIRS=max_pairs).items():
-        monkeypatch.setattr(model_tf2, name, value)
-    assert agree(count_windows(manifest, ["train"], DECAYS, index, work_dir, num_workers=1), trained_on, index)
-
-
-def test_two_workers_count_what_one_does(records, counts, monkeypatch):
-    manifest, index, work_dir, _ = records
-    paths = get_dataset.shards_of(manifest, "train", work_dir)
-    monkeypatch.setattr(model_tf2, "COUNT_BYTES", sum(map(model_tf2.os.path.getsize, paths)) // 2)
-    again = count_windows(manifest, ["train"], DECAYS, index, work_dir, num_workers=2)
-    for one, two in zip(counts, again, strict=True):
-        assert np.array_equal(one.keys, two.keys) and np.allclose(one.values, two.values, rtol=1e-5)
-
-
-def test_a_bounded_table_keeps_totals_exact_and_the_strongest_columns(records, trained_on, monkeypatch):
-    """Room for two columns a video: what the others held is in the totals."""
-    manifest, index, work_dir, _ = records
-    monkeypatch.setattr(model_tf2, "MEMORY_WIDTH", 1)
-    monkeypatch.setattr(model_tf2, "COUNT_SLACK", 2)
-    monkeypatch.setattr(model_tf2, "MAX_PAIRS", 50)
-    clicks, near, follows = count_windows(manifest, ["train"], DECAYS, index, work_dir, num_workers=1)
-    size, rows = 1 + len(index.columns), FIRST_VIDEO + len(index.videos)
-    expected, kept = np.zeros([rows, size, 2]), dense(near, size, rows)
-    for place, value in brute_counts(trained_on)[1].items():
-        expected[place] = value
-    assert np.allclose(kept.sum(axis=1), expected.sum(axis=1), rtol=1e-5)
-    assert (np.count_nonzero(kept[:, 1:, 0], axis=1) <= 2).all() and kept[:, 0].any()
-    strongest = np.sort(expected[:, 1:].sum(axis=2), axis=1)[:, -2:]
-    assert np.allclose(np.sort(kept[:, 1:].sum(axis=2), axis=1)[:, -2:], strongest, rtol=1e-5)
-    near = {(v, c): w for v in range(rows) for c in range(size) if (w := expected[v, c]).any()}
-    assert agree(Counts(clicks, as_pairs(near, size), follows), trained_on, index)
-
-
-def as_pairs(sums, size):
-    """Return Pairs of {(row, column): values}."""
-    return add_pairs(Pairs(np.array([row * size + column for row, column in sums]), np.array(list(sums.values()))))
-
-
-def test_a_users_only_click_and_the_order_of_two_clicks_count(tmp_path):
-    """By hand: u1 clicks v1 in c1 and no more; u2 clicks v2 in no column, then v1 in c2; u3 is held out."""
-    uids = [f"w{i}" for i in range(99)]
-    kept, held = ([uid for uid in uids if split_of(uid, 0.25) == split] for split in ("train", "val"))
-    tested = [uid for uid in uids if split_of(uid, 0.25) == "test"]
-    users = [
-        (kept[0], ["v1_c1"]),
-        (kept[1], ["v2", "v1_c2"]),
-        (held[0], ["v2_c1", "v2_c1"]),
-        (tested[0], ["v1", "v1_c2"]),
-    ]
-    raw = _raw(tmp_path / "raw", columns={"c1": ["v1", "v2"], "c2": ["v1"]}, users=users, titles={"v1": "One"})
-    index = get_indexing(raw, tmp_path / "work")  # v1 2, v2 3
-    manifest = get_tfrecord(raw, tmp_path / "work", held_out_users=1, num_workers=1)
-    counts = count_windows(manifest, ["train"], [0.5], index, tmp_path / "work", num_workers=1)
-    assert dict(zip(counts.clicks.keys.tolist(), counts.clicks.values[:, 0], strict=True)) == {
-        2 * 3 + 0: 1, 2 * 3 + 1: 1, 2 * 3 + 2: 1, 3 * 3 + 0: 1, 3 * 3 + 1: 1}  # fmt: skip
-    assert (counts.near.keys.tolist(), counts.near.values.tolist()) == ([3 * 3 + 2], [[1.0]])
-    memory = Memory.of_counts(counts, 0, index)
-    assert memory.popularity.tolist() == [2 / 3, 1 / 3]
-    held_out = count_windows(manifest, ["val", "test"], [0.5], index, tmp_path / "work", 1)
-    every = Counts.add(counts, held_out, size=1 + len(index.columns))
-    assert dict(zip(every.clicks.keys.tolist(), every.clicks.values[:, 0], strict=True)) == {
-        2 * 3 + 0: 1, 2 * 3 + 1: 1, 2 * 3 + 2: 2, 3 * 3 + 0: 1, 3 * 3 + 1: 2}  # fmt: skip
-    near = {2 * 3 + 2: 1.0, 3 * 3 + 1: 1 + BACKWARD, 3 * 3 + 2: 1.0}
-    assert dict(zip(every.near.keys.tolist(), every.near.values[:, 0], strict=True)) == pytest.approx(near)
-    assert every.next.keys.tolist() == [1 * 3 + 1]
-
-
-# ---------------------------------------------------------------- the memory
-
-BY = Mix(0.6, memory_weight=0.5, repeat=1.0, memory_clicks=9)
-
-
-@pytest.fixture(scope="module")
-def memories(records, counts):
-    """{decay: Memory} of the training records."""
-    return {decay: Memory.of_counts(counts, place, records[1]) for place, decay in enumerate(DECAYS)}
-
-
-@pytest.fixture(scope="module")
-def brute_memory(records, trained_on):
-    """M [videos, columns + 1, decays] and M2 [columns + 1, columns + 1, decays] of RECIPE.md, main columns, popularity."""
-    index = records[1]
-    clicks, near, _ = brute_counts(trained_on)
-    homes, size = {}, 1 + len(index.columns)
-    for video in index.videos.values():
-        in_columns = {column: n for (v, column), n in clicks.items() if v == video and column}
-        shown = [number for number, videos in enumerate(index.columns.values(), start=1) if video in videos]
-        best = min(in_columns, key=lambda column: (-in_columns[column], column)) if in_columns else None
-        homes[video] = best or (shown[0] if shown else 0)
-    of_videos, of_columns = np.zeros([FIRST_VIDEO + len(homes), size, 2]), np.zeros([size, size, 2])
-    for (video, column), weights in near.items():
-        of_videos[video, column] += weights
-        of_columns[homes[video], column] += weights
-    of_columns[0] = 0
-    clicked = Counter(column for history in trained_on for _, column in history if column)
-    popularity = np.array([clicked[number] for number in range(1, size)]) / clicked.total()
-    return of_videos, of_columns, homes, popularity
-
-
-def test_the_memory_counts_clicks_and_the_main_column_of_each_video(records, memories, brute_memory, trained_on):
-    _, index, _, _ = records
-    videos = Counter(video for history in trained_on for video, _ in history if video >= FIRST_VIDEO)
-    columns = Counter(column for history in trained_on for _, column in history if column)
-    memory, homes = memories[DECAYS[0]], brute_memory[2]
-    assert memory.video_clicks.tolist() == [videos[n] for n in range(FIRST_VIDEO + len(index.videos))]
-    assert memory.column_clicks.tolist() == [columns[n] for n in range(1 + len(index.columns))]
-    assert memory.video_column.tolist() == [homes.get(n, 0) for n in range(FIRST_VIDEO + len(index.videos))]
-    assert index.videos["plain"] in homes and homes[index.videos["plain"]] == 0
+def noon(day):
+    """The middle of a day, counted from the first one that has clicks."""
+    return (FIRST_DAY + day) * DAY + DAY // 2
 
 
 @pytest.fixture
-def histories_seen(records):
+def daily():
+    """Clicks [days, columns + 1]: three days are without, column 3 is new on day 6, and nobody clicked column 4."""
+    daily = np.random.default_rng(17).integers(0, 30, [9, 5])
+    daily[[2, 3, 7]] = daily[:, [0, 4]] = daily[:6, 3] = 0
+    return daily
+
+
+def trend_by_hand(daily, day):
+    """Trends [columns + 1, reaches] on a day, of the clicks of the days before it."""
+    before, trends = daily[:day], np.zeros([daily.shape[1], len(TREND_REACHES)])
+    share = before.sum(axis=0) / max(before.sum(), 1)
+    for place, reach in enumerate(TREND_REACHES):
+        lately = reach ** np.arange(len(before))[::-1] @ before
+        lately = (lately + TREND_BACKOFF * share) / (lately.sum() + TREND_BACKOFF)
+        trends[share > 0, place] = np.log(lately[share > 0] / share[share > 0])
+    return trends
+
+
+def test_the_trend_of_a_moment_is_that_of_the_days_before_its_own(daily):
+    """The last row serves all later days; a moment that is not known, or is before all clicks, has no trend."""
+    trend = Trend(pairs_of(daily, FIRST_DAY), num_columns=4)
+    moments = np.array([0, noon(-3), *map(noon, range(10)), noon(700), noon(4) - DAY // 2, noon(4) + DAY // 2 - 1])
+    days = [None, None, *range(10), 9, 4, 4]
+    rows = trend.rows(moments)
+    assert rows.tolist() == trend.add_rows({"asked": tf.constant(moments[None])})["trend_row"][0].numpy().tolist()
+    for row, day in zip(rows, days, strict=True):
+        assert close(trend.table[row], 0 if day is None else trend_by_hand(daily, day)) and (row == 0) == (day is None)
+    assert not trend.table[rows[2]].any() and trend.table[rows[4], 1:3].all()
+    assert (trend.table[:, 4] == 0).all() and (trend.table[: rows[9], 3] == 0).all() and trend.table[-1, 3].all()
+    without = Trend(NOTHING, num_columns=4)
+    assert without.table.shape == (1, 5, 3) and not without.table.any() and not without.rows(moments).any()
+
+
+@pytest.mark.parametrize("day", [1, 4, 8])
+def test_clicks_change_the_trend_of_later_days_alone(daily, day):
+    crowded = daily.copy()
+    crowded[day, 2] += 10**6
+    as_it_was, now = (Trend(pairs_of(of, FIRST_DAY), 4) for of in (daily, crowded))
+    row = int(as_it_was.rows(noon(day)))
+    assert np.array_equal(now.table[: row + 1], as_it_was.table[: row + 1])
+    assert not close(now.table[row + 1], as_it_was.table[row + 1], 0.05)
+
+
+def test_the_table_of_trends_is_bounded_however_many_days_there_are_and_all_days_count(monkeypatch):
+    """There is room for four of 1,000 days, beside the row of no known day and that of days to come."""
+    monkeypatch.setattr(model_tf2, "TREND_SIZE", 4 * 5 * 3)
+    daily = np.random.default_rng(18).integers(0, 9, [1000, 5]) * [0, 1, 1, 1, 0]
+    daily[:900, 3] = 0
+    trend = Trend(pairs_of(daily, FIRST_DAY), num_columns=4)
+    assert len(trend.table) == 1 + 4 + 1
+    assert trend.rows(np.array([noon(day) for day in (500, 995, 996, 1000, 5000)])).tolist() == [0, 0, 1, 5, 5]
+    assert close(trend.table[-1], trend_by_hand(daily, 1000), 1e-4)
+
+
+# ---------------------------------------------------------------- the memory, and habit
+
+BY = Mix(0.5, 0.2, 1.0, 0.1, memory_clicks=9)
+
+
+@pytest.fixture(scope="module")
+def world():
+    """(index, Counts, clicks and near as arrays [videos, columns + 1], the column that each video was clicked in most).
+
+    Column 5 ("gone") was clicked and is retired, 6 was clicked by nobody; video 20 was never clicked in a column, 21 is
+    on no shelf either, and 8 was never clicked at all. What near lost where it was cut is in its column 0.
+    """
+    rng = np.random.default_rng(12)
+    shelves = {f"c{i}": [*range(2 + 4 * i, 6 + 4 * i), 2, 20] for i in range(4)} | {"gone": [], "never": [19, 8]}
+    index = Index({f"v{number}": number for number in range(2, 22)}, shelves)
+    clicks, near = rng.integers(0, 4, [22, 7]), rng.random([22, 7]) * 9 * (rng.random([22, 7]) < 0.6)
+    clicks[6, 5], clicks[0] = 9, 0
+    clicks[8] = clicks[:, 6] = clicks[20:, 1:] = near[:2] = near[:, 6] = 0
+    daily = rng.integers(0, 9, [5, 7]) * [0, 1, 1, 1, 1, 1, 0]
+    counts = Counts(pairs_of(clicks), pairs_of(near), NOTHING, pairs_of(daily, FIRST_DAY))
+    most = 1 + np.argmax(clicks[:, 1:], axis=1)  # of equal ones the first
+    most[[0, 1, 8, 20, 21]] = 0, 0, 2, 1, 0  # the first column that shows it, if any
+    return index, counts, clicks, near, most
+
+
+@pytest.fixture(scope="module")
+def memory(world):
+    return Memory.of_counts(world[1], world[0])
+
+
+def test_the_memory_counts_clicks_on_known_videos_and_in_columns_and_each_videos_column(world, memory):
+    clicks = world[2]
+    assert memory.video_clicks.tolist() == [0, 0, *clicks[2:].sum(axis=1)]
+    assert memory.column_clicks.tolist() == [0, *clicks[:, 1:].sum(axis=0)]
+    assert memory.video_column.tolist() == world[4].tolist() and 5 in world[4]
+    assert close(memory.popularity, clicks[:, 1:].sum(axis=0) / clicks[:, 1:].sum(), 1e-12)
+
+
+@pytest.fixture
+def histories_seen():
     """Numbers of videos and columns [n, 40], padded at the end: known, unknown, short, long and empty ones."""
-    index, rng = records[1], np.random.default_rng(13)
-    videos = rng.integers(UNKNOWN, FIRST_VIDEO + len(index.videos), [6, 40])
-    columns = rng.integers(0, 1 + len(index.columns), videos.shape) * rng.integers(0, 2, videos.shape)
+    rng = np.random.default_rng(13)
+    videos = rng.integers(UNKNOWN, 22, [6, 40])
+    columns = rng.integers(0, 7, videos.shape) * rng.integers(0, 2, videos.shape)
     for row, length in enumerate([40, 30, 7, 2, 1, 0]):
         videos[row, length:] = columns[row, length:] = 0
     return videos, columns
 
 
-@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize("widths", [(6, 6), (2, 3)])
 @pytest.mark.parametrize("constants", [{}, dict(video_decay=0.5, video_backoff=3.0, column_backoff=7.0,
                                                 popularity_discount=0.0)])  # fmt: skip
-def test_memory_scores_follow_the_formula(records, counts, brute_memory, histories_seen, path, place, constants):
-    by, memory = Mix(DECAYS[place], 0.5, 1.0, **constants), Memory.of_counts(counts, place, records[1])
-    of_videos, of_columns, homes, popularity = brute_memory
-    of_videos, of_columns = of_videos[..., place], of_columns[..., place]
-    backed = of_columns[:, 1:] + by.column_backoff * popularity
+def test_memory_scores_follow_the_formula(world, histories_seen, constants, widths, monkeypatch):
+    """Also where a row has room for few columns: the strongest stay, and the totals count all."""
+    monkeypatch.setattr(model_tf2, "MEMORY_WIDTH", widths[0])
+    monkeypatch.setattr(model_tf2, "COLUMN_WIDTH", widths[1])
+    index, counts, _, of_videos, homes = world
+    memory, by, of_columns = Memory.of_counts(counts, index), BY._replace(**constants), np.zeros([7, 7])
+    np.add.at(of_columns, homes, of_videos)
+    of_columns[0], popularity = 0, memory.popularity
+    tables = zip((of_videos[:, 1:], of_columns[:, 1:]), widths, strict=True)
+    kept, backed = (np.where(of >= np.sort(of)[:, [-width]], of, 0) for of, width in tables)
+    backed += by.column_backoff * popularity
     backed /= of_columns.sum(axis=1)[:, None] + by.column_backoff
-    expected = np.zeros([6, len(popularity)])
+    expected = np.zeros([6, 6])
     for row, history in enumerate(zip(*histories_seen, strict=True)):
         clicks = [(video, column) for video, column in zip(*history, strict=True) if video]
-        for age, (video, column) in enumerate(reversed(clicks)):
-            if age < by.memory_clicks:
-                home = homes.get(video) or column
-                near = of_videos[video, 1:] + by.video_backoff * (backed[home] if home else popularity)
-                near /= of_videos[video].sum() + by.video_backoff
-                expected[row] += by.video_decay**age * (near - by.popularity_discount * popularity)
-    assert close(memory.scores(*histories_seen, by), expected, 1e-6)
+        for age, (video, column) in enumerate(reversed(clicks[-by.memory_clicks :])):
+            home = homes[video] or column
+            near = kept[video] + by.video_backoff * (backed[home] if home else popularity)
+            near /= of_videos[video].sum() + by.video_backoff
+            expected[row] += by.video_decay**age * (near - by.popularity_discount * popularity)
+    assert close(memory.scores(*histories_seen, by), expected, 1e-9)
     assert not expected[5].any() and expected[:5].any(axis=1).all()
 
 
-def test_what_one_video_brings_sums_to_one_but_for_the_popularity_taken_off(records, memories):
-    videos = np.array([UNKNOWN, *records[1].videos.values()])[:, None]
-    sums = memories[0.6].scores(videos, np.zeros_like(videos), BY._replace(popularity_discount=0.25)).sum(axis=1)
-    assert close(sums, 0.75, 1e-9)
-
-
-def test_videos_and_columns_newer_than_the_memory_count_as_unknown_and_none(records, memories, histories_seen):
-    index = records[1]
+def test_videos_and_columns_newer_than_the_memory_count_as_unknown_and_none(memory, histories_seen):
     videos, columns = (array.copy() for array in histories_seen)
     unknown, none = videos.copy(), columns.copy()
-    videos[:3, :2], unknown[:3, :2] = [FIRST_VIDEO + len(index.videos), 10**6], UNKNOWN
-    columns[:3, :2], none[:3, :2] = [1 + len(index.columns), 10**6], 0
-    assert np.array_equal(memories[0.6].scores(videos, columns, BY), memories[0.6].scores(unknown, none, BY))
+    videos[:3, :2], unknown[:3, :2] = [22, 10**6], UNKNOWN
+    columns[:3, :2], none[:3, :2] = [7, 10**6], 0
+    assert np.array_equal(memory.scores(videos, columns, BY), memory.scores(unknown, none, BY))
+    now = np.zeros(6, int)
+    assert np.array_equal(memory.habit(columns, now, BY), memory.habit(none, now, BY))
 
 
-def test_a_saved_memory_scores_the_same_and_needs_no_pickle(memories, histories_seen, path, tmp_path):
-    memory = memories[0.9]
+def test_a_saved_memory_scores_the_same(memory, histories_seen, tmp_path):
     memory.save(tmp_path / "kept.memory.npz")
-    with np.load(tmp_path / "kept.memory.npz", allow_pickle=False) as arrays:
-        assert all(arrays[name].dtype != object for name in arrays)
-    loaded = Memory.load(tmp_path / "kept.memory.npz")
-    assert close(loaded.scores(*histories_seen, BY), memory.scores(*histories_seen, BY), 1e-12)
+    loaded, now = Memory.load(tmp_path / "kept.memory.npz", reaches=TREND_REACHES), np.full(6, noon(3))
+    assert np.array_equal(loaded.scores(*histories_seen, BY), memory.scores(*histories_seen, BY))
+    assert np.array_equal(loaded.habit(histories_seen[1], now, BY), memory.habit(histories_seen[1], now, BY))
     assert np.array_equal(loaded.video_clicks, memory.video_clicks)
-    assert np.array_equal(loaded.popularity, memory.popularity)
+
+
+def timed_memory(daily):
+    """A Memory of clicks [days, columns + 1] that all have a time."""
+    return Memory(np.zeros(2), daily.sum(axis=0), np.zeros(2, int), NOTHING, NOTHING, pairs_of(daily, FIRST_DAY))
+
+
+def test_habit_is_the_users_own_columns_late_ones_weighing_more_and_a_share_of_popularity():
+    """Of four columns, whose popularity is 1/8, 1/4, 5/8 and 0; no click in any of them: the share of popularity alone."""
+    memory = timed_memory(np.array([[0, 1, 2, 5, 0]]))
+    columns = np.array([[1, 0, 2, 1, 0, 0], [0, 0, 0, 0, 0, 0], [4, 9, 0, 0, 0, 0]])  # 9 is newer than the memory
+    habit = memory.habit(columns, np.zeros(3, int), BY._replace(habit_decay=0.5, habit_popularity=0.2))
+    own = np.array([[1.25 / 1.75, 0.5 / 1.75, 0, 0], [0, 0, 0, 0], [0, 0, 0, 1]])
+    assert close(habit, 0.8 * own + 0.2 * np.array([1 / 8, 1 / 4, 5 / 8, 0]), 1e-12)
+
+
+def test_recent_popularity_is_the_share_in_the_last_days_before_the_moments_and_without_times_in_all(daily):
+    """By the shortest of the reaches, with a little of the share in all clicks before. No later click changes it."""
+    expected = [daily[:, 1:].sum(axis=0) / daily.sum()]
+    for day in (9, 400, 5):
+        before = daily[: min(day, 9), 1:]
+        expected.append(before.sum(axis=0) / before.sum() * np.exp(trend_by_hand(daily, min(day, 9))[1:, 0]))
+    popularity = timed_memory(daily).recent_popularity(np.array([0, noon(9), noon(400), noon(5)]))
+    assert close(popularity[:3], expected[:3]) and not close(expected[0], expected[1], 0.01)
+    assert close(popularity[3], expected[3])
 
 
 # ---------------------------------------------------------------- the mix
 
-WEIGHTS = pytest.mark.parametrize("weight", [0.0, 0.3, 0.8, 1.0])
+
+def test_a_mix_is_the_weighted_mean_of_the_parts_times_the_factor_for_columns_clicked_before():
+    parts = np.array([[0.5, 0.3, 0.2]]), np.array([[0.2, 0.2, 0.6]]), np.array([[0.1, 0.8, 0.1]])
+    clicked, as_given = np.array([[False, True, False]]), [part.copy() for part in parts]
+    mixed = Mix(0.4, 0.2, 0.5, 0.1).apply(parts, clicked)
+    assert close(mixed, [[0.30 / 0.82, 0.18 / 0.82, 0.34 / 0.82]], 1e-12)
+    assert close(Mix(0.0, 0.0, 1.0, 0.1).apply(parts, clicked), parts[0], 1e-12)
+    assert all(np.array_equal(part, given) for part, given in zip(parts, as_given, strict=True))
 
 
-def mixed_of(logits, remembered, is_remembered, clicked, by):
-    return mix(*to_probabilities(logits, remembered, is_remembered, by.temperature), clicked, by)
+def parts_of(logits, remembered, habit, clicks, videos=2):
+    """Scorer.parts() where the towers, the memory and habit give this, of columns clicked so often and all current."""
+    scorer = object.__new__(Scorer)
+    scorer.numbers, scorer.clicks = np.arange(1, 1 + len(clicks)), np.array(clicks, float)
+    scorer.is_remembered, scorer.towers = (scorer.clicks > 0).astype(float), lambda users: logits
+    scorer.memory = SimpleNamespace(
+        scores=lambda *of: remembered,
+        habit=lambda *of: habit,
+        recent_popularity=lambda now: np.array([clicks]) / max(sum(clicks), 1),
+    )
+    videos = np.full([len(logits), 1], videos)
+    return scorer.parts(Users(videos, np.zeros_like(videos), np.zeros_like(videos), np.zeros(len(logits), int)), BY)
 
 
 @pytest.fixture
-def parents():
-    """Logits [50, 20] of the towers, scores of the memory, some below zero, and what was clicked before."""
+def given():
+    """Logits [50, 20] of the towers, scores of the memory, some below zero, and habit: mostly 0."""
     rng = np.random.default_rng(14)
-    clicked = rng.random([50, 20]) < 0.2
-    return rng.normal(0, 9, [50, 20]).astype(np.float32), rng.uniform(-0.5, 3, [50, 20]), clicked
+    habit = rng.random([50, 20]) * (rng.random([50, 20]) < 0.2)
+    return rng.normal(0, 9, [50, 20]).astype(np.float32), rng.uniform(-0.5, 3, [50, 20]), habit
 
 
-@WEIGHTS
-@pytest.mark.parametrize("temperature", [1.0, 1.5])
-@pytest.mark.parametrize("repeat", [1.0, 0.1])
-def test_a_mix_is_the_weighted_mean_of_both_probabilities_times_the_factor_for_repeats(
-    parents, weight, temperature, repeat
-):
-    logits, remembered, clicked = parents
-    floor = np.maximum(remembered, 1e-9)
-    expected = (1 - weight) * softmax(logits.astype(float) / temperature)
-    expected += weight * floor / floor.sum(axis=1, keepdims=True)
-    expected *= np.where(clicked, repeat, 1)
-    expected /= expected.sum(axis=1, keepdims=True)
-    mixed = mixed_of(logits, remembered, np.ones(20), clicked, Mix(0.6, weight, repeat, temperature))
-    assert close(mixed, expected, 1e-6)
-    assert close(mixed.sum(axis=1), 1, 1e-9)
+def test_no_weight_moves_a_column_that_is_newer_than_the_memory_or_was_never_clicked(given):
+    """What is counted shares out what the towers give the others; here the last five of twenty, then the last of three."""
+    towers, none = tf.nn.softmax(given[0].astype(float) / BY.temperature).numpy(), np.zeros([50, 20], bool)
+    parts = parts_of(*given, clicks=[7] * 15 + [0] * 5)
+    equal = parts_of(np.zeros([1, 3]), *2 * [np.array([[0.7, 0.7, 0.0]])], clicks=[9, 9, 0])
+    assert close(parts[0], towers, 1e-9)
+    for part, scores in zip(parts[1:], given[1:], strict=True):
+        shares = np.maximum(scores[:, :15], 1e-9)
+        shares *= towers[:, :15].sum(axis=1, keepdims=True) / shares.sum(axis=1, keepdims=True)
+        assert close(part, np.concatenate([shares, towers[:, 15:]], axis=1), 1e-9)
+    for weights in ((0.3, 0.0), (0.0, 0.5), (0.3, 0.3), (0.5, 0.5)):
+        mixed = Mix(*weights, 1.0, 0.1).apply(parts, none)
+        assert close(mixed[:, 15:], towers[:, 15:], 1e-9) and close(mixed.sum(axis=1), 1, 1e-9)
+        assert close(Mix(*weights, 1.0, 0.1).apply(equal, none[:1, :3]), 1 / 3, 1e-12)
 
 
-def test_a_mix_without_memory_ranks_as_the_towers_also_where_they_are_far_apart(parents):
-    logits, remembered, clicked = parents
-    towers = mixed_of(logits, remembered, np.ones(20), clicked, Mix(0.6, 0.0, 1.0))
-    assert np.array_equal(np.argsort(-towers, kind="stable"), np.argsort(-logits, kind="stable"))
-    apart, none = np.array([[0.0, -200.0, -400.0, -800.0]], np.float32), np.zeros([1, 4], bool)
-    mixed = mixed_of(apart, np.ones([1, 4]), np.ones(4), none, Mix(0.6, 0.0, 1.0))
-    assert np.argsort(-mixed).tolist() == [[0, 1, 2, 3]]
-    apart[0, 3] = -9e30  # of a training that went astray
-    assert (mixed_of(apart, np.ones([1, 4]), np.ones(4), none, Mix(0.6, 0.0, 0.001)) > 0).all()
+def test_probabilities_are_above_zero_where_the_towers_are_far_apart_and_what_is_counted_is_zero_or_below(given):
+    """Also where it knows no column; the towers alone rank by their logits all the same."""
+    logits, remembered, habit = given
+    logits[:2] = np.linspace(0, -900, 20), np.linspace(20, 1, 20)
+    logits[0, -1] = -9e30  # of a training that went astray
+    remembered[0], remembered[1], habit[:2] = 0, -3, 0
+    for clicks in ([7] * 20, [0] * 20):
+        parts = parts_of(logits, remembered, habit, clicks)
+        assert (np.argsort(-parts[0][:2], axis=1, kind="stable") == np.arange(20)).all()
+        for weights in ((0.0, 0.0), (0.5, 0.5), (1.0, 0.0), (0.0, 1.0)):
+            mixed = Mix(*weights, 0.001, 0.1).apply(parts, logits > 0)
+            assert np.isfinite(np.log(mixed)).all() and close(mixed.sum(axis=1), 1, 1e-9)
+    assert all(close(part, parts[0], 1e-12) for part in parts)
 
 
-@WEIGHTS
-def test_of_three_equal_columns_one_newer_than_the_memory_all_are_equally_likely(weight):
-    """The memory of a click near two old columns, and nothing of the third; beside them a column it prefers."""
-    newer, none = np.array([1.0, 1.0, 0.0]), np.zeros([1, 3], bool)
-    equal = mixed_of(np.zeros([1, 3]), np.array([[0.7, 0.7, 0.0]]), newer, none, Mix(0.6, weight, 1.0))
-    assert close(equal, 1 / 3, 1e-12)
-
-
-@WEIGHTS
-def test_a_column_newer_than_the_memory_keeps_what_the_towers_give_it(parents, weight):
-    logits, remembered, clicked = parents
-    is_remembered = (np.arange(20) < 15).astype(float)
-    remembered[:, 15:] = 0
-    mixed = mixed_of(logits, remembered, is_remembered, clicked, Mix(0.6, weight, 1.0, temperature=1.5))
-    towers = softmax(logits.astype(float) / 1.5)
-    assert close(mixed[:, 15:], towers[:, 15:], 1e-6)
-    assert close(mixed.sum(axis=1), 1, 1e-9)
-    remembered = np.maximum(remembered[:, :15], 1e-9)
-    of_old = (1 - weight) * towers[:, :15]
-    of_old += weight * remembered / remembered.sum(axis=1, keepdims=True) * towers[:, :15].sum(axis=1, keepdims=True)
-    assert close(mixed[:, :15], of_old, 1e-6)
-
-
-def test_the_lowest_factor_puts_the_columns_clicked_before_last():
-    """Where no two columns are more than a factor of 500 apart."""
-    rng = np.random.default_rng(16)
-    logits, remembered, clicked = rng.uniform(0, 6, [30, 8]), rng.uniform(1, 3, [30, 8]), rng.random([30, 8]) < 0.4
-    best_first = np.argsort(-mixed_of(logits, remembered, np.ones(8), clicked, Mix(0.6, 0.5, 0.001, 1.0)), axis=1)
-    in_order = np.take_along_axis(clicked, best_first, axis=1)
-    assert (np.sort(in_order, axis=1) == in_order).all() and clicked.any()
-
-
-@pytest.mark.parametrize("weight", [0.5, 1.0])
-def test_a_mix_stays_finite_where_the_memory_is_zero_or_below_or_knows_no_column(parents, weight):
-    logits, remembered, clicked = parents
-    remembered[0], remembered[1] = 0, -3
-    for is_remembered in (np.ones(20), np.zeros(20)):
-        mixed = mixed_of(logits, remembered, is_remembered, clicked, Mix(0.6, weight, 1.0))
-        assert np.isfinite(mixed).all() and close(mixed.sum(axis=1), 1, 1e-9)
-    assert close(mixed, softmax(logits.astype(float) / Mix(0.6, weight, 1.0).temperature), 1e-6)
-
-
-def test_a_mix_leaves_what_it_is_given_as_it_was(parents):
-    given = [array.copy() for array in parents]
-    mixed_of(*given[:2], np.ones(20), given[2], Mix(0.6, 0.5, 0.1))
-    assert all(np.array_equal(a, b) for a, b in zip(given, parents, strict=True))
+@pytest.mark.parametrize("video", [PAD, UNKNOWN])
+def test_all_parts_of_a_user_without_a_known_click_are_popularity(given, video):
+    clicks = np.arange(20) % 7
+    popularity = (clicks + 0.5) / (clicks + 0.5).sum()
+    assert all(close(part, popularity, 1e-12) for part in parts_of(*given, clicks, videos=video))
+    assert not any(close(part, popularity, 0.01) for part in parts_of(*given, clicks, videos=FIRST_VIDEO))
 
 
 # ---------------------------------------------------------------- scoring
 
-
-@pytest.fixture(scope="module")
-def grown(records):
-    """Today's index: column 2 is retired, columns 7 and 8 are newer than memory and model, and a video is."""
-    _, index, _, _ = records
-    new, shelves = FIRST_VIDEO + len(index.videos), dict(index.columns)
-    shelves |= {"c1": [], "late": [new, *index.columns["c0"][:2]], "later": [index.videos["plain"]]}
-    assert list(shelves)[1] == "c1" and len(index.columns) == 6
-    return Index(index.videos | {"newest": new}, shelves)
+CURRENT = [1, 3, 4, 6, 7, 8]  # 2 is retired today, 5 was before; 6 was clicked by nobody; 7 and 8 are new
 
 
 @pytest.fixture
-def scorer(records, memories, grown):
-    return Scorer(shaken(num_videos=len(records[1].videos)), memories[0.6], grown)
-
-
-CURRENT = [1, 3, 4, 6, 7, 8]  # 2 is retired today, 5 ("gone") was before; 6 was clicked by nobody
+def scorer(memory, world):
+    """Of today's index: column 2 is retired, columns 7 and 8 are newer than memory and model, and so is video 22."""
+    videos, columns = world[0]
+    grown = Index(videos | {"newest": 22}, columns | {"c1": [], "late": [22, 2, 3], "later": [21]})
+    return Scorer(shaken(num_videos=20), memory, grown, item_max_len=3)
 
 
 @pytest.fixture
 def seen_today():
-    """Padded histories [4, 9] of numbers, oldest first, with unknown and new videos, retired and new columns."""
+    """Users [4, 9] with unknown and new videos, retired and new columns; the first has times, the second some."""
     videos = np.array([[2, 3, 4, 5, 6, 1, 8, 9, 2], [7, 8, 99, 0, 0, 0, 0, 0, 0], [5, 0, 0, 0, 0, 0, 0, 0, 0],
-                       [0, 0, 0, 0, 0, 0, 0, 0, 0]], np.int32)  # fmt: skip
-    columns = np.array([[1, 2, 0, 3, 1, 0, 7, 5, 0], [8, 3, 0, 0, 0, 0, 0, 0, 0], [0] * 9, [0] * 9], np.int32)
-    return videos, columns
+                       [0, 0, 0, 0, 0, 0, 0, 0, 0]])  # fmt: skip
+    columns = np.array([[1, 2, 0, 3, 1, 0, 7, 5, 0], [8, 3, 0, 0, 0, 0, 0, 0, 0], [0] * 9, [0] * 9])
+    times = np.array([noon(1) + 7 ** np.arange(9), [0, noon(2), noon(2), 0, 0, 0, 0, 0, 0], [0] * 9, [0] * 9])
+    return Users(videos, columns, times, np.array([noon(1) + 5**11, noon(4), 0, noon(2)]))
 
 
-def test_the_current_columns_are_scored_and_no_retired_one(scorer, grown, memories, seen_today):
-    """Towers, memory, repeats and mix, each by the plain functions above on all columns; without a click, popularity."""
+def test_towers_score_current_columns_at_a_moment_with_the_trend_of_its_day(scorer, memory, world, seen_today):
+    """A gap is how many binary digits its seconds have, from a click to the next one or to now."""
     assert scorer.numbers.tolist() == CURRENT and scorer.is_remembered.tolist() == [1, 1, 1, 0, 0, 0]
-    longest = max(map(len, grown.columns.values()))
-    clicks = memories[0.6].video_clicks
-    shelf = [sorted(vids, key=lambda v: -(clicks[v] if v < len(clicks) else 0)) for vids in grown.columns.values()]
-    shelf = np.array([vids + [0] * (longest - len(vids)) for vids in shelf], np.int32)[np.array(CURRENT) - 1]
-    logits = scorer.model(inputs_of(seen_today, (shelf, np.array(CURRENT, np.int32)))).numpy()
-    assert close(scorer.towers(*seen_today), logits, 1e-4)
-
-    remembered = np.zeros([4, 6])
-    for row, length in enumerate([9, 3, 1, 0]):
-        clicks = [numbers[row : row + 1, :length] for numbers in seen_today]
-        remembered[row, :4] = memories[0.6].scores(*clicks, BY)[0, np.array(CURRENT[:4]) - 1] if length else 0
-    assert close(scorer.remembered(*seen_today, BY), remembered, 1e-9)
-    clicked = np.isin(np.tile(CURRENT, [4, 1]), []) | np.array([[c in row for c in CURRENT] for row in seen_today[1]])
-    assert np.array_equal(scorer.clicked(seen_today[1]), clicked)
-    by = BY._replace(memory_weight=0.4, repeat=0.5)
-    expected = mixed_of(logits, remembered, np.array([1.0, 1, 1, 0, 0, 0]), clicked, by)
-    popular = np.append(memories[0.6].column_clicks[CURRENT[:4]], [0, 0]) + 0.5
-    expected[3] = popular / popular.sum()  # the last user has no click
-    probabilities = scorer.probabilities(*seen_today, by)
-    assert close(probabilities, expected, 1e-5)
-    assert close(probabilities.sum(axis=1), 1, 1e-9)
-    longer = [after(array, 20) for array in seen_today]
-    assert close(scorer.probabilities(*longer, by), probabilities, 1e-6)
+    assert scorer.cids == ["c0", "c2", "c3", "never", "late", "later"]
+    clicks, numbers = np.append(memory.video_clicks, 0), np.array(CURRENT, np.int32)
+    shelves = *(world[0].columns[cid] for cid in scorer.cids[:4]), [22, 2, 3], [21]
+    shelf = [sorted(videos, key=lambda video: -clicks[video])[:3] for videos in shelves]
+    shelf = np.array([videos + [0] * (3 - len(videos)) for videos in shelf], np.int32)
+    for user, length in enumerate([9, 3, 1, 0]):
+        videos, columns, times = (of[user, :length].tolist() for of in seen_today[:3])
+        now = seen_today.now[user]
+        pairs = itertools.pairwise([*times, int(now)])
+        gaps = [max(asked - time, 1).bit_length() if time and asked else 0 for time, asked in pairs]
+        read = [np.array([of or [0]], np.int32) for of in (videos, columns, gaps)]
+        trends = memory.trend.table[memory.trend.rows(now)] @ scorer.model.trend_weights.numpy()
+        expected = scorer.model(inputs_of(read, (shelf, numbers)))[0] + np.pad(trends, (0, 2))[CURRENT]
+        assert close(scorer.towers(seen_today)[user], expected, 1e-4) and trends.any() == (user != 2)
 
 
-def test_the_memory_reads_the_last_clicks_alone(scorer, seen_today):
-    by = BY._replace(memory_clicks=2)
-    last_two = [np.array([row[7:9] for row in numbers[:1]]) for numbers in seen_today]
-    both = scorer.remembered(*seen_today, by)[0], scorer.remembered(*last_two, by)[0]
-    assert close(*both, 1e-12) and not close(scorer.remembered(*seen_today, BY)[0], both[0], 1e-6)
+def test_serving_gives_what_training_gives_at_the_same_place_of_a_longer_window(scorer, seen_today):
+    """Of the first user's window, whose targets are asked for when they were clicked."""
+    names = "user_feature", "user_column", "user_time"
+    window = {name: of[:1] for name, of in zip(names, seen_today, strict=False)}
+    batch = get_dataset.add_targets({name: tf.constant(of) for name, of in window.items()} | {"label": tf.ones([1, 9])})
+    batch = scorer.memory.trend.add_rows(batch)
+    users = scorer.model.user_vectors(*(tf.cast(batch[name], tf.int32) for name in HISTORY))[0]
+    for place in range(8):
+        history = [np.where(np.arange(9) <= place, of, 0) for of in window.values()]
+        served = scorer.towers(Users(*history, now=window["user_time"][:, place + 1]))
+        logits = scorer.model.scaled_cosines(users[place : place + 1], scorer.vectors)
+        assert close(served, logits + scorer.trend_logits[batch["trend_row"][0, place]], 1e-4)
 
 
-def test_refresh_takes_the_columns_from_the_model_as_it_is_now(scorer, seen_today, monkeypatch):
-    as_it_was = scorer.towers(*seen_today)
-    table = scorer.model.column_embedding
-    table.assign(-table.numpy())
-    scorer.refresh()
-    anew = scorer.towers(*seen_today)
-    assert not close(anew[:3], as_it_was[:3], 1e-2)
+def test_probabilities_are_the_mix_of_towers_memory_and_habit_and_padding_changes_nothing(scorer, memory, seen_today):
+    mix, clicks = BY._replace(clicked_factor=0.5), np.append(memory.column_clicks, [0, 0])[CURRENT]
+    clicked = np.array([[column in row for column in CURRENT] for row in seen_today.columns])
+    assert np.array_equal(scorer.clicked(seen_today.columns), clicked)
+    counted = memory.scores(*seen_today[:2], mix), memory.habit(seen_today.columns, seen_today.now, mix)
+    counted = [np.pad(of, [(0, 0), (0, 2)])[:, np.array(CURRENT) - 1] for of in counted]
+    expected = mix.apply(parts_of(scorer.towers(seen_today), *counted, clicks), clicked)
+    recent = np.append(memory.recent_popularity(seen_today.now[3:]), [0, 0])[np.array(CURRENT) - 1]
+    expected[3] = (recent * clicks.sum() + 0.5) / (recent * clicks.sum() + 0.5).sum()  # the last user has no click
+    probabilities = scorer.probabilities(seen_today, mix)
+    assert close(probabilities, expected, 1e-6) and close(probabilities.sum(axis=1), 1, 1e-9)
+    longer = Users(*(after(numbers, 20) for numbers in seen_today[:3]), seen_today.now)
+    assert close(scorer.probabilities(longer, mix), probabilities, 1e-6)
+
+
+def test_refresh_takes_the_columns_and_the_trends_from_the_model_as_it_is_now(scorer, seen_today, monkeypatch):
+    as_it_was = scorer.towers(seen_today)
+    for variable, changed in ((scorer.model.column_embedding, [0, 1, 2]), (scorer.model.trend_weights, [0, 1, 3])):
+        variable.assign(-variable.numpy())
+        scorer.refresh()
+        anew = scorer.towers(seen_today)
+        assert np.abs(anew - as_it_was).max(axis=1)[changed].min() > 1e-2
+        as_it_was = anew
     monkeypatch.setattr(model_tf2, "COLUMNS_AT_ONCE", 2)
     scorer.refresh()
-    assert scorer.vectors.shape == (6, DIM) and close(scorer.towers(*seen_today), anew, 1e-5)
-
-
-def test_only_users_whose_target_is_a_current_column_are_ranked_for(scorer):
-    users = {
-        "uid": np.array([b"a", b"b", b"c", b"d", b"e"]),
-        "user_column": np.array([[1, 3, 0], [2, 0, 0], [3, 8, 0], [4, 0, 0], [5, 5, 5]]),
-        "target_column": np.array([3, 2, 8, 1, 5]),
-    }
-    kept = scorer.rankable(users)
-    assert kept["uid"].tolist() == [b"a", b"c", b"d"]
-    assert kept["place"].tolist() == [CURRENT.index(number) for number in (3, 8, 1)]
-    assert kept["clicked_before"].tolist() == [True, True, False]
-
-
-def test_popularity_of_today_is_that_of_the_memory_and_nothing_for_newer_columns(scorer, memories):
-    popularity = memories[0.6].popularity
-    expected = [*(popularity[number - 1] for number in CURRENT[:4]), 0, 0]
-    assert scorer.of_current(popularity[None]).tolist() == [pytest.approx(expected)]
+    assert scorer.vectors.shape == (6, DIM) and close(scorer.towers(seen_today), anew, 1e-4)

@@ -10,6 +10,7 @@ same in both folders.
 
 import csv
 import json
+import shutil
 import sys
 import tempfile
 import time
@@ -38,10 +39,9 @@ def main(raw, *edits):
 def make_house(folder, raw, edits):
     """Return a new folder with the scripts, edited, and all raw data but the clicks."""
     (folder / "data/sample/click_seq").mkdir(parents=True)
-    for path in [*HOUSE.glob("*.py")]:
-        (folder / path.name).write_bytes(path.read_bytes())
-    for path in Path(raw).glob("*.json*"):
-        (folder / "data/sample" / path.name).write_bytes(path.read_bytes())
+    for place, paths in ((folder, HOUSE.glob("*.py")), (folder / "data/sample", Path(raw).glob("*.json*"))):
+        for path in paths:
+            shutil.copy(path, place)
     for edit in edits:
         set_constant(folder, *edit.split("=", 1))
     return folder
@@ -51,8 +51,11 @@ def write_day(raw, folder, share):
     """Write the first clicks of every user, that share of them."""
     with open(folder / "clicks.json", "w", encoding="utf-8") as file:
         for line in lines_of(raw, "click_seq"):
-            line["click_seq"] = line["click_seq"][: max(1, round(share * len(line["click_seq"])))]
-            file.write(json.dumps(line) + "\n")
+            number = max(1, round(share * len(line["click_seq"])))
+            file.write(
+                json.dumps(line | {name: line[name][:number] for name in ("click_seq", "times") if name in line})
+            )
+            file.write("\n")
 
 
 def summary(folder):

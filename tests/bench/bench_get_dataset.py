@@ -14,13 +14,19 @@ import tempfile
 import time
 from pathlib import Path
 
-from measure import cost_of, house, in_turn, write_clicks
+import tensorflow as tf
+from bench_get_tfrecord import NEGATIVES, naive
+from bench_train import ready_to_train, step_of
+from measure import in_turn
+
+from get_dataset import shards_of
+from train import epoch_batches
 
 NAIVE_USERS = 300
 STEPS = 60
 
 
-def naive_pass(tf, path):
+def naive_pass(path):
     """Go once over naive records; return how many there are."""
     lists = {name: tf.io.FixedLenSequenceFeature([], tf.int64) for name in ("user", "item")}
     context = {"label": tf.io.FixedLenFeature([], tf.float32)}
@@ -37,54 +43,33 @@ def naive_pass(tf, path):
 def main(users=20_000, rounds=3):
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        write_clicks(folder / "raw", users)
-        chain = house(folder / "house", folder / "raw")
-        for script in ("get_indexing", "get_tfrecord"):
-            cost_of(chain, script)
-
-        from get_dataset import add_candidates, column_table, load_manifest, make_dataset
-        from model_tf2 import LOSS, build_model
-        from train import LEARNING_RATE, MuonAdam, make_train_step
-
-        import numpy as np
-        import tensorflow as tf
-        from bench_get_tfrecord import NEGATIVES, naive
-
-        work_dir = chain / "data/work"
-        manifest, index = load_manifest(work_dir)
+        manifest, index, work_dir, scorer = ready_to_train(folder, users)
         targets = manifest["splits"]["train"]["targets"]
         with open(folder / "raw/click_seq/part-00000.json", "rb") as file:
             naive_targets = naive(list(itertools.islice(file, NAIVE_USERS)), folder / "naive", index)
-        videos = column_table(index, np.ones(2 + len(index.videos)))
 
-        def batches(epoch):
-            dataset = make_dataset(manifest, work_dir, seed=epoch)
-            return add_candidates(dataset, videos, len(index.videos), seed=epoch)
+        def batches():
+            return epoch_batches(manifest, index, work_dir, scorer.memory, seed=1, epoch=1)
 
         def raw_read():
-            paths = [str(work_dir / "tfrecord" / name) for name in manifest["shards"] if name.startswith("train")]
+            paths = shards_of(manifest, "train", work_dir)
             for _ in tf.data.TFRecordDataset(paths, num_parallel_reads=4).batch(256).prefetch(2):
                 pass
 
         times = in_turn(
             rounds,
-            ours=lambda: sum(1 for _ in batches(1)),
+            ours=lambda: sum(1 for _ in batches()),
             raw=raw_read,
-            naive=lambda: naive_pass(tf, folder / "naive"),
+            naive=lambda: naive_pass(folder / "naive"),
         )
         ours, few = targets / times["ours"], naive_targets / times["naive"]
         print(f"{targets:,} targets in {times['ours']:.2f} s: {ours:,.0f} targets/s; "
               f"a raw read of the shards takes {times['raw']:.2f} s")  # fmt: skip
         print(f"naive, {NEGATIVES} negatives: {few:,.0f} targets/s; ours is {ours / few:.0f} times as fast")
 
-        model = build_model(num_videos=len(index.videos), num_columns=len(index.columns))
-        optimizer = MuonAdam(model.trainable_variables, lambda step: LEARNING_RATE)
-        source = batches(2)
-        step, iterator, waited = (
-            make_train_step(tf.distribute.get_strategy(), model, optimizer, source.element_spec, 0.5, LOSS),
-            iter(source),
-            0.0,
-        )
+        source, waited = batches(), 0.0
+        step = step_of(scorer.model, source.element_spec, tf.constant(scorer.memory.trend.table))
+        iterator = itertools.chain.from_iterable(itertools.repeat(source))  # few users make few steps
         step(next(iterator))
         began = time.perf_counter()
         for _ in range(STEPS):

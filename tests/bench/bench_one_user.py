@@ -23,31 +23,26 @@ import numpy as np
 def main(calls=2000):
     with tempfile.TemporaryDirectory() as folder:
         chain = house_for(Path(folder), 1000, trained_house(Path(folder)))
-        from get_indexing import Tally, parse_clicks, read_records
-        from infer import Ranker
+        from get_indexing import Records
+        from get_tfrecord import parse_history
+        from infer import NOW_AFTER, Ranker
 
         started = time.perf_counter()
         ranker = Ranker(chain / "data/work")
         print(f"loaded in {time.perf_counter() - started:.1f} s, imports included")
-        users = [
-            clicks
-            for _, clicks in read_records(Tally(str(chain / "data/sample/click_seq/part-00000.json")), parse_clicks)
-        ]
-        for name, rank in (
-            ("rank", ranker.rank),
-            ("ten of them", lambda clicks: ranker.rank(clicks, 10)),
-            ("why", ranker.why),
-        ):
+        records = Records(str(chain / "data/sample/click_seq/part-00000.json"), parse_history)
+        users = [user._replace(now=user.times[-1] + NOW_AFTER) for user in records]
+        for name, rank, top_k in (("rank", ranker.rank, 0), ("ten of them", ranker.rank, 10), ("why", ranker.why, 5)):
             taken = []
-            for clicks in itertools.islice(itertools.cycle(users), calls if name != "why" else calls // 20):
+            for user in itertools.islice(itertools.cycle(users), calls if name != "why" else calls // 20):
                 started = time.perf_counter()
-                rank(clicks)
+                rank(user.clicks, top_k, user.times, user.now)
                 taken.append(1000 * (time.perf_counter() - started))
             p50, p99 = np.percentile(taken[10:], [50, 99])
             print(f"{name:20} p50 {p50:6.2f} ms, p99 {p99:6.2f} ms")
         for size in (1, 4, 16, 64):
-            blocks = [[(str(n), clicks) for n, clicks in enumerate(itertools.islice(itertools.cycle(users), start, start + size))]
-                      for start in range(max(calls // size, 20))]  # fmt: skip
+            cycle = itertools.cycle(users)
+            blocks = [list(itertools.islice(cycle, size)) for _ in range(max(calls // size, 20))]
             started = time.perf_counter()
             for block in blocks:
                 list(ranker.lines(block))

@@ -1,13 +1,15 @@
-"""Time a training step: with 50,000 and with 1,000,000 videos, against the machine's GEMM peak, and against a naive fit.
+"""Time a training step: with few videos and with many, against the machine's GEMM peak, and against a naive fit.
 
     python tests/bench/bench_train.py [ROUNDS [USERS]]
 
+A step must not grow with the vocabulary: 1,000,000 videos are held against 50,000, and 500,000 against 12,000.
 MFU is the multiply-adds of the matrix products that a step needs, forward and backward, as a fraction of what tf.matmul
 does in the same time. The naive model: the same towers, but one sample for each click in a column, its history and one
 column (the clicked one or one of NEGATIVES others), binary cross-entropy, and Keras' fit with a batch of 128. At the end
 an evaluation of the validation users is held against an epoch of so many users.
 """
 
+import functools
 import statistics
 import sys
 import tempfile
@@ -19,35 +21,18 @@ import tensorflow as tf
 from measure import cost_of, house, in_turn, seconds, write_clicks
 
 from get_dataset import (
-    AHEAD,
-    AUX_NEGATIVES,
-    BATCH_POSITIONS,
-    ITEM_MAX_LEN,
-    ITEM_SAMPLE,
-    VIDEO_COLUMNS,
-    add_candidates,
-    column_table,
-    held_out,
-    load_manifest,
-    make_dataset,
-    video_table,
-)
+    AHEAD, BATCH_POSITIONS, ITEM_MAX_LEN, ITEM_SAMPLE, VIDEO_COLUMNS, count_windows, held_out, load_manifest,
+)  # fmt: skip
 from get_tfrecord import USER_MAX_LEN
 from model_tf2 import (
-    EMB_DIM,
-    FFN_RATIO,
-    ITEM_BLOCKS,
-    LOSS,
-    USER_BLOCKS,
-    Memory,
-    Scorer,
-    build_model,
-    count_windows,
-)
-from train import LEARNING_RATE, MEMORY_DECAYS, MuonAdam, make_train_step, ranks_of
+    EMB_DIM, FFN_RATIO, ITEM_BLOCKS, NUM_GAPS, NUM_TRENDS, USER_BLOCKS, Memory, build_model, training_loss,
+)  # fmt: skip
+from train import KERNEL_RATE, LEARNING_RATE, MuonAdam, epoch_batches, make_scorer, make_train_step, rankable, validate
 
 COLUMNS = 1000
-FEW, MANY = 50_000, 1_000_000
+FEW = 50_000
+VIDEOS = {FEW: 1_000_000, 12_000: 500_000}  # few: many
+DAYS = 15  # of trends
 NEGATIVES = 4
 NAIVE_BATCH = 128
 USERS = 20_000
@@ -62,12 +47,12 @@ def random_batch(rng, num_videos, columns=COLUMNS, windows=BATCH_POSITIONS // US
     batch = {
         "user_feature": videos[:, :length],
         "user_column": clicked[:, :length],
-        "target_video": videos[:, 1 : 1 + length],
+        "user_gap": rng.integers(0, NUM_GAPS, [windows, length]),
+        "trend_row": rng.integers(0, DAYS, [windows, length]),
         "target_column": targets,
         "target_item": np.maximum(targets - 1, 0),
         "item_column": np.arange(1, columns + 1),
         "item_feature": rng.integers(2, num_videos, [columns, ITEM_SAMPLE]),
-        "negative_video": rng.integers(2, num_videos, [AUX_NEGATIVES]),
     }
     batch = {name: tf.constant(value, tf.int32) for name, value in batch.items()}
     label = tf.cast(batch["target_column"][..., 0] > 0, tf.float32)
@@ -77,12 +62,10 @@ def random_batch(rng, num_videos, columns=COLUMNS, windows=BATCH_POSITIONS // US
 def needed_flops(batch):
     """Return the floating point operations of a step's matrix products; backward costs twice forward."""
     targets, positions = float(tf.reduce_sum(batch["label"])), tf.size(batch["label"]).numpy()
-    alone = len(np.unique(batch["target_video"])) + AUX_NEGATIVES
     of_users, of_columns = positions * USER_BLOCKS, COLUMNS * ITEM_SAMPLE * ITEM_BLOCKS
     attention = 4 * EMB_DIM * (of_users * USER_MAX_LEN + of_columns * ITEM_SAMPLE)
-    blocks = 2 * (of_users + of_columns + alone * ITEM_BLOCKS) * EMB_DIM**2 * (4 + 2 * FFN_RATIO)
-    logits = 2 * EMB_DIM * (targets * (COLUMNS + AHEAD) + positions * AUX_NEGATIVES)
-    return 3 * (attention + blocks + logits)
+    blocks = 2 * (of_users + of_columns) * EMB_DIM**2 * (4 + 2 * FFN_RATIO)
+    return 3 * (attention + blocks + 2 * COLUMNS * EMB_DIM * (EMB_DIM + targets))
 
 
 class Naive(keras.Model):
@@ -93,7 +76,7 @@ class Naive(keras.Model):
         self.towers = build_model(num_videos=FEW, num_columns=COLUMNS)
 
     def call(self, inputs):
-        users = self.towers.user_vectors(inputs["videos"], inputs["columns"])[:, -1]
+        users = self.towers.user_vectors(inputs["videos"], inputs["columns"], inputs["gaps"])[:, -1]
         columns = self.towers.column_vectors(inputs["item_feature"], inputs["item_column"])
         return self.towers.scale * tf.reduce_sum(users * columns, axis=1)
 
@@ -104,6 +87,7 @@ def naive_fit(rng, targets):
     inputs = {
         "videos": rng.integers(2, FEW, [samples, USER_MAX_LEN]).astype(np.int32),
         "columns": rng.integers(0, COLUMNS + 1, [samples, USER_MAX_LEN]).astype(np.int32),
+        "gaps": rng.integers(0, NUM_GAPS, [samples, USER_MAX_LEN]).astype(np.int32),
         "item_feature": rng.integers(2, FEW, [samples, ITEM_MAX_LEN]).astype(np.int32),
         "item_column": rng.integers(1, COLUMNS + 1, samples).astype(np.int32),
     }
@@ -116,55 +100,61 @@ def naive_fit(rng, targets):
 def new_step(num_videos, batch):
     """Return a training step of a new model for batches like this one."""
     shelves = np.random.default_rng(1).integers(1, COLUMNS + 1, [2 + num_videos, VIDEO_COLUMNS], np.int32)
-    model = build_model(num_videos=num_videos, num_columns=COLUMNS, video_columns=shelves)
-    optimizer = MuonAdam(model.trainable_variables, lambda step: LEARNING_RATE)
+    model = build_model(num_videos=num_videos, num_columns=COLUMNS, shelves=shelves)
     spec = {name: tf.TensorSpec.from_tensor(value) for name, value in batch.items()}
-    step = make_train_step(tf.distribute.get_strategy(), model, optimizer, spec, 0.5, LOSS)
+    step = step_of(model, spec, tf.random.normal([DAYS, COLUMNS + 1, NUM_TRENDS]))
     return lambda: step(batch).numpy()
 
 
-def epoch_and_evaluation(folder, users):
-    """Return (steps, seconds of the median step, seconds of an evaluation) of synthetic users."""
+def step_of(model, spec, trends, strategy=None):
+    """Return train.py's step for batches of that spec, at a constant rate."""
+    strategy = strategy or tf.distribute.get_strategy()
+    with strategy.scope():
+        optimizer = MuonAdam(model, lambda step: LEARNING_RATE, KERNEL_RATE)
+    loss = functools.partial(training_loss, model, ahead_decay=0.5, trends=trends)
+    return make_train_step(strategy, loss, optimizer, spec)
+
+
+def ready_to_train(folder, users):
+    """Return (manifest, index, work_dir, the Scorer of a new model) of synthetic users."""
     write_clicks(folder / "raw", users)
     chain = house(folder / "house", folder / "raw")
     for script in ("get_indexing", "get_tfrecord"):
         cost_of(chain, script)
-    manifest, index = load_manifest(chain / "data/work")
-    videos = column_table(index, np.ones(2 + len(index.videos)))
-    batches = make_dataset(manifest, chain / "data/work", seed=1)
-    steps = len(batches)
-    batches = add_candidates(batches, videos, len(index.videos), seed=1)
-    model = build_model(num_videos=len(index.videos), num_columns=len(index.columns), video_columns=video_table(index))
-    optimizer = MuonAdam(model.trainable_variables, lambda step: LEARNING_RATE)
-    step = make_train_step(tf.distribute.get_strategy(), model, optimizer, batches.element_spec, 0.5, LOSS)
+    work_dir = chain / "data/work"
+    manifest, index = load_manifest(work_dir)
+    memory = Memory.of_counts(count_windows(manifest, ["train"], index, work_dir, num_workers=1), index)
+    return manifest, index, work_dir, make_scorer(tf.distribute.get_strategy(), memory, index, {})[0]
+
+
+def epoch_and_evaluation(folder, users):
+    """Return (steps, seconds of the median step, seconds of an evaluation) of synthetic users."""
+    manifest, index, work_dir, scorer = ready_to_train(folder, users)
+    batches = epoch_batches(manifest, index, work_dir, scorer.memory, seed=1, epoch=1)
+    step = step_of(scorer.model, batches.element_spec, tf.constant(scorer.memory.trend.table))
     times = [seconds(lambda batch=batch: step(batch).numpy()) for batch in batches.take(60)]
-    counts = count_windows(manifest, ["train"], MEMORY_DECAYS, index, chain / "data/work")
-    scorer = Scorer(model, Memory.of_counts(counts, 0, index), index)
-    validation = scorer.rankable(held_out(manifest, "val", chain / "data/work"))
-
-    def evaluate():
-        scorer.refresh()
-        ranks_of(validation, scorer, lambda *clicks: [("towers", scorer.towers(*clicks))])
-
-    evaluation = in_turn(2, evaluation=evaluate)
-    return steps, statistics.median(times[5:]), evaluation["evaluation"]
+    validation = rankable(held_out(manifest, "val", work_dir), scorer)
+    evaluation = in_turn(2, evaluation=lambda: validate(scorer, validation))
+    return len(batches), statistics.median(times[5:]), evaluation["evaluation"]
 
 
 def main(rounds=20, users=USERS):
     keras.utils.set_random_seed(1)
     tf.config.experimental.enable_op_determinism()  # as train.py does
     rng = np.random.default_rng(0)
-    batches = {number: random_batch(rng, number) for number in (FEW, MANY)}
-    few, many = (new_step(number, batch) for number, batch in batches.items())
-    matrix = tf.random.normal([2048, 2048])
-    times = in_turn(rounds, few=few, many=many, gemm=lambda: tf.matmul(matrix, matrix).numpy())
+    batches = {number: random_batch(rng, number) for pair in VIDEOS.items() for number in pair}
+    steps = {str(number): new_step(number, batch) for number, batch in batches.items()}
+    matrix, ours = tf.random.normal([2048, 2048]), steps[str(FEW)]
+    times = in_turn(rounds, **steps, gemm=lambda: tf.matmul(matrix, matrix).numpy())
     peak, targets = 2 * 2048**3 / times["gemm"], float(tf.reduce_sum(batches[FEW]["label"]))
-    print(f"step: {1e3 * times['few']:.1f} ms, {targets / times['few']:,.0f} targets/s, "
-          f"MFU {needed_flops(batches[FEW]) / times['few'] / peak:.2f} of {peak / 1e9:.0f} GFLOP/s; "
-          f"with {MANY:,} videos {times['many'] / times['few']:.2f} times one with {FEW:,}")  # fmt: skip
+    taken = times[str(FEW)]
+    print(f"step: {1e3 * taken:.1f} ms, {targets / taken:,.0f} targets/s, "
+          f"MFU {needed_flops(batches[FEW]) / taken / peak:.2f} of {peak / 1e9:.0f} GFLOP/s")  # fmt: skip
+    for few, many in VIDEOS.items():
+        print(f"with {many:,} videos {times[str(many)] / times[str(few)]:.2f} times a step with {few:,}")
 
     naive = 40 * NAIVE_BATCH // (1 + NEGATIVES)
-    times = in_turn(3, ours=few, naive=naive_fit(rng, naive))
+    times = in_turn(3, ours=ours, naive=naive_fit(rng, naive))
     ratio = targets / times["ours"] / (naive / times["naive"])
     print(
         f"naive fit, {NEGATIVES} negatives: {naive / times['naive']:,.0f} targets/s; ours is {ratio:.0f} times as fast"

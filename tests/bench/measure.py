@@ -18,10 +18,14 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 CORES = os.cpu_count()
 VIDEOS, COLUMNS, TOPICS = 50_000, 1000, 100
+START = 1_763_942_400  # unix seconds of the first clicks
 
 
 def write_clicks(data_dir, users, files=8, seed=1):
-    """Write raw data: videos and columns have a topic, a user has four; 30-200 clicks, a quarter of them in a column."""
+    """Write raw data: videos and columns have a topic, a user has four; 30-200 clicks, a quarter of them in a column.
+
+    Before a click in ten the user was away for a day or less.
+    """
     rng, folder = np.random.default_rng(seed), Path(data_dir, "click_seq")
     folder.mkdir(parents=True)
     shelves = rng.integers(0, VIDEOS // TOPICS, [COLUMNS, 60]) * TOPICS + np.arange(COLUMNS)[:, None] % TOPICS
@@ -43,13 +47,15 @@ def user_lines(rng, users, videos):
         rank = ((VIDEOS // TOPICS) ** rng.random(len(owner))).astype(int) - 1  # popularity falls as 1 / rank
         column = topic + TOPICS * rng.integers(0, COLUMNS // TOPICS, len(owner))
         column[rng.random(len(owner)) > 0.25] = -1
-        ends = np.cumsum(lengths).tolist()
+        gaps = np.where(rng.random(len(owner)) < 0.1, rng.integers(3600, 86_400, len(owner)), 60)
+        ends, since = np.cumsum(lengths), np.cumsum(gaps)
+        times = (START + since - since[ends - lengths][owner]).tolist()
         clicks = [
             videos[v] if c < 0 else f"{videos[v]}_c{c}"
             for v, c in zip((rank * TOPICS + topic).tolist(), column.tolist(), strict=True)
         ]
-        for user, start, end in zip(block.tolist(), [0, *ends], ends, strict=False):
-            yield {"uid": f"u{user}", "click_seq": clicks[start:end]}
+        for user, start, end in zip(block.tolist(), (ends - lengths).tolist(), ends.tolist(), strict=True):
+            yield {"uid": f"u{user}", "click_seq": clicks[start:end], "times": times[start:end]}
 
 
 def write_lines(path, records):

@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from bench.kill_battery import edit, fresh_folder
-from conftest import _clicks_like_real, _raw
+from bench.kill_battery import fresh_folder
+from conftest import _clicks_like_real, _raw, edit
 
 ROOT, BIN = Path(__file__).parents[2], Path(sys.executable).parent
 SCRIPTS = "get_indexing.py,get_tfrecord.py,get_dataset.py,model_tf2.py,train.py,infer.py"
@@ -35,7 +35,7 @@ def copy_of(folder, name):
     return shutil.copytree(folder, folder.with_name(name))
 
 
-def run(command, folder, seconds=90, **environment):
+def run(command, folder, seconds=300, **environment):
     """Start a bounded process in a folder; its output is piped."""
     return subprocess.Popen(["timeout", "-k", "5", str(seconds), *command], cwd=folder, text=True,
                             env={**os.environ, **QUIET, **environment}, stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
