@@ -297,9 +297,11 @@ def candidate_loss(own, weights, others, log_prob, kind=LOSS):
         following = own[:, 0]
         against = tf.reduce_logsumexp(others, axis=1) - log_prob
         losses = following + tf.nn.softplus(against - following) - tf.reduce_sum(weights * own, axis=1)
-    else:
+    elif kind == "bce":
         losses = tf.reduce_sum(weights * tf.nn.softplus(-own), axis=1)
         losses += tf.reduce_sum(tf.nn.softplus(others), axis=1) * tf.exp(-log_prob)
+    else:
+        raise InputError(f'LOSS = {kind!r}: it must be "softmax" or "bce"')
     return tf.reduce_sum(losses)
 
 

@@ -326,7 +326,7 @@ def test_each_input_file_has_its_ranking_beside_it_what_it_was_made_of_and_nothi
         assert [line["uid"] for line in lines_of(output)] == [uid]
         assert made_of["sha256"] == hashlib.sha256(output.read_bytes()).hexdigest()
         line = json.dumps({"uid": uid, "click_seq": HEARD}).encode() + b"\n"
-        assert made_of["input"] == [hashlib.sha256(line).hexdigest(), 1]
+        assert made_of["input"] == hashlib.sha256(line).hexdigest()
         assert made_of["clicks"] == {"absolute": str(two / "asked/click_seq"), "relative": "../asked/click_seq"}
 
 

@@ -468,12 +468,11 @@ def test_clicks_change_the_trend_of_later_days_alone(daily, day):
     assert not close(now.table[row + 1], as_it_was.table[row + 1], 0.05)
 
 
-def test_the_table_of_trends_is_bounded_however_many_days_there_are_and_all_days_count(monkeypatch):
+def test_the_table_of_trends_is_bounded_however_many_days_there_are_and_all_days_count():
     """There is room for four of 1,000 days, beside the row of no known day and that of days to come."""
-    monkeypatch.setattr(model_tf2, "TREND_SIZE", 4 * 5 * 3)
     daily = np.random.default_rng(18).integers(0, 9, [1000, 5]) * [0, 1, 1, 1, 0]
     daily[:900, 3] = 0
-    trend = Trend(pairs_of(daily, FIRST_DAY), num_columns=4)
+    trend = Trend(pairs_of(daily, FIRST_DAY), num_columns=4, size=4 * 5 * 3)
     assert len(trend.table) == 1 + 4 + 1
     assert trend.rows(np.array([noon(day) for day in (500, 995, 996, 1000, 5000)])).tolist() == [0, 0, 1, 5, 5]
     assert close(trend.table[-1], trend_by_hand(daily, 1000), 1e-4)
