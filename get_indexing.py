@@ -356,11 +356,16 @@ def replacing(path, durable=True):
     try:
         yield temporary
         if durable:
-            with open(temporary, "rb") as file:
-                os.fsync(file.fileno())
+            sync(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sync(path):
+    """Wait until a file is on disk."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
 
 
 def remove_leftovers(folder, pattern=f".*.{'[0-9a-f]' * 32}.tmp", kept=()):

@@ -73,7 +73,7 @@ def get_tfrecord(data_dir=DATA_DIR, work_dir=WORK_DIR, num_workers=NUM_WORKERS, 
     remove_leftovers(folder)
     write = functools.partial(write_shards, folder=folder, index=index, made_with=made_with, contents=contents)
     parts = map_files(write, cut_files(contents, settings["RANGE_BYTES"]), "write records", num_workers)
-    manifest = made_with | {"input": digests(contents)} | add_parts(parts, made_with["held_out_share"])
+    manifest = made_with | {"input": digests(contents)} | add_parts(parts, made_with["held_out_share"], contents)
     check_enough(manifest)
     write_json(folder / "manifest.json", manifest)
     remove_others(folder, manifest["shards"])
@@ -273,7 +273,7 @@ def write_windows(task, shards, encoder, made_with, contents):
                         part["targets"][split] += window["label"].count(1.0)
                         part[f"{split} windows"][str(len(window["label"]))] += 1
                         writers[split].write(serialize(window))
-            part["tallies"].append(vars(records.tally))
+            part["tallies"].append(vars(records.tally) | {"path": Path(path).name})  # wherever the folder is
             if stamp_of(path) != contents[path].stamp:
                 raise InputError(f"{path}: changed while it was read; run get_tfrecord.py again")
     part["clicks"]["unknown_columns"] = encoder.unknown_columns
@@ -393,17 +393,17 @@ def window_serializer():
 # ---------------------------------------------------------------- the manifest
 
 
-def add_parts(parts, share):
+def add_parts(parts, share, contents):
     """Add up what part files say: {"shards", "splits", "report"} of the manifest; too many bad lines are refused."""
-    shards, files, unknown, sums = {}, {}, "", {name: collections.Counter() for name in COUNTED}
+    shards, unknown, sums = {}, "", {name: collections.Counter() for name in COUNTED}
+    files = {Path(path).name: Tally(path) for path in contents}
     for part in parts:
         shards |= part["shards"]
         unknown = unknown or part["unknown_video"]
         for name, counts in sums.items():
             counts.update(part[name])
         for of_range in part["tallies"]:
-            tally = Tally(**of_range | {"skipped": collections.Counter(of_range["skipped"])})
-            files[tally.path] = files[tally.path] + tally if tally.path in files else tally
+            files[of_range["path"]] += Tally(**of_range | {"skipped": collections.Counter(of_range["skipped"])})
     for tally in files.values():
         tally.check()
     days = sorted(map(int, sums["days"]))

@@ -196,7 +196,7 @@ def rank_ranges(ranges, folder, work_dir, made_with, first=None):
         if (path, start, end) == first:
             with replacing(folder / "default.json") as temporary:
                 nobody = History("", [], [], made_with["now"])
-                temporary.write_text("".join(ranker.lines([nobody])), encoding="utf-8")
+                temporary.write_text("".join(ranker.lines([nobody], made_with["constants"]["TOP_K"])), encoding="utf-8")
         parts.append(Part(path, file, records.tally, example))
     return parts
 
@@ -363,9 +363,9 @@ def judge_served(folder, served, index, lines, num_workers=NUM_WORKERS):
     share = 1.0
     while share * lines > 2 * SERVED_USERS:
         share /= 2
-    popular = (
-        json.loads((folder / "default.json").read_text(encoding="utf-8")) if (folder / "default.json").exists() else {}
-    )
+    popular = {}
+    with contextlib.suppress(FileNotFoundError, InputError):
+        popular = read_json(folder / "default.json", "infer.py")
     popular = {cid: place for place, cid in enumerate(popular.get("columns", ()))}
     judge = functools.partial(judge_file, index=index, share=share, popular=popular)
     ranks = np.array([rank for ranks in map_files(judge, served, "served", num_workers) for rank in ranks])

@@ -39,7 +39,7 @@ from get_dataset import (
 from get_indexing import (
     DATA_DIR, FIRST_VIDEO, WORK_DIR,
     InputError, OrZero, check_same, constants_of, file_fingerprint, fingerprint, load_index, only_one, read_json,
-    remove_leftovers, replacing, run_script, write_json,
+    remove_leftovers, replacing, run_script, sync, write_json,
 )  # fmt: skip
 from get_tfrecord import MADE_WITH, digests, survey
 from model_tf2 import (
@@ -632,6 +632,8 @@ def publish(folder, model, memory, index, run, table, ranks, users):
     weights, memory_file = (folder / f"{identity}.{kind}" for kind in ("weights.h5", "memory.npz"))
     model.save_weights(weights)
     memory.save(memory_file)
+    sync(weights)
+    sync(memory_file)
     files = {
         part: {"file": path.name, "sha256": file_fingerprint(path)}
         for part, path in (("weights", weights), ("memory", memory_file))

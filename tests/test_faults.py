@@ -66,10 +66,13 @@ def done(battery, tmp_path):
 
 
 def own_lines(script, err):
-    """The lines that a script itself wrote about its end, without what tensorflow logs."""
+    """The lines that a script itself wrote about its end; nothing but what tensorflow logs may stand after them."""
     assert "Traceback" not in err and "Exception ignored" not in err, err
-    assert err.strip().splitlines()[-1].startswith(f"{script}.py: "), err
-    return [line for line in err.splitlines() if line.startswith(f"{script}.py: ")]
+    lines = [
+        line for line in err.splitlines() if not re.match(r"WARNING: All log messages before absl|[IWE]0000 ", line)
+    ]
+    assert lines[-1].startswith(f"{script}.py: "), err
+    return [line for line in lines if line.startswith(f"{script}.py: ")]
 
 
 def one_line_of(folder, script, **how):

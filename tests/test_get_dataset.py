@@ -13,7 +13,7 @@ from get_dataset import (
     held_out, load_manifest, make_dataset, shelves_table,
 )  # fmt: skip
 from get_indexing import UNKNOWN, Index, InputError, get_indexing
-from get_tfrecord import ClickEncoder, History, get_tfrecord, write_windows
+from get_tfrecord import ClickEncoder, History, get_tfrecord, survey, write_windows
 from model_tf2 import Memory
 from train import epoch_batches
 
@@ -141,7 +141,9 @@ def test_records_and_generator_give_equal_batches(tmp_path):
     index = get_indexing(_raw(tmp_path / "raw", **data), tmp_path)
     shards = {split: tmp_path / f"tfrecord/{split}.tfrecord" for split in ("train", "val", "test")}
     made_with, path = {"constants": CONSTANTS, "held_out_share": 0}, f"{tmp_path}/raw/click_seq/clicks.json"
-    part = write_windows([(path, 0, math.inf)], shards, ClickEncoder(index), made_with)
+    part = write_windows(
+        [(path, 0, math.inf)], shards, ClickEncoder(index), made_with, survey(tmp_path / "raw/click_seq")
+    )
     manifest = {"shards": {"train.tfrecord": {}}, "splits": {"train": {"windows": part["train windows"]}}}
     from_records = make_dataset(manifest, tmp_path)
     from_generator = dataset_from_clicks(histories_of(data["users"]), index, CONSTANTS)

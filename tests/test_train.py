@@ -441,8 +441,8 @@ def test_what_is_published_remembers_all_clicks_and_what_was_tested_only_those_o
     assert memory.video_clicks.tolist() == [videos[number] for number in range(FIRST_VIDEO + 60)]
     scorer, _, manifest, _ = training_scorer(work_dir, model)
     tested = rankable(held_out(manifest, "test", work_dir), scorer)
-    scores = np.maximum(scorer.memory.scores(tested["user_feature"], tested["user_column"], chosen), 1e-9)
-    assert test["memory"]["NDCG@10"] == pytest.approx(mean_gain(scores, tested["target_place"]))
+    _, of_memory, _ = scorer.parts(as_users(tested), chosen)
+    assert test["memory"]["NDCG@10"] == pytest.approx(mean_gain(of_memory, tested["target_place"]))
 
 
 def test_the_model_beats_popularity_on_clicks_with_structure(trained):
