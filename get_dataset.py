@@ -85,8 +85,8 @@ def load_manifest(work_dir=WORK_DIR, constants=None):
 
 
 def shards_of(manifest, split, work_dir=WORK_DIR):
-    """Return the paths of a split's shards."""
-    return [str(Path(work_dir, "tfrecord", name)) for name in manifest["shards"] if name.startswith(split)]
+    """Return the absolute paths of a split's shards: executors of Spark work elsewhere."""
+    return [str(Path(work_dir, "tfrecord", name).absolute()) for name in manifest["shards"] if name.startswith(split)]
 
 
 # ---------------------------------------------------------------- batches

@@ -158,7 +158,8 @@ def parse_history(record):
         raise BadLine("wrong type of click_seq")
     if times is not None and (type(times) is not list or len(times) != len(clicks)):
         raise BadLine("not as many times as clicks")
-    for second in [*(times or ()), now or 0]:
+    now = 0 if now is None else now
+    for second in [*(times or ()), now]:
         if type(second) not in (int, float) or not 0 <= second <= LAST_SECOND:
             raise BadLine("times that are no unix seconds")
     seconds = list(map(int, times or [0] * len(clicks)))

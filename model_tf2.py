@@ -494,7 +494,8 @@ class Mix(NamedTuple):
     def apply(self, parts, clicked):
         """Return probabilities [n, columns] of those of towers, memory and habit, then the factor for columns clicked before."""
         towers, memory, habit = parts
-        mixed = towers + self.memory_weight * (memory - towers) + self.habit_weight * (habit - towers)
+        of_towers = 1 - self.memory_weight - self.habit_weight
+        mixed = of_towers * towers + self.memory_weight * memory + self.habit_weight * habit
         mixed *= np.where(clicked, self.clicked_factor, 1.0)
         return mixed / mixed.sum(axis=1, keepdims=True)
 
