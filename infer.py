@@ -86,11 +86,11 @@ def infer(clicks_dir=CLICKS_DIR, work_dir=WORK_DIR, ranking_dir=RANKING_DIR, top
     tasks = cut_files(todo, RANK_BYTES)
     first = tasks[0][0] if tasks else None
     rank = functools.partial(rank_ranges, folder=folder, work_dir=work_dir, made_with=made_with, first=first)
-    ranked, changed, example = 0, [], None
+    ranked, changed, first_part = 0, [], None
     parts = itertools.chain.from_iterable(map_files(rank, tasks, "rank", num_workers))
     for path, of_file in itertools.groupby(parts, key=lambda part: part.path):
         of_file = list(of_file)
-        example = example or of_file[0].example
+        first_part = first_part or of_file[0].first
         if stamp_of(path) != contents[path].stamp:
             changed.append(path)
         else:
@@ -98,8 +98,11 @@ def infer(clicks_dir=CLICKS_DIR, work_dir=WORK_DIR, ranking_dir=RANKING_DIR, top
     print(
         f"{ranked:,} users ranked in {len(todo) - len(changed):,} files, {len(outputs):,} files stand in {ranking_dir}"
     )
-    if example:
-        print_example(*example, index)
+    if first_part:
+        default, history, reasons = first_part
+        with replacing(folder / "default.json") as temporary:
+            temporary.write_text(default, encoding="utf-8")
+        print_example(history, reasons, index)
     if changed:
         raise InputError(
             f"{', '.join(changed)}: changed while it was ranked, so the former ranking stays; run infer.py again"
@@ -157,7 +160,7 @@ class Part(NamedTuple):
     path: str  # of the click file
     file: Path  # with the ranking
     tally: Tally
-    example: tuple | None  # (History, [Reason, ...]) of its first user
+    first: tuple | None  # of the first range: (line for users in no file, History and [Reason, ...] of its first user)
 
 
 def join_parts(output, parts, made_of, clicks_dir):
@@ -179,8 +182,9 @@ def rank_ranges(ranges, folder, work_dir, made_with, first=None):
     """Rank the users of byte ranges of click files; return the Part of each. With the `first` comes what there is one of."""
     ranker, parts = load_ranker(work_dir, made_with["model"], made_with["index"]), []
     at_once = max(1, min(BATCH_USERS, ranker.scores_at_once // len(ranker.cids)))  # users
+    top_k = made_with["constants"]["TOP_K"]
     for path, start, end in ranges:
-        records, example = Records(path, parse_history, start, end), None
+        records, of_first = Records(path, parse_history, start, end), None
         file = folder / f".part.{fingerprint(input_name(path), start)[:32]}.tmp"  # a leftover until it is joined
         with (
             replacing(file, durable=False) as temporary,
@@ -189,15 +193,12 @@ def rank_ranges(ranges, folder, work_dir, made_with, first=None):
         ):
             histories = (history._replace(now=history.now or made_with["now"]) for history in records)
             while block := list(itertools.islice(histories, at_once)):
-                packed.write("".join(ranker.lines(block, made_with["constants"]["TOP_K"])).encode())
-                if (path, start, end) == first and not example:
+                packed.write("".join(ranker.lines(block, top_k)).encode())
+                if (path, start, end) == first and not of_first:
+                    (default,) = ranker.lines([History("", [], [], made_with["now"])], top_k)
                     _, clicks, times, now = block[0]
-                    example = block[0], ranker.why(clicks, EXAMPLE, times, now)
-        if (path, start, end) == first:
-            with replacing(folder / "default.json") as temporary:
-                nobody = History("", [], [], made_with["now"])
-                temporary.write_text("".join(ranker.lines([nobody], made_with["constants"]["TOP_K"])), encoding="utf-8")
-        parts.append(Part(path, file, records.tally, example))
+                    of_first = default, block[0], ranker.why(clicks, EXAMPLE, times, now)
+        parts.append(Part(path, file, records.tally, of_first))
     return parts
 
 
