@@ -66,4 +66,4 @@ def test_bad_input_is_one_line_on_spark_as_well(alone):
     assert process.returncode == 1
     (line,) = re.findall(r"^get_tfrecord\.py: .*", out + err, re.MULTILINE)
     assert "a.json: 50 of " in line and "lines are bad" in line
-    assert standing(folder) == before
+    assert before.items() <= standing(folder).items()  # what no manifest lists may stand beside it
