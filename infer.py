@@ -86,11 +86,14 @@ def infer(clicks_dir=CLICKS_DIR, work_dir=WORK_DIR, ranking_dir=RANKING_DIR, top
     tasks = cut_files(todo, RANK_BYTES)
     first = tasks[0][0] if tasks else None
     rank = functools.partial(rank_ranges, folder=folder, work_dir=work_dir, made_with=made_with, first=first)
-    ranked, changed, first_part = 0, [], None
+    ranked, changed, example = 0, [], None
     parts = itertools.chain.from_iterable(map_files(rank, tasks, "rank", num_workers))
     for path, of_file in itertools.groupby(parts, key=lambda part: part.path):
         of_file = list(of_file)
-        first_part = first_part or of_file[0].first
+        if of_file[0].first:  # before any ranking stands, so that a run that fails here does all again
+            default, *example = of_file[0].first
+            with replacing(folder / "default.json") as temporary:
+                temporary.write_text(default, encoding="utf-8")
         if stamp_of(path) != contents[path].stamp:
             changed.append(path)
         else:
@@ -98,11 +101,8 @@ def infer(clicks_dir=CLICKS_DIR, work_dir=WORK_DIR, ranking_dir=RANKING_DIR, top
     print(
         f"{ranked:,} users ranked in {len(todo) - len(changed):,} files, {len(outputs):,} files stand in {ranking_dir}"
     )
-    if first_part:
-        default, history, reasons = first_part
-        with replacing(folder / "default.json") as temporary:
-            temporary.write_text(default, encoding="utf-8")
-        print_example(history, reasons, index)
+    if example:
+        print_example(*example, index)
     if changed:
         raise InputError(
             f"{', '.join(changed)}: changed while it was ranked, so the former ranking stays; run infer.py again"
