@@ -34,14 +34,15 @@ from typing import NamedTuple
 
 from get_indexing import (
     DATA_DIR, FIRST_VIDEO, PAD, WORK_DIR,
-    InputError, check_same, load_index, read_json, read_names, run_script,
+    InputError, check_same, file_fingerprint, load_index, packages_named, read_json, read_names, run_script,
 )  # fmt: skip
 from get_tfrecord import (
     FORMAT, NUM_WORKERS, ClickEncoder, map_files, put_together, record_constants, split_windows,
 )  # fmt: skip
 
-import numpy as np
-import tensorflow as tf
+with packages_named():
+    import numpy as np
+    import tensorflow as tf
 
 BATCH_POSITIONS: int = 2048  # clicks in a batch, padding included; windows of like length share a batch
 MIN_STEPS: int = 150  # batches in an epoch: small data gets smaller batches
@@ -58,10 +59,8 @@ NEAR_DECAY: float = 0.7  # counting: weight of what is a click further away, aga
 BACKWARD: float = 0.3  # counting: what a column clicked before a video counts there, one clicked after it counting 1
 COUNT_BLOCK: int = 1024  # counting: windows counted at once
 COUNT_BYTES: int = 16 << 20  # counting: of shards, the work of one task
-MAX_PAIRS: int = (
-    4_000_000  # counting: pairs that are counted exactly; of more, each video keeps its MAX_WIDTH strongest
-)
-MAX_WIDTH: int = 256
+MAX_PAIRS: int = 4_000_000  # counting: pairs that are counted exactly
+MAX_WIDTH: int = 256  # counting: columns that each video keeps where there are more pairs
 
 DTYPES = {"user_feature": tf.int32, "user_column": tf.int32, "user_time": tf.int64, "label": tf.float32}
 WINDOW_SPEC = {name: tf.TensorSpec([None], dtype) for name, dtype in DTYPES.items()}
@@ -119,15 +118,9 @@ def dataset_from_clicks(users, index, constants):
 @tf.function(autograph=False)  # traced once, not in every epoch
 def parse_block(serialized):
     """Serialized records [block] -> window features [block, len], all parsed by one call and padded to the longest."""
-    context, lists, _ = tf.io.parse_sequence_example(
-        serialized,
-        context_features={
-            name: tf.io.FixedLenFeature([], spec.dtype) for name, spec in WINDOW_SPEC.items() if name not in DTYPES
-        },
-        sequence_features={
-            name: tf.io.RaggedFeature(tf.float32 if dtype == tf.float32 else tf.int64) for name, dtype in DTYPES.items()
-        },
-    )
+    of_window = {name: tf.io.FixedLenFeature([], WINDOW_SPEC[name].dtype) for name in WINDOW_SPEC.keys() - DTYPES}
+    of_clicks = {name: tf.io.RaggedFeature(tf.float32 if name == "label" else tf.int64) for name in DTYPES}
+    context, lists, _ = tf.io.parse_sequence_example(serialized, of_window, of_clicks)
     window = {name: tf.cast(lists[name].merge_dims(1, 2).to_tensor(), dtype) for name, dtype in DTYPES.items()}
     shape = tf.shape(window["user_feature"])
     gaps = tf.pad(window["user_time"], [[0, 0], [0, shape[1] - tf.shape(window["user_time"])[1]]])
@@ -404,22 +397,23 @@ def cluster_worker():
 
 
 @contextlib.contextmanager
-def tensorflow_errors_named():
+def tensorflow_errors_named(work_dir=WORK_DIR):
     """Turn what TensorFlow raises where a shard is gone or damaged, or another worker lost, into an InputError."""
     try:
         yield
     except (tf.errors.NotFoundError, tf.errors.DataLossError) as error:
-        raise InputError(
-            f"the shards changed or were damaged while they were read ({error.message}); run get_tfrecord.py, then this again"
-        ) from error
+        folder = Path(work_dir, "tfrecord").absolute()
+        shards = read_json(folder / "manifest.json", "get_tfrecord.py")["shards"]
+        whole = {n for n in shards if (folder / n).exists() and file_fingerprint(folder / n) == shards[n]["sha256"]}
+        place = folder / min(shards.keys() - whole, default="")
+        what = f"gone, damaged or changed while it was read ({error.message})"
+        raise InputError(f"{place}: {what}; run get_tfrecord.py, then this again") from error
     except tf.errors.OpError as error:
         worker, workers = cluster_worker()
         if workers == 1:
             raise
-        raise InputError(
-            f"worker {worker} of {workers} lost another one ({type(error).__name__}); start all workers again, and they go on "
-            "after the last finished epoch"
-        ) from error
+        what = f"worker {worker} of {workers} lost another one ({type(error).__name__})"
+        raise InputError(f"{what}; start all workers again, and they go on after the last finished epoch") from error
 
 
 @tensorflow_errors_named()
@@ -434,9 +428,8 @@ def main():
     titles, names = read_names(DATA_DIR, index.videos)
     vids, cids = ["", "an unknown video", *index.videos], ["", *index.columns]
     print(f"user {batch['uid'][0].decode()}:")
-    for number, column, label in zip(
-        *(batch[name][0] for name in ("user_feature", "user_column", "label")), strict=True
-    ):
+    first = (batch[name][0] for name in ("user_feature", "user_column", "label"))
+    for number, column, label in zip(*first, strict=True):
         if number:
             shelf = f"  in {names.get(cids[column], cids[column])}" if column else ""
             print(f"  {titles.get(vids[number], vids[number])}{shelf}{'  -> then:' if label else ''}")

@@ -71,16 +71,11 @@ def get_indexing(data_dir=DATA_DIR, work_dir=WORK_DIR):
     write_json(folder / "cid2vidx.json", index.columns)
     empty = sum(not vids for vids in index.columns.values())
     if went := sum(bool(vids) and not index.columns[cid] for cid, vids in old.columns.items()):
-        print(
-            f"{went:,} of {len(old.columns):,} columns went since the last index: they are ranked no more",
-            file=sys.stderr,
-        )
+        warn(f"{went:,} of {len(old.columns):,} columns went since the last index: they are ranked no more")
     unknown = f"{sum(vid not in catalogue for vid in shelved):,} videos of the columns are unknown to the catalogue"
-    print(
-        f"{len(index.videos):,} videos ({len(index.videos) - len(old.videos):,} new), "
-        f"{len(index.columns):,} columns ({len(index.columns) - len(old.columns):,} new, {empty:,} empty); "
-        f"{unknown if catalogue else 'there is no catalogue'}"
-    )
+    new_videos, new_columns = len(index.videos) - len(old.videos), len(index.columns) - len(old.columns)
+    print(f"{len(index.videos):,} videos ({new_videos:,} new), {len(index.columns):,} columns ({new_columns:,} new, "
+          f"{empty:,} empty); {unknown if catalogue else 'there is no catalogue'}")  # fmt: skip
     return index
 
 
@@ -177,9 +172,7 @@ def load_index(work_dir=WORK_DIR, new=False):
     gone = [path for path in paths if new and not path.exists()]
     index = Index(*({} if path in gone else read_json(path, "get_indexing.py", "restore it") for path in paths))
     if len(gone) == 1 and any(index):
-        raise InputError(
-            f"{gone[0]}: gone, though its other half is there; restore it, or remove both to number all anew"
-        )
+        raise InputError(f"{gone[0]}: gone, its other half is not; restore it, or remove both to number all anew")
     numbers = range(FIRST_VIDEO, FIRST_VIDEO + len(index.videos))
     if list(index.videos.values()) != list(numbers):
         raise InputError(f"{paths[0]}: its numbers do not count up from {FIRST_VIDEO}; restore the file")
@@ -228,7 +221,7 @@ class Tally:
         message = f"{self.path}: {bad:,} of {self.lines:,} lines are bad ({places}{', ...' if bad > 3 else ''})"
         if bad > MAX_BAD_FRACTION * self.lines:
             raise InputError(f"{message}, more than MAX_BAD_FRACTION = {MAX_BAD_FRACTION}; mend the file")
-        print(f"{message}: skipped", file=sys.stderr)
+        warn(f"{message}: skipped")
 
 
 class Records:
@@ -333,7 +326,7 @@ def name_unread(folder, prefixes=("",)):
     if names:
         few = ", ".join(sorted(names)[:5]) + (", ..." if len(names) > 5 else "")
         rule = f"their names begin with {' or '.join(prefixes)} and " if any(prefixes) else "the names of files "
-        print(f"{folder}: {len(names):,} not read ({few}); {rule}end in {', '.join(ENDINGS)}", file=sys.stderr)
+        warn(f"{folder}: {len(names):,} not read ({few}); {rule}end in {', '.join(ENDINGS)}")
 
 
 def input_name(path):
@@ -354,12 +347,25 @@ def replacing(path, durable=True):
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        yield temporary
-        if durable:
-            sync(temporary)
+        with write_errors_named(path):
+            yield temporary
+            if durable:
+                sync(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def write_errors_named(path):
+    """Name the file where an OSError, of a full disk say, does not."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename:
+            raise
+        message = f"{path}: cannot be written ({error.strerror or error}); make room there and run again"
+        raise OSError(message) from error
 
 
 def sync(path):
@@ -434,15 +440,9 @@ def check_constants():
     for module in [sys.modules[name] for name in CHAIN if name in sys.modules]:
         for name, kind in getattr(module, "__annotations__", {}).items():
             if not fits(value := getattr(module, name), kind):
-                kind = (
-                    kind.__name__
-                    if isinstance(kind, type)
-                    else str(kind).replace("typing.", "").replace("Annotated[int, 0]", "OrZero")
-                )
-                rule = (
-                    f"it must be {kind}, a whole number at least 1 (OrZero: 0), another number finite and not negative"
-                )
-                raise InputError(f"{name} = {value!r} in {Path(module.__file__).name}: {rule}")
+                kind = "OrZero" if kind is OrZero else kind.__name__ if type(kind) is type else kind
+                rule = "a whole number at least 1 (OrZero: 0), another number finite and not negative"
+                raise InputError(f"{name} = {value!r} in {Path(module.__file__).name}: it must be {kind}: {rule}")
 
 
 def fits(value, kind):
@@ -482,10 +482,25 @@ def run_script(path):
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
     try:
-        check_constants()
-        script.main()
+        with packages_named():
+            check_constants()
+            script.main()
     except (InputError, OSError, KeyboardInterrupt) as error:
         sys.exit(f"{name}: {error}")
+
+
+def warn(line):
+    """Print a line that is not lost where the output goes to a file."""
+    print(line, file=sys.stderr)
+
+
+@contextlib.contextmanager
+def packages_named():
+    """End with one line where an import in the block finds no such package: another Python answers, say."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        sys.exit(f"{sys.executable}: {error}; run the Python of your environment, or pip install -r requirements.txt")
 
 
 @contextlib.contextmanager
@@ -499,7 +514,7 @@ def only_one(folder, worker=0):
         except BlockingIOError as error:
             raise InputError(f"another {name} is at work in {folder.absolute()}; let it end") from error
         except OSError as error:  # a file system without locks
-            print(f"{name}: {folder.absolute()} cannot be locked ({error}); run one at a time", file=sys.stderr)
+            warn(f"{name}: {folder.absolute()} cannot be locked ({error}); run one at a time")
         yield
 
 

@@ -23,16 +23,15 @@ import itertools
 import math
 import os
 import signal
-import sys
 import threading
 import time
 from pathlib import Path
 from typing import NamedTuple
 
 from get_indexing import (
-    DATA_DIR, MAX_ID_CHARS, UNKNOWN, WORK_DIR,
+    DATA_DIR, FIRST_VIDEO, MAX_ID_CHARS, UNKNOWN, WORK_DIR,
     BadLine, InputError, Records, Tally, constants_of, content_of, file_fingerprint, find_files, fingerprint, load_index,
-    name_unread, only_one, read_json, remove_leftovers, replacing, run_script, text_id, write_json,
+    name_unread, only_one, read_json, remove_leftovers, replacing, run_script, text_id, warn, write_json,
 )  # fmt: skip
 
 USER_MAX_LEN: int = 50  # clicks in a window, and the most that the user tower reads
@@ -42,15 +41,17 @@ VISIT_GAP: int = 1800  # seconds without a click that end a visit
 HELD_OUT_USERS: int = 3000  # for validation, and as many for the test, up to twice as many; of fewer users half each
 RANGE_BYTES: int = 4 << 20  # of input files: the work of one task
 NUM_WORKERS: int | None = None  # processes that work on files; None: one for each core
-TASKS_AHEAD: int = 4  # tasks for each worker, whose results may wait
+TASKS_AHEAD: int = 8  # tasks for each worker that are handed out at a time, whose results may wait
 
 SPLITS = ("train", "val", "test")
 LISTS = ("user_feature", "user_column", "user_time", "label")  # of a record
-FORMAT = 4  # of records and manifest
-MADE_WITH = ("format", "index", "current_columns", "constants", "held_out_share", "input")  # in the manifest
+FORMAT = 5  # of records and manifest
+# What identifies records, in the manifest
+MADE_WITH = ("format", "index", "current_columns", "constants", "held_out_share", "input", "held_out")
 COUNTED = ("clicks", "histories", "days", "held_out", "users", "targets", *(f"{split} windows" for split in SPLITS))
 LAST_SECOND = 10**11  # of times: beyond are milliseconds
 UNPACKS_TO = 8  # bytes that one of a gzip file holds, or so
+SKETCH = 100  # held-out users by whose draws records are known to be of the same users
 
 
 def get_tfrecord(data_dir=DATA_DIR, work_dir=WORK_DIR, num_workers=NUM_WORKERS, **constants):
@@ -59,26 +60,33 @@ def get_tfrecord(data_dir=DATA_DIR, work_dir=WORK_DIR, num_workers=NUM_WORKERS, 
     constants, by their names, take the place of those at the top.
     """
     settings, index, folder = record_constants(**constants), load_index(work_dir), Path(work_dir, "tfrecord").absolute()
-    contents = survey(Path(data_dir, "click_seq"), num_workers)
+    contents, former = survey(Path(data_dir, "click_seq"), num_workers), read_former(folder)
+    lines = sum(content.lines for content in contents.values())
     made_with = {
         "format": FORMAT,
         "index": index.fingerprint(),
         "current_columns": fingerprint([cid for cid, videos in index.columns.items() if videos]),  # these are held out
         "constants": settings,
-        "held_out_share": held_out_share(
-            sum(content.lines for content in contents.values()), settings["HELD_OUT_USERS"], folder
-        ),
+        "held_out_share": held_out_share(lines, settings["HELD_OUT_USERS"], former.get("held_out_share", 0)),
     }
     folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder)
     write = functools.partial(write_shards, folder=folder, index=index, made_with=made_with, contents=contents)
     parts = map_files(write, cut_files(contents, settings["RANGE_BYTES"]), "write records", num_workers)
-    manifest = made_with | {"input": digests(contents)} | add_parts(parts, made_with["held_out_share"], contents)
+    manifest = made_with | {"input": digests(contents)} | add_parts(parts, made_with["held_out_share"], contents, index)
     check_enough(manifest)
     write_json(folder / "manifest.json", manifest)
     remove_others(folder, manifest["shards"])
-    print_report(manifest, index)
+    print_report(manifest, former.get("report"))
     return manifest
+
+
+def read_former(folder):
+    """Return the manifest of the records that stand in the folder, {} without one of today's format."""
+    with contextlib.suppress(InputError, FileNotFoundError):
+        former = read_json(folder / "manifest.json", "get_tfrecord.py")
+        return former if former.get("format") == FORMAT else {}
+    return {}
 
 
 def record_constants(**constants):
@@ -117,21 +125,15 @@ def digests(contents):
     return {Path(path).name: content.sha256 for path, content in contents.items()}
 
 
-def held_out_share(lines, held_out_users, folder):
+def held_out_share(users, wanted, former=0):
     """Return the share of the users for validation, and for the test: a power of two, which few users more do not change.
 
-    It is the largest that gives no more than twice held_out_users. The share of the records that stand is kept while it
-    gives between half and four times as many.
+    It is the largest that gives no more than twice the users wanted, 1/2 at most. The former share is kept while it gives
+    between half and four times as many.
     """
-    share = 0.5
-    while share * lines > 2 * held_out_users:
-        share /= 2
-    with contextlib.suppress(InputError, FileNotFoundError):
-        former = read_json(folder / "manifest.json", "get_tfrecord.py")
-        stands = former["held_out_share"] if former.get("format") == FORMAT else 0
-        if held_out_users / 2 <= stands * lines <= 4 * held_out_users:
-            return stands
-    return share
+    if wanted / 2 <= former * users <= 4 * wanted:
+        return former
+    return 0.5 ** max(1, math.ceil(math.log2(max(users, 1) / (2 * wanted))))
 
 
 def draw_of(uid):
@@ -165,9 +167,8 @@ def parse_history(record):
     seconds = list(map(int, times or [0] * len(clicks)))
     if any(later < earlier for earlier, later in itertools.pairwise(seconds)):
         raise BadLine("times that fall")
-    return History(
-        text_id(record["uid"], "uid"), list(map(str, clicks)) if int in types else clicks, seconds, int(now or 0)
-    )
+    clicks = list(map(str, clicks)) if int in types else clicks
+    return History(text_id(record["uid"], "uid"), clicks, seconds, int(now))
 
 
 def split_click(click, videos, columns):
@@ -240,9 +241,8 @@ def write_shards(task, folder, index, made_with, contents):
         part = write_windows(task, shards, ClickEncoder(index), made_with, contents)
     except OpError as error:  # TensorFlow's own, of a full disk say
         raise OSError(f"{folder}: {error.message}") from None
-    part["shards"] = {
-        path.name: {"bytes": path.stat().st_size, "sha256": file_fingerprint(path)} for path in shards.values()
-    }
+    of_shards = [{"bytes": path.stat().st_size, "sha256": file_fingerprint(path)} for path in shards.values()]
+    part["shards"] = {path.name: of for path, of in zip(shards.values(), of_shards, strict=True)}
     write_json(part_file, part)
     return part
 
@@ -255,7 +255,7 @@ def write_windows(task, shards, encoder, made_with, contents):
     from tensorflow.io import TFRecordWriter
 
     settings, share, serialize = made_with["constants"], made_with["held_out_share"], window_serializer()
-    part = {name: collections.Counter() for name in COUNTED} | {"tallies": []}
+    part, clicked = {name: collections.Counter() for name in COUNTED} | {"tallies": []}, set()
     with contextlib.ExitStack() as stack:  # the writers close first, then the shards take their names
         temporary = {split: stack.enter_context(replacing(path)) for split, path in shards.items()}
         writers = {split: stack.enter_context(TFRecordWriter(str(path))) for split, path in temporary.items()}
@@ -263,6 +263,7 @@ def write_windows(task, shards, encoder, made_with, contents):
             records = Records(path, parse_history, start, end)
             for uid, clicks, times, _ in records:
                 videos, columns = encoder.encode(clicks)
+                clicked.update(videos)
                 part["histories"][str(len(clicks))] += 1
                 part["clicks"].update(count_clicks(videos, columns, times, settings["VISIT_GAP"]))
                 part["days"].update(str(second // 86_400) for second in (*times[:1], *times[-1:]) if second)
@@ -278,7 +279,7 @@ def write_windows(task, shards, encoder, made_with, contents):
             if stamp_of(path) != contents[path].stamp:
                 raise InputError(f"{path}: changed while it was read; run get_tfrecord.py again")
     part["clicks"]["unknown_columns"] = encoder.unknown_columns
-    return part | {"held_out": +part["held_out"], "unknown_video": encoder.unknown_video}
+    return part | {"held_out": +part["held_out"], "unknown_video": encoder.unknown_video, "clicked": sorted(clicked)}
 
 
 def count_clicks(videos, columns, times, visit_gap):
@@ -350,11 +351,8 @@ def window_bounds(start, new, number, settings, shortest_end=0):
     end = max(new + settings["USER_MAX_LEN"], shortest_end)
     while new < number:
         yield start, new, min(end, number)
-        start, new, end = (
-            end - settings["WINDOW_OVERLAP"],
-            end,
-            end - settings["WINDOW_OVERLAP"] + settings["USER_MAX_LEN"],
-        )
+        start, new = end - settings["WINDOW_OVERLAP"], end
+        end = start + settings["USER_MAX_LEN"]
 
 
 def cut_window(uid, clicks, targets, start, new, end):
@@ -394,44 +392,51 @@ def window_serializer():
 # ---------------------------------------------------------------- the manifest
 
 
-def add_parts(parts, share, contents):
-    """Add up what part files say: {"shards", "splits", "report"} of the manifest; too many bad lines are refused."""
-    shards, unknown, sums = {}, "", {name: collections.Counter() for name in COUNTED}
+def add_parts(parts, share, contents, index):
+    """Add up what part files say: {"shards", "splits", "held_out", "report"} of the manifest; too many bad lines are refused."""
+    shards, unknown, clicked, sums = {}, "", set(), {name: collections.Counter() for name in COUNTED}
     files = {Path(path).name: Tally(path) for path in contents}
     for part in parts:
         shards |= part["shards"]
         unknown = unknown or part["unknown_video"]
+        clicked.update(part["clicked"])
         for name, counts in sums.items():
             counts.update(part[name])
         for of_range in part["tallies"]:
             files[of_range["path"]] += Tally(**of_range | {"skipped": collections.Counter(of_range["skipped"])})
     for tally in files.values():
         tally.check()
-    days = sorted(map(int, sums["days"]))
-    lines_of, lengths = sums["held_out"].values(), {int(text): users for text, users in sums["histories"].items()}
+    uids, lengths = sums["held_out"], {int(text): users for text, users in sums["histories"].items()}
+    days = [time.strftime("%Y-%m-%d", time.gmtime(86_400 * day)) for day in sorted(map(int, sums["days"]))]
+    report = {
+        "lines": sum(tally.lines for tally in files.values()),
+        "skipped": sum((tally.skipped for tally in files.values()), collections.Counter()),
+        **sums["clicks"],
+        "targets": sums["targets"].total(),
+        "history": {"p50": quantile(lengths, 0.5), "p90": quantile(lengths, 0.9), "max": max(lengths, default=0)},
+        "days": [days[0], days[-1]] if days else [],
+        "unknown_video": unknown,
+        "users": round(len(uids) / min(2 * share, 1)),  # as far as those held out, by their uids, tell
+        "on_several_lines": sum(lines > 1 for lines in uids.values()) / max(len(uids), 1),
+        **count_shelved(index, clicked, unknown),
+    }
+    splits = {
+        split: {name: sums[name][split] for name in ("users", "targets")} | {"windows": sums[f"{split} windows"]}
+        for split in SPLITS
+    }
+    held_out = sorted(map(draw_of, uids))[-SKETCH:]
+    return {"shards": shards, "splits": splits, "held_out": held_out, "report": report}
+
+
+def count_shelved(index, clicked, unknown_video):
+    """Return what the data report says of the videos on shelves; clicked is the set of the numbers that were clicked."""
+    shelved, vids = set().union(*index.columns.values()), list(index.videos)
+    never, elsewhere = shelved - clicked, clicked - shelved - {UNKNOWN}
     return {
-        "shards": shards,
-        "splits": {
-            split: {
-                "users": sums["users"][split],
-                "targets": sums["targets"][split],
-                "windows": sums[f"{split} windows"],
-            }
-            for split in SPLITS
-        },
-        "report": {
-            "lines": sum(tally.lines for tally in files.values()),
-            "skipped": sum((tally.skipped for tally in files.values()), collections.Counter()),
-            **sums["clicks"],
-            "targets": sums["targets"].total(),
-            "history": {"p50": quantile(lengths, 0.5), "p90": quantile(lengths, 0.9), "max": max(lengths, default=0)},
-            "days": [time.strftime("%Y-%m-%d", time.gmtime(86_400 * day)) for day in (days[0], days[-1])]
-            if days
-            else [],
-            "unknown_video": unknown,
-            "users": round(len(lines_of) / min(2 * share, 1)),  # as far as those held out, by their uids, tell
-            "on_several_lines": sum(lines > 1 for lines in lines_of) / max(len(lines_of), 1),
-        },
+        "shelved_videos": len(shelved),
+        "never_clicked": len(never),
+        "shelved_example": vids[min(never, default=FIRST_VIDEO) - FIRST_VIDEO],
+        "clicked_example": vids[min(elsewhere) - FIRST_VIDEO] if elsewhere else unknown_video,
     }
 
 
@@ -452,17 +457,18 @@ def check_enough(manifest):
         raise InputError("every history is of one click; write one line for each user: all their clicks, oldest first")
     if not report["column_clicks"]:
         raise InputError(
-            "no click was made in a known column; clicks look like <vid>_<cid>, the cid as in cid2vids*.json"
+            "no click was made in a known column; they look like <vid>_<cid>, the cid as in cid2vids*.json"
         )
-    lacking = [split for split in SPLITS if not splits[split]["targets"]]
+    lacking, users = [split for split in SPLITS if not splits[split]["targets"]], report["users"]
+    if lacking and 2 * users < report["lines"]:
+        raise InputError(f"{report['lines']:,} lines hold about {users:,} uids; write one line for each user")
     if lacking == ["train"]:
         raise InputError("all column clicks are held out; more users or longer histories are needed")
     if lacking:
         enough = math.ceil(math.log(0.01) / math.log1p(-manifest["held_out_share"]))
         needed = "each on one line, with a uid of its own, who clicked in a current column after other clicks"
-        raise InputError(
-            f"{report['lines']:,} lines leave no target for {lacking[-1]}; about {enough} users are needed, {needed}"
-        )
+        few = f"{report['lines']:,} lines leave no target for {lacking[-1]}"
+        raise InputError(f"{few}; about {enough} users are needed, {needed}")
 
 
 def remove_others(folder, shards):
@@ -472,8 +478,8 @@ def remove_others(folder, shards):
         remove_leftovers(folder, kind.format("[0-9a-f]" * 16), current)
 
 
-def print_report(manifest, index):
-    """Print the data report: what was read, skipped and kept, and what is odd."""
+def print_report(manifest, former=None):
+    """Print the data report: what was read, skipped and kept, and what is odd, also beside the former report."""
     report, history = manifest["report"], manifest["report"]["history"]
     skipped = ", ".join(f"{count:,} {reason}" for reason, count in report["skipped"].items()) or "none"
     visits = f"; {report['visits']:,} visits, {' to '.join(report['days'])}" if report["days"] else ""
@@ -484,36 +490,33 @@ def print_report(manifest, index):
     for split, counts in manifest["splits"].items():
         windows = sum(counts["windows"].values())
         print(f"{split}: {counts['users']:,} users -> {counts['targets']:,} targets in {windows:,} windows")
-    for line in oddities(report, index):
-        print(line, file=sys.stderr)
+    for line in oddities(report, former or report):
+        warn(line)
 
 
-def oddities(report, index):
+def oddities(report, former):
     """Yield a line for each thing in the data that costs quality."""
-    lines, clicks = report["lines"] - sum(report["skipped"].values()), report["clicks"]
-    unknown, repeated, longest = (
-        report["unknown_videos"] / clicks,
-        report["repeated_clicks"] / clicks,
-        report["history"]["max"],
-    )
+    lines, longest = report["lines"] - sum(report["skipped"].values()), report["history"]["max"]
+    clicks = report["clicks"]
+    unknown, repeated = report["unknown_videos"] / clicks, report["repeated_clicks"] / clicks
+    if 2 * clicks < former["clicks"]:
+        yield f"{clicks:,} clicks, where the former records had {former['clicks']:,}: is a click file cut or missing?"
     if report["on_several_lines"]:
-        yield (
-            f"about {report['users']:,} users are on {lines:,} lines, {report['on_several_lines']:.1%} of them on several: "
-            "each line is trained on and ranked by itself; put all clicks of a user on one line"
-        )
+        yield (f"about {report['users']:,} users are on {lines:,} lines, {report['on_several_lines']:.1%} of them on several: "
+               "each line is trained on and ranked by itself; put all clicks of a user on one line")  # fmt: skip
+    shelved, other = (f"{report[f'{kind}_example']!a:.80}" for kind in ("shelved", "clicked"))
     if unknown > 0.5:
-        yield (
-            f"{unknown:.0%} of the clicks are of videos on no shelf and in no catalogue, {report['unknown_video'][:80]!r} for "
-            f"one, where ids look like {next(iter(index.videos))[:80]!r}; write the ids alike in all raw data, or vid2title "
-            "lines of the videos, and run get_indexing.py and get_tfrecord.py again"
-        )
+        yield (f"{unknown:.0%} of the clicks are of videos on no shelf and in no catalogue, {report['unknown_video']!a:.80} for "
+               f"one, where ids look like {shelved}; write the ids alike in all raw data, or vid2title lines of the videos, and "
+               "run get_indexing.py and get_tfrecord.py again")  # fmt: skip
     elif unknown:
         yield f"{unknown:.1%} of the clicks are of unknown videos; vid2title lines make them known"
+    if 2 * report["never_clicked"] > report["shelved_videos"]:
+        yield (f"nobody clicked {report['never_clicked']:,} of the {report['shelved_videos']:,} videos on the shelves, {shelved} "
+               f"for one, where clicks are like {other}: are ids written otherwise, with blanks or another separator?")  # fmt: skip
     if repeated > 0.2:
-        yield (
-            f"{repeated:.0%} of the clicks repeat the one before, same video and column: where the log holds events twice, "
-            "write each once; else all figures are too good, since the next click is known"
-        )
+        yield (f"{repeated:.0%} of the clicks repeat the one before, same video and column: where the log holds events twice, "
+               "write each once; else all figures are too good, since the next click is known")  # fmt: skip
     if lines >= 1000 and longest > clicks / 100:
         yield f"one user has {longest:,} of the {clicks:,} clicks, perhaps a machine: leave such users out"
 
@@ -552,7 +555,7 @@ def map_files(function, tasks, desc, num_workers=NUM_WORKERS):
     """Return an iterator over function(task) of each task, in order, computed by spawned worker processes.
 
     Started by spark-submit, the Spark cluster computes them. The function, a functools.partial say, is sent to each worker
-    once; a task may be tried twice, even at the same time.
+    once; a task may be tried twice, even at the same time. Only so many results wait at a time.
     """
     from tqdm import tqdm
 
@@ -561,9 +564,8 @@ def map_files(function, tasks, desc, num_workers=NUM_WORKERS):
         results = map_on_spark(function, tasks)
     else:
         results = map_on_workers(function, tasks, num_workers) if num_workers > 1 else map(function, tasks)
-    return tqdm(
-        results, total=len(tasks), desc=desc, unit="part", leave=False, disable=None
-    )  # None: silent where stderr is no terminal
+    # disable=None: silent where stderr is no terminal
+    return tqdm(results, total=len(tasks), desc=desc, unit="part", leave=False, disable=None)
 
 
 def map_on_workers(function, tasks, num_workers):
@@ -577,19 +579,19 @@ def map_on_workers(function, tasks, num_workers):
 
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy in the workers, which are as many as the cores
     pool = ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn"), start_worker, (function,))
-    waiting = collections.deque()
     try:
-        for task in tasks:
-            if len(waiting) == TASKS_AHEAD * num_workers:
-                yield waiting.popleft().result()
-            waiting.append(pool.submit(run_task, task))
-        while waiting:
-            yield waiting.popleft().result()
+        for some in slices(tasks, TASKS_AHEAD * num_workers):
+            yield from pool.map(run_task, some)
     except BrokenProcessPool as error:
         died = "a worker process died, for lack of memory perhaps"
         raise InputError(f"{died}; run again, or lower NUM_WORKERS in get_tfrecord.py") from error
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
+
+
+def slices(tasks, length):
+    """Yield the tasks in lists of that length, the last one perhaps shorter."""
+    return (tasks[start : start + length] for start in range(0, len(tasks), length))
 
 
 def start_worker(function):
@@ -614,10 +616,8 @@ def run_task(task):
 def map_on_spark(function, tasks):
     """Yield function(task) of each task, in order, computed by the executors."""
     context = importlib.import_module("pyspark").SparkContext.getOrCreate()
-    at_once = 8 * context.defaultParallelism  # results that wait here
-    for start in range(0, len(tasks), at_once):
-        part = tasks[start : start + at_once]
-        for outcome in context.parallelize(part, len(part)).map(functools.partial(attempt, function)).collect():
+    for some in slices(tasks, TASKS_AHEAD * context.defaultParallelism):
+        for outcome in context.parallelize(some, len(some)).map(functools.partial(attempt, function)).collect():
             if isinstance(outcome, InputError | OSError):
                 raise InputError(outcome)
             yield outcome

@@ -30,13 +30,14 @@ from typing import NamedTuple
 from get_indexing import (
     DATA_DIR, MAX_ID_CHARS, MAX_LINE_BYTES, WORK_DIR,
     InputError, OrZero, Records, Tally, file_fingerprint, fingerprint, input_name, load_index, name_unread,
-    only_one, read_json, read_names, remove_leftovers, replacing, run_script, write_json,
+    only_one, packages_named, read_json, read_names, remove_leftovers, replacing, run_script, write_json,
 )  # fmt: skip
 from get_tfrecord import (
     NUM_WORKERS, ClickEncoder, History, cut_files, draw_of, map_files, parse_history, split_click, stamp_of, survey,
 )  # fmt: skip
 
-import numpy as np
+with packages_named():
+    import numpy as np
 
 CLICKS_DIR: str = f"{DATA_DIR}/click_seq"  # the users to rank for; name another folder to rank for others
 RANKING_DIR: str = f"{WORK_DIR}/ranking"  # one for each folder of users
@@ -57,17 +58,9 @@ def infer(clicks_dir=CLICKS_DIR, work_dir=WORK_DIR, ranking_dir=RANKING_DIR, top
     index, model = load_index(work_dir), read_json(work_dir / "model/model.json", "train.py")
     contents = survey(clicks_dir, num_workers)
     newest = max(map_files(newest_click, cut_files(contents, RANK_BYTES), "read times", num_workers))
-    made_with = {
-        "model": model.get("id"),
-        "index": fingerprint(index.videos, index.columns),
-        "constants": {
-            "TOP_K": top_k,
-            "DECIMALS": DECIMALS,
-            "MAX_LINE_BYTES": MAX_LINE_BYTES,
-            "MAX_ID_CHARS": MAX_ID_CHARS,
-        },
-        "now": newest and newest + NOW_AFTER,
-    }
+    constants = dict(TOP_K=top_k, DECIMALS=DECIMALS, MAX_LINE_BYTES=MAX_LINE_BYTES, MAX_ID_CHARS=MAX_ID_CHARS)
+    made_with = dict(model=model.get("id"), index=fingerprint(index.videos, index.columns), constants=constants)
+    made_with["now"] = newest and newest + NOW_AFTER
     if newest:
         print(f'ranked for {moment(made_with["now"])}, NOW_AFTER the newest click, where a line has no "now"')
     folder.mkdir(parents=True, exist_ok=True)
@@ -76,9 +69,7 @@ def infer(clicks_dir=CLICKS_DIR, work_dir=WORK_DIR, ranking_dir=RANKING_DIR, top
     former = {path: read_made_of(output) for path, output in outputs.items()}
     for path, output in outputs.items():
         check_folder(output, former[path], clicks_dir)
-    made_of = {
-        path: json.loads(json.dumps(made_with | {"input": content.sha256})) for path, content in contents.items()
-    }
+    made_of = {path: made_with | {"input": content.sha256} for path, content in contents.items()}
     todo = [path for path in contents if not made_of[path].items() <= former[path].items()]
     served = [(path, outputs[path], former[path]["model"]) for path in todo if former[path]]
     judge_served(folder, served, index, sum(content.lines for content in contents.values()), num_workers)
@@ -98,15 +89,13 @@ def infer(clicks_dir=CLICKS_DIR, work_dir=WORK_DIR, ranking_dir=RANKING_DIR, top
             changed.append(path)
         else:
             ranked += join_parts(outputs[path], of_file, made_of[path], clicks_dir)
-    print(
-        f"{ranked:,} users ranked in {len(todo) - len(changed):,} files, {len(outputs):,} files stand in {ranking_dir}"
-    )
+    number = len(todo) - len(changed)
+    print(f"{ranked:,} users ranked in {number:,} files, {len(outputs):,} files stand in {ranking_dir}")
     if example:
         print_example(*example, index)
     if changed:
-        raise InputError(
-            f"{', '.join(changed)}: changed while it was ranked, so the former ranking stays; run infer.py again"
-        )
+        what = "changed while it was ranked, so the former ranking stays"
+        raise InputError(f"{', '.join(changed)}: {what}; run infer.py again")
     return list(outputs.values())
 
 
@@ -229,9 +218,7 @@ class Ranker:
         self.id, self.encoder = saved["id"], ClickEncoder(self.index)
         self.user_max_len = saved["records"]["constants"]["USER_MAX_LEN"]
         if not self.encoder.current:
-            raise InputError(
-                "no column holds a video, so there is nothing to rank; run get_indexing.py on today's columns"
-            )
+            raise InputError("no column holds a video: nothing to rank; run get_indexing.py on today's columns")
         self.scorer = Scorer(model, memory, self.index, saved["constants"]["ITEM_MAX_LEN"])
         self.cids = self.scorer.cids
 
@@ -268,9 +255,8 @@ class Ranker:
         if not user.is_known()[0]:
             return [(None, None)] * len(self.cids)
         memory, habit = self.mix.memory_weight, self.mix.habit_weight
-        weighted = np.array([1 - memory - habit, memory, habit])[:, None] * np.concatenate(
-            self.scorer.parts(user, self.mix)
-        )
+        parts = np.concatenate(self.scorer.parts(user, self.mix))
+        weighted = np.array([1 - memory - habit, memory, habit])[:, None] * parts
         return (weighted / weighted.sum(axis=0))[:2].T.tolist()
 
     def encode(self, clicks, times=None, now=None, longest=None):

@@ -28,15 +28,9 @@ FFN_RATIO: int = 2  # width of a block's feed-forward layer, in EMB_DIM
 DROPOUT: float | None = None  # None: by the rarity of the videos, see by_rarity()
 INIT_STDDEV: float = 0.02  # of embeddings and kernels; Glorot trained slower and ended lower
 INIT_SCALE: float = 20.0  # of the cosine, learned from there: a bare cosine is too flat for a softmax
-AHEAD_DECAY: float | None = (
-    None  # share of each click after the next as a target, against the one before; None: by_rarity()
-)
+AHEAD_DECAY: float | None = None  # weight of each next click as a target against the one before; None: by_rarity()
 LOSS: Literal["softmax", "bce"] = "softmax"  # over the candidates; or binary cross-entropy of each candidate
-TREND_REACHES: tuple[float, ...] = (
-    0.3,
-    0.9,
-    0.98,
-)  # weight of a day's clicks against the next later one: short and long
+TREND_REACHES: tuple[float, ...] = (0.3, 0.9, 0.98)  # weight of a day's clicks against the next later day's
 TREND_BACKOFF: float = 20.0  # clicks by which the share of all clicks before counts in that of the last days
 TREND_SIZE: int = 1 << 24  # numbers in the table of trends: with many columns it holds fewer days
 MEMORY_WIDTH: int = 64  # memory: columns remembered for a video
@@ -155,9 +149,8 @@ class BST_DSSM(keras.Model):
         self.scale = self.add_weight(shape=(), initializer=keras.initializers.Constant(INIT_SCALE), name="scale")
         self.gap_embedding = self.add_weight((NUM_GAPS, emb_dim), "zeros", name="gaps")
         self.gap_scale = self.add_weight((NUM_GAPS,), "zeros", name="sureness")
-        self.trend_weights = self.add_weight(
-            (num_trends,), keras.initializers.Constant(0.3 / num_trends), name="trends"
-        )
+        first_weights = keras.initializers.Constant(1 / num_trends)  # the share of these days instead of all before
+        self.trend_weights = self.add_weight((num_trends,), first_weights, name="trends")
 
     def call(self, inputs):
         """Histories (user_feature, user_column, user_gap) and columns (item_feature, item_column) -> logits [batch, items].
@@ -325,9 +318,8 @@ class Trend:
             self.first, last = days[0], days[np.searchsorted(days, most + 366) - 1]
         self.first = max(self.first, last + 1 - size // ((num_columns + 1) * len(reaches)))
         old = days < self.first  # no rows of their own, but clicks before all others
-        weights = [
-            np.where(old, daily.values * reach ** np.maximum(self.first - 1.0 - days, 0), 0) for reach in (1, *reaches)
-        ]
+        age = np.maximum(self.first - 1.0 - days, 0)  # days
+        weights = (np.where(old, daily.values * reach**age, 0) for reach in (1, *reaches))
         ever, *recent = (np.bincount(columns, of, num_columns + 1).astype(float)[:, None] for of in weights)
         recent = np.concatenate(recent, axis=1)
         self.table = np.zeros([last - self.first + 3, *recent.shape], np.float32)
@@ -370,9 +362,8 @@ class CountTable:
         entry = np.arange(len(click)) + (starts - np.cumsum(lengths) + lengths)[click]
         values = self.pairs.values[entry] * weights.ravel()[click]
         places = click // rows.shape[1] * self.num_numbers + self.pairs.keys[entry] % self.num_numbers
-        return (
-            np.bincount(places, values, len(rows) * self.num_numbers).reshape(-1, self.num_numbers)[:, 1:].astype(float)
-        )
+        sums = np.bincount(places, values, len(rows) * self.num_numbers).astype(float)  # without values it counts
+        return sums.reshape(-1, self.num_numbers)[:, 1:]
 
 
 class Memory:
@@ -443,13 +434,11 @@ class Memory:
 
     def save(self, path):
         """Write the memory as one .npz file."""
+        arrays = dict(video_clicks=self.video_clicks, column_clicks=self.column_clicks, video_column=self.video_column)
         tables = {"by_video": self.by_video.pairs, "by_column": self.by_column.pairs, "daily": self.daily}
-        arrays = {
-            f"{table}.{name}": array for table, pairs in tables.items() for name, array in pairs._asdict().items()
-        }
-        clicks = dict(video_clicks=self.video_clicks, column_clicks=self.column_clicks, video_column=self.video_column)
-        with open(path, "wb") as file:
-            np.savez(file, **clicks, **arrays)
+        for name, pairs in tables.items():
+            arrays |= {f"{name}.keys": pairs.keys, f"{name}.values": pairs.values}
+        np.savez(path, **arrays)
 
     @classmethod
     def load(cls, path, **trend):

@@ -3,7 +3,7 @@
 Reads   WORK_DIR/tfrecord/, WORK_DIR/indexing/, the model that stands in WORK_DIR/model/
 Writes  WORK_DIR/model/checkpoint.npz      where a run that was killed goes on; gone when it has ended
         WORK_DIR/model/history.csv         one line an epoch
-        WORK_DIR/model/logs/               for TensorBoard, where it is installed: a folder a run
+        WORK_DIR/model/logs/               for TensorBoard, where it is installed: a folder a run, and one for all
     and when all has ended, together
         WORK_DIR/model/<id>.weights.h5     the towers' best weights
         WORK_DIR/model/<id>.memory.npz     what was counted
@@ -25,7 +25,6 @@ import json
 import os
 import platform
 import signal
-import sys
 import time
 import uuid
 import zipfile
@@ -39,7 +38,8 @@ from get_dataset import (
 from get_indexing import (
     DATA_DIR, FIRST_VIDEO, WORK_DIR,
     InputError, OrZero, check_same, constants_of, file_fingerprint, fingerprint, load_index, only_one, read_json,
-    remove_leftovers, replacing, run_script, sync, write_json,
+    remove_leftovers, replacing, run_script, sync, warn,
+    write_errors_named, write_json,
 )  # fmt: skip
 from get_tfrecord import MADE_WITH, digests, survey
 from model_tf2 import (
@@ -62,11 +62,11 @@ WARM_RATE: float = 0.5  # of LEARNING_RATE, then
 SEED: OrZero = 1  # of weights, dropout, shuffling and negatives
 MEMORY: bool = True  # False leaves the plain two towers
 MIX_WEIGHTS: tuple[float, ...] = (0.0, 0.2, 0.4, 0.6, 0.8)  # of memory, and of habit, to choose from on validation
-HABIT_POPULARITIES: tuple[float, ...] = (0.1, 0.6)  # shares of recent popularity in habit, to choose from
+HABIT_POPULARITIES: tuple[float, ...] = (0.1, 0.6, 0.9)  # shares of recent popularity in habit, to choose from
 CLICKED_FACTORS: tuple[float, ...] = (1.0, 0.5, 0.001)  # for columns that the user clicked before, to choose from
 CLUSTER_TIMEOUT: int = 600  # seconds that a worker waits for the others
 
-MODEL_FORMAT = 5  # of model.json
+MODEL_FORMAT = 6  # of model.json
 NO_LOSS = {"loss": None, "targets": None}  # of epoch 0
 NOT_FINITE = "the model that stands is kept; lower LEARNING_RATE and run train.py again"
 GAPS = {"within an hour": 3600, "within a day": 86_400, "within a week": 604_800, "later": np.inf}  # slices, in seconds
@@ -90,21 +90,22 @@ def train(work_dir=WORK_DIR, record_constants=None, loss=LOSS, arguments=None, *
     if is_first():
         remove_leftovers(folder)
     standing, why_cold = find_standing(work_dir, index, run)
+    check_same_start(strategy, run, standing, folder)
     if standing and run.items() <= standing.saved.items():
         print(f"nothing to train: {folder / 'model.json'} was made of these records with these constants")
         (folder / "checkpoint.npz").unlink(missing_ok=True)
         return standing.saved["test"]
-    with tensorflow_errors_named():
+    with tensorflow_errors_named(work_dir):
         counts = count_windows(manifest, ["train"], index, work_dir)
         scorer, ahead_decay = make_scorer(strategy, Memory.of_counts(counts, index), index, run["shape"])
         why_cold = why_cold or other_shape(standing.saved["arguments"], scorer.model.arguments)
-        start = (
-            f"from nothing: {why_cold}" if why_cold else f"from the weights of the model of {standing.saved['date']}"
-        )
-        print(f"training starts {start}; {settings['EPOCHS' if why_cold else 'WARM_EPOCHS']:,} epochs at most")
-        if not why_cold:
-            grow(standing.model, scorer.model, index)
-        run_from = run | {"from": None if why_cold else standing.saved["weights"]}
+        if why_cold:
+            epochs, start, run_from = "EPOCHS", f"nothing: {why_cold}", run | {"from": None}
+        else:
+            epochs, start = "WARM_EPOCHS", f"the weights of the model of {standing.saved['date']}"
+            run_from = run | {"from": standing.saved["weights"]}
+            grow(standing.model, scorer.model)
+        print(f"training starts from {start}; {settings[epochs]:,} epochs at most")
         weights, logs = fit(strategy, scorer, ahead_decay, manifest, index, work_dir, run_from)
         if not is_first():
             return None
@@ -115,16 +116,13 @@ def train(work_dir=WORK_DIR, record_constants=None, loss=LOSS, arguments=None, *
 
 def describe_run(settings, shape, manifest, index):
     """Return all that shapes a training, as it will be read from model.json again."""
-    run = {
-        "constants": settings,
-        "shape": shape,
-        "records": {name: manifest[name] for name in MADE_WITH},
-        "index": index.fingerprint(),
-        "columns_hold": fingerprint(index.columns),
-        "versions": {"python": platform.python_version()}
-        | {module.__name__: module.__version__ for module in (tf, keras, np)},
+    versions = {
+        "python": platform.python_version(),
+        **{module.__name__: module.__version__ for module in (tf, keras, np)},
     }
-    return json.loads(json.dumps(run))
+    records = {name: manifest[name] for name in MADE_WITH}
+    run = dict(constants=settings, shape=shape, records=records, index=index.fingerprint(), versions=versions)
+    return json.loads(json.dumps(run | {"columns_hold": fingerprint(index.columns)}))
 
 
 def make_scorer(strategy, memory, index, shape):
@@ -146,7 +144,7 @@ def make_strategy():
     """Return how to train: on the cluster of TF_CONFIG, on all GPUs of this machine, or on its one device."""
     worker, workers = cluster_worker()
     if workers > 1:
-        print(f"worker {worker} waits for all {workers} of TF_CONFIG, {CLUSTER_TIMEOUT} s at most", file=sys.stderr)
+        warn(f"worker {worker} waits for all {workers} of TF_CONFIG, {CLUSTER_TIMEOUT} s at most")
         signal.alarm(CLUSTER_TIMEOUT)  # TensorFlow itself waits for ever, and lets no other thread run
         options = tf.distribute.experimental.CommunicationOptions(timeout_seconds=CLUSTER_TIMEOUT)
         strategy = tf.distribute.MultiWorkerMirroredStrategy(communication_options=options)
@@ -155,6 +153,18 @@ def make_strategy():
     if len(tf.config.list_physical_devices("GPU")) > 1:
         return tf.distribute.MirroredStrategy()
     return tf.distribute.get_strategy()
+
+
+def check_same_start(strategy, run, standing, folder):
+    """Refuse to train where the workers of a cluster start from different things; each of them says so."""
+    if cluster_worker()[1] == 1:
+        return
+    checkpoint = folder / "checkpoint.npz"
+    start = run, standing and standing.saved["id"], checkpoint.exists() and file_fingerprint(checkpoint)
+    number = {"start": int(fingerprint(*start)[:12], 16)}  # exact as a float
+    if mean_of_workers(strategy, number) != number:
+        what = "the workers of TF_CONFIG start from different records, models, checkpoints, constants or versions"
+        raise InputError(f"{what}; give all the same WORK_DIR and the same scripts, and start them again")
 
 
 # ---------------------------------------------------------------- fitting the towers
@@ -185,13 +195,13 @@ def fit(strategy, scorer, ahead_decay, manifest, index, work_dir, run):
             break
         clock = time.time()
         trained = train_epoch(train_step, batches_of(epoch), epoch, optimizer) if epoch else NO_LOSS
-        metrics = broadcast(strategy, validate(scorer, validation))
+        metrics = mean_of_workers(strategy, validate(scorer, validation))  # so that all end at the same epoch
         history.append({"epoch": epoch, **trained, **metrics, "seconds": round(time.time() - clock, 1)})
         if best_epoch(history) == epoch:
             best = model.get_weights()
         if is_first():
             write_csv(folder / "history.csv", history[0], [row.values() for row in history])
-            log(folder / "logs" / log_name, epoch, history[-1])
+            log(folder / "logs" / log_name, epoch, {name: history[-1][name] for name in ("loss", *metrics)})
             save_checkpoint(folder, model, optimizer, run, log_name, history, best)
         print_epoch(history)
     return best, folder / "logs" / log_name
@@ -232,9 +242,8 @@ class MuonAdam:
             weight_decay=None, adam_weight_decay=None, exclude_layers=[r"^(?!.*kernel)"],
         )  # fmt: skip
         self.muon.build(self.rest)
-        self.means, self.squares = (
-            [tf.Variable(tf.zeros_like(table), trainable=False) for table in self.tables] for _ in range(2)
-        )
+        zeros = [tf.zeros_like(table) for table in self.tables]
+        self.means, self.squares = ([tf.Variable(zero, trainable=False) for zero in zeros] for _ in range(2))
         self.variables = [*self.muon.variables, *self.means, *self.squares]
 
     @property
@@ -297,15 +306,13 @@ def train_epoch(train_step, batches, epoch, optimizer):
     return {"loss": float(sums[0] / step), "targets": int(sums[1])}
 
 
-def broadcast(strategy, metrics):
-    """Return the first worker's metrics in every worker of a cluster: all must end at the same epoch."""
+def mean_of_workers(strategy, values):
+    """Return the mean of the numbers {name: value} over the workers of a cluster: the same in each of them."""
     if cluster_worker()[1] == 1:
-        return metrics
-    values = tf.constant(list(metrics.values()), tf.float64)
-    parts = strategy.experimental_distribute_values_from_function(
-        lambda context: values if context.replica_id_in_sync_group == 0 else tf.zeros_like(values)
-    )
-    return dict(zip(metrics, strategy.reduce("SUM", parts, axis=None).numpy().tolist(), strict=True))
+        return values
+    numbers = tf.constant(list(values.values()), tf.float64)
+    means_of = strategy.reduce("MEAN", strategy.run(lambda: numbers), axis=None)
+    return dict(zip(values, means_of.numpy().tolist(), strict=True))
 
 
 def best_epoch(history):
@@ -388,6 +395,10 @@ def choose_and_publish(scorer, standing, counts, run, manifest, index, work_dir,
     lines = table_lines(table, chosen)
     print(*lines, sep="\n")
     log(logs, 0, {"test users": "".join(f"    {line}\n" for line in lines)})  # indented: code, in Markdown
+    of_all = logs.with_name("all-runs")  # one curve for the life of the model
+    log(
+        of_all, len(list(of_all.glob("*"))), {f"test NDCG@10/{row}": of["NDCG@10"] for row, of in table["test"].items()}
+    )
     return table["test"]
 
 
@@ -427,9 +438,7 @@ def all_rankings(scorer, counts, chosen, use_memory, standing, index):
     """
     rng, num_numbers, memory = np.random.default_rng(0), 1 + len(index.columns), scorer.memory
     chain = CountTable(counts.follows, num_numbers, num_numbers)
-    nudge = 1e-6 * scorer.of_current(
-        memory.popularity[None]
-    )  # of columns that are equal otherwise, the popular one first
+    nudge = 1e-6 * scorer.of_current(memory.popularity[None])  # of columns equal otherwise, the popular one first
     if standing:  # counted in the training records, as the new one
         stood = Memory.of_counts(counts, index, **trend_constants(standing.saved))
         stood = Scorer(standing.model, stood, index, standing.saved["constants"]["ITEM_MAX_LEN"])
@@ -526,7 +535,8 @@ def table_lines(table, chosen):
     for row in test:
         of_row = ["-" if gains[row] is None else f"{gains[row]:.4f}" for gains in slices.values()]
         lines.append(f"{row:12}" + "".join(f"{gain:>18}" for gain in of_row))
-    by = f"memory {chosen.memory_weight}, habit {chosen.habit_weight} (popularity {chosen.habit_popularity}), factor for clicked columns {chosen.clicked_factor}"
+    by = f"memory {chosen.memory_weight}, habit {chosen.habit_weight} (popularity {chosen.habit_popularity})"
+    by += f", factor for clicked columns {chosen.clicked_factor}"
     return [*lines, f"The model ranks by {list(test)[-1]!r}: {by}", *(f"Note: {note}." for note in table["notes"])]
 
 
@@ -584,12 +594,14 @@ def find_standing(work_dir, index, run):
     except FileNotFoundError:
         return None, "no model stands"
     except InputError as error:
-        print(error, file=sys.stderr)
+        warn(error)
         return None, "the model that stands cannot be used"
     end_publishing(Path(work_dir, "model"), standing.saved)  # of a run that was killed then
-    was, now = standing.saved["records"]["held_out_share"], run["records"]["held_out_share"]
-    if now > was:
-        return None, f"{now:.2%} of the users are held out, {was:.2%} when the model that stands was trained"
+    then, now = standing.saved["records"], run["records"]
+    if now["held_out_share"] > then["held_out_share"]:
+        return None, f"a share of {now['held_out_share']} of the users is held out, {then['held_out_share']} until now"
+    if 20 * len({*then["held_out"]} & {*now["held_out"]}) < len(then["held_out"]):
+        return None, "the users are others than those of the model that stands, by their uids"
     return standing, None if run["constants"]["WARM_START"] else "WARM_START is False"
 
 
@@ -601,53 +613,31 @@ def other_shape(saved, now):
     return None
 
 
-def grow(old, new, index):
-    """Give the new model the old one's weights. A new video starts as the mean of the old ones on its shelves, or of all;
-    a new column as none, since it is scored by its videos."""
+def grow(old, new):
+    """Give the new model the old one's weights. A new video starts as the mean of the old ones, beside its shelves; a new
+    column as none, since it is scored by its videos."""
     for before, variable in zip(old.variables, new.variables, strict=True):
         rows = before.numpy()
         if variable is new.video_embedding:
-            rows = np.concatenate([rows, new_videos(rows, index)])
+            new_rows = np.tile(rows[FIRST_VIDEO:].mean(axis=0), [variable.shape[0] - len(rows), 1])
+            rows = np.concatenate([rows, new_rows])
         elif variable is new.column_embedding:
             rows = np.pad(rows, [(0, variable.shape[0] - len(rows)), (0, 0)])
         variable.assign(rows)
-
-
-def new_videos(rows, index):
-    """Return embeddings [new videos, dim] for the videos that rows, those of the old ones, lack."""
-    weight = np.float32(1e-6)  # of the mean of all, which any video on a shelf outweighs
-    counts = np.full([FIRST_VIDEO + len(index.videos) - len(rows), 1], weight)
-    sums = counts * rows[FIRST_VIDEO:].mean(axis=0)
-    for shelf in index.columns.values():
-        shelf = np.array(shelf, int)
-        known, new = shelf[shelf < len(rows)], shelf[shelf >= len(rows)] - len(rows)
-        sums[new] += rows[known].sum(axis=0)
-        counts[new] += len(known)
-    return sums / counts
 
 
 def publish(folder, model, memory, index, run, table, ranks, users):
     """Write weights, memory and tables under a new id; then model.json, whose rename publishes all."""
     identity = uuid.uuid4().hex[:16]
     weights, memory_file = (folder / f"{identity}.{kind}" for kind in ("weights.h5", "memory.npz"))
-    model.save_weights(weights)
-    memory.save(memory_file)
-    sync(weights)
-    sync(memory_file)
-    files = {
-        part: {"file": path.name, "sha256": file_fingerprint(path)}
-        for part, path in (("weights", weights), ("memory", memory_file))
-    }
-    date = time.strftime("%Y-%m-%d %H:%M:%S")
-    saved = {
-        "format": MODEL_FORMAT,
-        "id": identity,
-        "date": date,
-        **files,
-        **run,
-        "arguments": model.arguments,
-        **table,
-    }
+    for path, save in ((weights, model.save_weights), (memory_file, memory.save)):
+        with write_errors_named(path):
+            save(path)
+            sync(path)
+    files = dict(weights=weights, memory=memory_file)
+    saved = dict(format=MODEL_FORMAT, id=identity, date=time.strftime("%Y-%m-%d %H:%M:%S"), arguments=model.arguments)
+    saved |= {part: {"file": path.name, "sha256": file_fingerprint(path)} for part, path in files.items()}
+    saved |= run | table
     write_json(folder / f"{identity}.metrics.json", table)
     write_test(folder / f"{identity}.test.csv", ranks, users, list(index.columns))
     write_json(folder / "model.json", saved)
@@ -707,7 +697,7 @@ def restore_checkpoint(folder, model, optimizer, run):
                 best = [arrays[f"best{i:04}"] for i in range(len(model.variables))]
                 print(f"going on after epoch {state['history'][-1]['epoch']} of {path}")
                 return state["log_name"], state["history"], best
-    return time.strftime("%Y%m%d-%H%M%S"), [], None
+    return f"{time.strftime('%Y%m%d-%H%M%S')}-{'warm' if run['from'] else 'cold'}", [], None
 
 
 def print_epoch(history):
@@ -736,14 +726,10 @@ def say_if_clicks_changed(work_dir, data_dir=DATA_DIR):
     try:
         was, now = read_json(manifest, "get_tfrecord.py").get("input", {}), digests(survey(folder, num_workers=1))
     except InputError as error:
-        print(error, file=sys.stderr)
-        return
+        return warn(error)
     if others := sorted(name for name in was.keys() | now.keys() if was.get(name) != now.get(name)):
-        print(
-            f"{folder}: the clicks changed since the records were made ({', '.join(others[:3])}); run get_tfrecord.py first "
-            "to train on them",
-            file=sys.stderr,
-        )
+        what = f"the clicks changed since the records were made ({', '.join(others[:3])})"
+        warn(f"{folder}: {what}; run get_tfrecord.py first to train on them")
 
 
 def main():

@@ -16,6 +16,8 @@ import re
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import get_dataset
@@ -168,6 +170,7 @@ def test_no_room_for_a_file_is_one_line_and_leaves_the_former_outputs(battery, s
     folder, before = battery.ready_folder(script), battery.former[script]
     line = one_line_of(folder, script, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (room, room)))
     assert "File too large" in line or "errno = 27" in line
+    assert "data/work/" in line and ("make room there" in line or script == "get_tfrecord")
     outputs = standing(folder)
     for name, data in before.items():
         assert outputs[name] == data or name == "model/history.csv", f"{name} was touched"
@@ -186,6 +189,15 @@ def test_a_folder_that_cannot_be_written_is_one_line(battery):
     lines = one_line_of_each(STAGES, folders)
     for script, place in places.items():
         assert STAGES[script] in lines[script] and place.read_text() == "not a folder"
+
+
+@pytest.mark.parametrize("script", ["get_tfrecord", "get_dataset", "train", "infer"])
+def test_a_missing_package_is_one_line_with_the_python_that_answered(battery, script):
+    """-S: without the packages that pip installed."""
+    command = [sys.executable, "-S", f"{script}.py"]
+    ended = subprocess.run(command, check=False, cwd=battery.done, capture_output=True, text=True)
+    message = r"No module named '\w+'; run the Python of your environment, or pip install -r requirements.txt\n"
+    assert ended.returncode == 1 and re.fullmatch(f"{re.escape(sys.executable)}: {message}", ended.stderr)
 
 
 class Disk:
@@ -328,8 +340,9 @@ def test_a_damaged_model_ranks_nothing_and_train_begins_anew_from_nothing(done, 
 
 
 def test_a_damaged_shard_ends_a_look_at_the_data_with_one_line(done):
-    flip_a_bit(a_shard(done))
-    assert "the shards changed or were damaged while they were read" in one_line_of(done, "get_dataset")
+    flip_a_bit(shard := a_shard(done))
+    line = one_line_of(done, "get_dataset")
+    assert f"{shard}: gone, damaged or changed while it was read" in line and "run get_tfrecord.py" in line
 
 
 UNDER_TRAINING = {
@@ -349,7 +362,9 @@ def test_shards_that_change_under_a_running_training_end_it_with_one_line(done, 
 
     monkeypatch.setattr(train_module, "save_checkpoint", save_and_change)
     line = one_line(train, done / "data/work", WARM_EPOCHS=1, SEED=3)
-    assert "the shards changed or were damaged while they were read" in line and "run get_tfrecord.py" in line
+    named = (".tfrecord: gone, damaged or changed while it was read", "manifest.json: no such file")
+    assert line.partition(".tfrecord")[0] != line or named[1] in line
+    assert "run get_tfrecord.py" in line
     after = standing(done)
     for name in before.keys() - {"model/history.csv"}:
         assert name.startswith("tfrecord/") or after[name] == before[name]

@@ -88,7 +88,7 @@ def test_an_index_of_which_a_half_is_gone_or_damaged_is_to_be_restored_and_not_n
     with pytest.raises(InputError, match=rf"{half}: damaged .*; restore it and run get_indexing\.py again"):
         get_indexing(tmp_path / "raw", tmp_path)
     path.unlink()
-    with pytest.raises(InputError, match=rf"{half}: gone, though its other half is there; restore it"):
+    with pytest.raises(InputError, match=rf"{half}: gone, its other half is not; restore it"):
         get_indexing(tmp_path / "raw", tmp_path)
     path.write_bytes(before[half])
     get_indexing(tmp_path / "raw", tmp_path)
@@ -604,7 +604,7 @@ def test_a_constant_edited_to_what_it_cannot_be_ends_the_script_with_one_line_be
     (tmp_path / "get_indexing.py").write_text(source, "utf-8")
     done = run_as_script(tmp_path, program=tmp_path / "get_indexing.py", PYTHONPATH="")
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
-    assert done.stderr.startswith("get_indexing.py: MAX_ID_CHARS = 0 in get_indexing.py: it must be int, ")
+    assert done.stderr.startswith("get_indexing.py: MAX_ID_CHARS = 0 in get_indexing.py: it must be int: ")
     assert os.listdir(tmp_path / "data") == ["sample"]
 
 

@@ -1,6 +1,7 @@
 """get_tfrecord.py: every target once and from its past alone, what is served held out, the same bytes for any workers."""
 
 import collections
+import contextlib
 import gzip
 import hashlib
 import itertools
@@ -8,6 +9,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -396,15 +398,21 @@ def test_the_windows_of_a_held_out_user_by_hand(timed):
 
 
 @pytest.mark.parametrize("number", [1, 599, 600, 601, 1200, 1201, 5000, 10**9])
-@pytest.mark.parametrize("former", [None, 0.5, 0.125, 2**-10, 0.3])  # 0.3: of a former format
-def test_the_share_is_a_power_of_two_and_stays_while_it_gives_half_to_four_times_as_many(tmp_path, number, former):
-    if former:
-        (tmp_path / "manifest.json").write_text(
-            json.dumps({"format": 3 if former == 0.3 else script.FORMAT, "held_out_share": former})
-        )
-    share, powers = held_out_share(number, 300, tmp_path), [2.0**-k for k in range(1, 40)]
-    stays = former and former != 0.3 and 150 <= former * number <= 1200
+@pytest.mark.parametrize("former", [0, 0.5, 0.125, 2**-10])  # 0: none
+def test_the_share_is_a_power_of_two_and_stays_while_it_gives_half_to_four_times_as_many(number, former):
+    share, powers = held_out_share(number, 300, former), [2.0**-k for k in range(1, 40)]
+    stays = 150 <= former * number <= 1200
     assert share == (former if stays else next(power for power in powers if power * number <= 600))
+
+
+def test_a_manifest_of_another_format_or_a_damaged_one_is_no_former_one(tmp_path):
+    path = tmp_path / "manifest.json"
+    for text in (None, "{", json.dumps({"format": script.FORMAT - 1, "held_out_share": 0.3})):
+        if text:
+            path.write_text(text)
+        assert script.read_former(tmp_path) == {}
+    path.write_text(json.dumps({"format": script.FORMAT, "held_out_share": 0.25}))
+    assert script.read_former(tmp_path)["held_out_share"] == 0.25
 
 
 def test_a_user_more_or_fewer_changes_neither_the_share_nor_the_shards_of_other_files(tmp_path, raw, write_lines):
@@ -469,6 +477,49 @@ def test_events_that_are_logged_twice_are_said_with_their_share(records, capsys,
     said = [line for line in capsys.readouterr().err.splitlines() if "repeat the one before" in line]
     assert len(said) == twice
     assert not twice or said[0].startswith(f"{report['repeated_clicks'] / report['clicks']:.0%} of the clicks repeat")
+
+
+@pytest.mark.parametrize(
+    ("written", "shown"),
+    [
+        (lambda vids: "\uff0c".join(vids), r"'t0a-0\uff0ct0a-1\uff0ct0a-2\uff0ct0a-3\uff0ct0a-4'"),
+        (lambda vids: ";".join(vids), "'t0a-0;t0a-1;t0a-2;t0a-3;t0a-4'"),
+        (lambda vids: [f"{vid}\u200b" for vid in vids], r"'t0a-0\u200b'"),
+        (lambda vids: [f"{vid} " for vid in vids], "'t0a-0 '"),
+    ],
+    ids=["full-width comma", "semicolon", "zero-width space", "blank"],
+)
+@pytest.mark.parametrize("catalogue", [False, True])
+def test_shelves_whose_videos_nobody_clicks_are_said_with_the_odd_characters_written_out(
+    tmp_path, raw, clicks_like_real, capsys, written, shown, catalogue
+):
+    data = clicks_like_real(200, seed=1)
+    titles = {vid: "T" for vids in data["columns"].values() for vid in vids} if catalogue else None
+    columns = {cid: written(vids) for cid, vids in data["columns"].items()}
+    folder = raw(tmp_path / "raw", columns=columns, users=data["users"], titles=titles)
+    get_indexing(folder, tmp_path)
+    with contextlib.suppress(InputError):
+        get_tfrecord(folder, tmp_path, num_workers=1)
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("nobody clicked ")]
+    number = 12 if isinstance(columns["t0a"], str) else 60
+    assert (
+        len(said) == 1 and f"nobody clicked {number} of the {number} videos on the shelves, {shown} for one" in said[0]
+    )
+    assert re.search(r"where clicks are like 't\d[abc]-\d'", said[0])
+    get_indexing(raw(tmp_path / "good", columns=data["columns"], users=data["users"]), tmp_path / "well")
+    get_tfrecord(tmp_path / "good", tmp_path / "well", num_workers=1)
+    assert "nobody clicked" not in capsys.readouterr().err
+
+
+def test_a_click_file_that_was_cut_is_said_with_how_many_clicks_there_were(records, rerun, tmp_path, capsys):
+    before, path = records()["report"]["clicks"], tmp_path / "raw/click_seq/clicks.json"
+    lines = path.read_text().splitlines(keepends=True)
+    for kept, said in ((len(lines) * 3 // 4, False), (len(lines) // 4, True)):
+        path.write_text("".join(lines[:kept]))
+        clicks = rerun()["report"]["clicks"]
+        line = f"{clicks:,} clicks, where the former records had {before:,}: is a click file cut or missing?"
+        assert (line in capsys.readouterr().err) == said
+        before = clicks
 
 
 def test_a_user_with_more_than_a_hundredth_of_all_clicks_is_said(records, capsys):
@@ -548,13 +599,14 @@ def test_large_files_are_cut_small_ones_put_together_and_packed_ones_kept_whole(
     assert cut_files([]) == []
 
 
-def test_results_come_in_the_order_of_the_tasks_which_are_handed_out_as_they_are_taken():
-    given, ahead = [], 2 * TASKS_AHEAD
-    tasks = (given.append(task) or -task for task in range(30))
-    results = map_on_workers(abs, tasks, 2)
-    assert given == []
-    for taken, result in enumerate(results):
-        assert result == taken and len(given) == min(ahead + taken + 1, 30)
+def test_results_come_in_the_order_of_the_tasks_which_are_handed_out_as_they_are_taken(tmp_path):
+    tasks, ahead = [str(tmp_path / f"{number:02}") for number in range(40)], 2 * TASKS_AHEAD
+    results = map_on_workers(os.mkdir, tasks, 2)
+    assert not any(tmp_path.iterdir())
+    for taken, _ in enumerate(results, start=1):
+        made = len(list(tmp_path.iterdir()))
+        assert taken <= made <= ahead * -(-taken // ahead)  # only so many results wait
+    assert list(map_on_workers(abs, range(-40, 0), 2)) == list(range(40, 0, -1))
     for number_of_workers, few in ((2, [3]), (1, [3, 4]), (2, [])):  # they need no process: none could be sent a lambda
         assert list(map_files(lambda task: -task, few, "count", number_of_workers)) == [-task for task in few]
     for worker in multiprocessing.active_children():  # none is left once all results are taken
@@ -596,6 +648,8 @@ def test_the_manifest_s_numbers_equal_a_count_by_hand(tmp_path, raw, write_lines
     manifest = json.loads((tmp_path / "tfrecord/manifest.json").read_text())
     assert manifest == returned
     assert set(script.MADE_WITH) == manifest.keys() - {"shards", "splits", "report"}
+    drawn = sorted(draw(uid) for uid, _, _ in users if not 0.25 <= draw(uid) < 0.75)
+    assert manifest["held_out"] == drawn[-100:] and len(drawn) > 100
     out, err = capsys.readouterr()  # places are those in the file, not in a range of it
     assert "a.json.gz: 1 of 150 lines are bad (line 102: not JSON)" in err
     assert "b.json: 1 of 253 lines are bad (line 51: wrong type of line)" in err
@@ -622,6 +676,10 @@ def test_the_manifest_s_numbers_equal_a_count_by_hand(tmp_path, raw, write_lines
         "targets": trained + number_held["val"] + number_held["test"],
         "history": {"p50": lengths[399 // 2], "p90": lengths[399 * 9 // 10], "max": 22},
         "visits": sum(1 + sum(b - a >= 1800 for a, b in itertools.pairwise(times)) for times in timed),
+        "shelved_videos": 5,
+        "never_clicked": 5 - len({CLICKS[click][0] for click in clicks} - {1}),
+        "shelved_example": "v1",
+        "clicked_example": "new",
         "days": ["2023-11-14", "2023-11-15"],  # NOW is 22:13 of that day, and a history of 22 clicks takes 10.5 hours
     }
     assert f"403 lines (skipped: 1 blank, 1 not JSON, 1 wrong type of line), {len(clicks):,} clicks, " in out
@@ -660,12 +718,13 @@ def test_the_manifest_s_numbers_equal_a_count_by_hand(tmp_path, raw, write_lines
     ("users", "held", "message"),
     [
         ([(f"u{i}", ["v1", "v2_c9", "v1"]) for i in range(50)], 6, r"no click was made in a known column.*cid2vids"),
+        ([("u", ["v1", "v2_c1"])] * 50, 6, r"50 lines hold about \d uids; write one line for each user"),
         ([(f"u{i}", ["v2_c1"]) for i in range(50)], 6, "every history is of one click.*one line for each user"),
         ([(uid, ["v1", "v2_c1"]) for uid in uids_between(0.25, 1, 40)], 6, "40 lines leave no target for val; about 17"),
         ([(uid, ["v1", "v2_c1"]) for uid in uids_between(0, 0.75, 40)], 6, "40 lines leave no target for test; about 17"),
         ([(f"u{i}", ["v1", "v2_c1"]) for i in range(20)], 20, "all column clicks are held out; more users or longer"),
     ],
-    ids=["no column click", "one click a line", "no validation", "no test", "no training"],
+    ids=["no column click", "the same uid", "one click a line", "no validation", "no test", "no training"],
 )  # fmt: skip
 def test_clicks_that_cannot_train_are_one_clear_error_and_write_no_manifest(tmp_path, records, users, held, message):
     with pytest.raises(InputError, match=message):

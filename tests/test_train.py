@@ -482,7 +482,11 @@ def test_records_older_than_the_index_are_refused_and_those_made_anew_trained_on
 def scripted(monkeypatch, *values):
     """Give the validation NDCG@10 of the epochs these values."""
     ndcg = iter(values)
-    monkeypatch.setattr(train_module, "broadcast", lambda _, metrics: metrics | {"NDCG@10": next(ndcg)})
+    monkeypatch.setattr(
+        train_module,
+        "mean_of_workers",
+        lambda _, numbers: numbers | {"NDCG@10": next(ndcg)} if len(numbers) > 1 else numbers,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -556,8 +560,12 @@ def test_one_column_alone_is_first_in_every_ranking_and_a_note_says_so(tmp_path)
 def test_tensorboard_shows_the_curves_and_the_table_of_the_models_folder(trained):
     """As `tensorboard --logdir data/work/model` reads it."""
     events = EventMultiplexer().AddRunsFromDirectory(str(trained[0] / "model")).Reload()
-    (run,) = events.Runs()
-    assert re.fullmatch(r"logs/\d{8}-\d{6}", run)
+    (of_all, curves), (run, _) = sorted(events.Runs().items(), reverse=True)
+    assert of_all == "logs/all-runs" and re.fullmatch(r"logs/\d{8}-\d{6}-cold", run)
+    assert curves["tensors"] == [f"test NDCG@10/{row}" for row in trained[1]]  # a point for each run
+    ((point,), mix) = events.Tensors(of_all, "test NDCG@10/mix"), trained[1]["mix"]
+    assert point.step == 0 and float(tf.make_ndarray(point.tensor_proto)) == pytest.approx(mix["NDCG@10"])
+    assert set(events.Runs()[run]["tensors"]) == {"loss", "HR@10", "NDCG@10", "MRR", "GAUC", "test users"}
     for name in ("loss", "NDCG@10"):
         curve = [(event.step, float(tf.make_ndarray(event.tensor_proto))) for event in events.Tensors(run, name)]
         assert curve == [(int(row["epoch"]), pytest.approx(float(row[name]))) for row in history_of(trained[0])]
@@ -668,8 +676,20 @@ def test_a_run_that_cannot_be_warm_starts_from_nothing_and_says_why(own, monkeyp
     edit_json(path, lambda _: saved | {"index": saved["index"] | {"sha256": "other"}})
     assert "from nothing: the model that stands cannot be used" in start_of(own, monkeypatch, SEED=2)[0]
     edit_json(path, lambda _: saved | {"records": saved["records"] | {"held_out_share": 0.125}})
-    why = "25.00% of the users are held out, 12.50% when the model that stands was trained"
+    why = "a share of 0.25 of the users is held out, 0.125 until now"
     assert f"from nothing: {why}" in start_of(own, monkeypatch)[0]
+
+
+def test_uids_hashed_anew_end_the_warm_start_and_the_row_of_the_standing_model(own, monkeypatch, tmp_path):
+    """Users who are held out today were trained on yesterday, under other names."""
+    data = _clicks_like_real(USERS, seed=21)
+    kept, prefixed = data["users"], [(f"salt-{uid}", *rest) for uid, *rest in data["users"]]
+    make_records(_raw(tmp_path / "raw", **data | {"users": kept[: USERS // 2] + prefixed[USERS // 2 :]}), own)
+    assert "training starts from the weights of the model of" in start_of(own, monkeypatch)[0]
+    make_records(_raw(tmp_path / "raw", **data | {"users": prefixed}), own)
+    assert "from nothing: the users are others than those of the model" in start_of(own, monkeypatch)[0]
+    test, _ = train_and_listen(own, **TINY)
+    assert "standing" not in test
 
 
 @pytest.mark.parametrize("number", [USERS - 1, USERS + 1])
@@ -679,24 +699,22 @@ def test_a_user_fewer_or_more_keeps_the_share_held_out_and_the_warm_start(own, m
     assert "training starts from the weights of the model of" in start_of(own, monkeypatch)[0]
 
 
-def test_new_videos_get_the_mean_of_their_shelf_new_columns_zeros_and_all_else_is_as_it_was():
-    index = Index(dict.fromkeys("abcdefgh"), {"one": [2, 3, 7], "two": [4, 5, 6], "three": [8]})
+def test_new_videos_get_the_mean_of_the_old_ones_new_columns_zeros_and_all_else_is_as_it_was():
     sizes = dict(emb_dim=4, num_heads=2, user_blocks=1, item_blocks=1)
     old, new = build_model(num_videos=5, num_columns=2, **sizes), build_model(num_videos=8, num_columns=3, **sizes)
-    grow(old, new, index)
+    grow(old, new)
     before, after = old.video_embedding.numpy(), new.video_embedding.numpy()
     assert np.array_equal(after[:7], before)
-    assert np.allclose(after[7], before[[2, 3]].mean(axis=0))
-    assert np.allclose(after[8:], before[2:].mean(axis=0))  # on a shelf of new videos alone, or on none
+    assert np.allclose(after[7:], before[2:].mean(axis=0))
     assert np.array_equal(new.column_embedding.numpy(), [*old.column_embedding.numpy(), [0] * 4])
     assert same(old.get_weights()[2:], new.get_weights()[2:])  # all after the two tables
 
 
 def test_epoch_0_of_a_warm_run_is_what_stands_grown(today, warm, monkeypatch):
     _, model = start_of(today, monkeypatch)
-    scorer, _, manifest, index = training_scorer(today, model)
+    scorer, _, manifest, _ = training_scorer(today, model)
     videos = model.video_embedding.numpy()
-    assert np.allclose(videos[62], videos[index.columns["t0a"][:5]].mean(axis=0), atol=1e-7)
+    assert np.allclose(videos[62], videos[2:62].mean(axis=0), atol=1e-7)
     users = rankable(held_out(manifest, "val", today), scorer)
     expected = mean_gain(scorer.towers(as_users(users)), users["target_place"])
     assert float(history_of(warm[0])[0]["NDCG@10"]) == pytest.approx(expected)
@@ -750,7 +768,7 @@ def test_a_checkpoint_goes_to_the_same_run_alone_and_a_damaged_one_is_refused(tm
     model = build_model(num_videos=3, num_columns=2, emb_dim=4)
     optimizer, best, history = train_module.MuonAdam(model, lambda step: 0.1, 3.0), model.get_weights(), [{"epoch": 1}]
     train_module.save_checkpoint(tmp_path, model, optimizer, {"seed": 1}, "now", history, best)
-    assert train_module.restore_checkpoint(tmp_path, model, optimizer, {"seed": 2})[1:] == ([], None)
+    assert train_module.restore_checkpoint(tmp_path, model, optimizer, {"seed": 2, "from": None})[1:] == ([], None)
     name, went, kept = train_module.restore_checkpoint(tmp_path, model, optimizer, {"seed": 1})
     assert (name, went) == ("now", history) and same(kept, best)
     path = tmp_path / "checkpoint.npz"

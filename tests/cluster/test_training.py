@@ -106,6 +106,28 @@ def test_a_lost_worker_ends_the_others_and_starting_again_goes_on(records, alone
     assert_same(folder, alone)
 
 
+def test_workers_that_start_from_different_things_each_say_so_in_one_line(records, alone):
+    """Each has a WORK_DIR of its own; in one of them a model stands. Then one has another constant."""
+    for change in ("a model", "a constant"):
+        folders = [
+            copy_of(alone if change == "a model" else records, f"first of {change}"),
+            copy_of(records, f"second of {change}"),
+        ]
+        edit(folders[1], "train", SEED=7 if change == "a constant" else 1)
+        cluster = {"worker": addresses(2)}
+        workers = [
+            run([sys.executable, "train.py"], folder,
+                TF_CONFIG=json.dumps({"cluster": cluster, "task": {"type": "worker", "index": index}}))
+            for index, folder in enumerate(folders)
+        ]  # fmt: skip
+        for worker in workers:
+            _, err = worker.communicate()
+            assert worker.returncode == 1, err
+            assert err.splitlines()[-1].startswith(
+                "train.py: the workers of TF_CONFIG start from different records, models"
+            )
+
+
 def test_a_worker_that_never_starts_is_waited_for_only_so_long(records):
     folder = copy_of(records, "missing")
     edit(folder, "train", CLUSTER_TIMEOUT=3)
