@@ -406,7 +406,7 @@ def choose_mix(users, scorer, constants):
     """Return the Mix for users, by their NDCG@10.
 
     Of those that are less than a standard error behind the best (Breiman et al. 1984) it is the plainest: without a factor
-    for columns clicked before, then nearest to equal parts. The best of many on a few hundred users is often there by luck.
+    for columns clicked before, then nearest to equal parts, then the best. The best of many is often there by luck.
     """
     weights = [pair for pair in itertools.product(constants["MIX_WEIGHTS"], repeat=2) if sum(pair) < 1]
 
@@ -428,7 +428,7 @@ def choose_mix(users, scorer, constants):
         weights = (1 - mix.memory_weight - mix.habit_weight, mix.memory_weight, mix.habit_weight)
         return round(sum((weight - 1 / 3) ** 2 for weight in weights), 9)
 
-    return min(as_good, key=lambda mix: (-mix.clicked_factor, from_equal_parts(mix)))
+    return min(as_good, key=lambda mix: (-mix.clicked_factor, from_equal_parts(mix), behind[mix].mean()))
 
 
 def all_rankings(scorer, counts, chosen, use_memory, standing, index):

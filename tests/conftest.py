@@ -1,10 +1,15 @@
 """Raw data for the tests: written as a user would have it, from plain Python values."""
 
+import atexit
 import gzip as gzip_module
 import json
 import os
 import random
 import re
+import shutil
+import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -52,6 +57,20 @@ def edit(folder, script, **constants):
         text, edits = re.subn(former, rf"\g<1> = {value!r}", text, flags=re.MULTILINE)
         assert edits == 1, f"{script}.py has no constant {name}"
     path.write_text(text, encoding="utf-8")
+
+
+def _scripts_of_the_project():
+    """Return a folder with the scripts, which read data/sample and write data/work whatever the user edited."""
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder)
+    for script in Path(__file__).parents[1].glob("*.py"):
+        shutil.copy(script, folder)
+    edit(folder, "get_indexing", DATA_DIR="data/sample", WORK_DIR="data/work")
+    return folder
+
+
+HOUSE = _scripts_of_the_project()
+sys.path.insert(0, str(HOUSE))  # before any test imports a script
 
 
 def _write_lines(path, lines):

@@ -14,13 +14,14 @@ import sys
 from pathlib import Path
 
 import get_indexing as script
+from conftest import HOUSE
 from get_indexing import (
     InputError, Records, Tally, check_constants, constants_of, content_of, get_indexing, load_index, read_lines,
 )  # fmt: skip
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+
 PAIR = {"c1": ["v1", "v2"], "c2": ["v2", "v3"]}
 MANY = {f"c{i}": [f"v{i}"] for i in range(120)}  # enough that one bad line is under one in a hundred
 COLUMNS = [{"cid": cid, "vids": vids} for cid, vids in MANY.items()]
@@ -35,9 +36,9 @@ def index_bytes(work_dir):
     return {path.name: path.read_bytes() for path in Path(work_dir, "indexing").iterdir()}
 
 
-def run_as_script(folder, *arguments, program=ROOT / "get_indexing.py", **environment):
+def run_as_script(folder, *arguments, program=HOUSE / "get_indexing.py", **environment):
     """Run a script in a folder, as a user would."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    environment = {**os.environ, "PYTHONPATH": str(HOUSE), **environment}
     command = [sys.executable, str(program), *arguments]
     return subprocess.run(command, check=False, cwd=folder, env=environment, capture_output=True, text=True, timeout=60)
 
@@ -483,7 +484,7 @@ def test_a_constant_that_its_annotation_does_not_fit_is_refused_by_name(scripts,
 
 
 def test_the_constants_that_shape_a_result_are_all_but_those_that_only_concern_running(scripts):
-    texts = {name: (ROOT / f"{name}.py").read_text("utf-8") for name in scripts}
+    texts = {name: (HOUSE / f"{name}.py").read_text("utf-8") for name in scripts}
     source = {name: re.findall(r"^([A-Z_0-9]+): ", text, re.MULTILINE) for name, text in texts.items()}
     shaping = set().union(*source.values()) - script.RUNNING
     assert constants_of(*scripts).keys() == shaping and len(shaping) > 50
@@ -600,7 +601,7 @@ def test_an_error_of_the_code_keeps_its_traceback(tmp_path):
 
 def test_a_constant_edited_to_what_it_cannot_be_ends_the_script_with_one_line_before_all_else(tmp_path, raw):
     raw(tmp_path / "data/sample", columns=PAIR)
-    source = (ROOT / "get_indexing.py").read_text("utf-8").replace("MAX_ID_CHARS: int = 1000", "MAX_ID_CHARS: int = 0")
+    source = (HOUSE / "get_indexing.py").read_text("utf-8").replace("MAX_ID_CHARS: int = 1000", "MAX_ID_CHARS: int = 0")
     (tmp_path / "get_indexing.py").write_text(source, "utf-8")
     done = run_as_script(tmp_path, program=tmp_path / "get_indexing.py", PYTHONPATH="")
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)

@@ -11,7 +11,6 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 from unittest import mock
 
 import get_dataset
@@ -25,9 +24,8 @@ from train import load_model, train
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import _clicks_like_real, _raw, _write_lines
+from conftest import HOUSE, _clicks_like_real, _raw, _write_lines
 
-ROOT = Path(__file__).parents[1]
 READ_CASES, CHAIN_CASES, RANK_CASES = 600, 20, 40  # files read, folders through two scripts, blocks of users ranked
 LONGEST = 200_000  # bytes of a line in this file: MAX_LINE_BYTES, as a user would edit it
 IDS = [
@@ -131,7 +129,7 @@ def contents(folder):
 
 def execute(arguments, folder):
     """Run python in a folder and return how it ended."""
-    how = dict(cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120)
+    how = dict(cwd=folder, env=os.environ | {"PYTHONPATH": str(HOUSE)}, capture_output=True, text=True, timeout=120)
     return subprocess.run([sys.executable, *arguments], **how, check=False)
 
 
@@ -394,7 +392,7 @@ def test_hostile_input_ends_a_script_with_exactly_one_line(tmp_path, script, nam
     get_indexing(tmp_path / "data/sample", tmp_path / "data/work")
     path.write_bytes(data) if type(data) is bytes else _write_lines(path, data)
     before = contents(tmp_path / "data/work/indexing")
-    ended = execute([str(ROOT / f"{script}.py")], tmp_path)
+    ended = execute([str(HOUSE / f"{script}.py")], tmp_path)
     said = [line for line in ended.stderr.splitlines() if not re.match(r"WARNING: All log|[IWE]\d{4} ", line)]
     assert ended.returncode == 1 and len(said) == 1 and said[0].startswith(f"{script}.py: "), ended.stderr
     assert not (tmp_path / "ran").exists() and contents(tmp_path / "data/work/indexing") == before

@@ -10,12 +10,10 @@ import shutil
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
-from conftest import _clicks_like_real, _raw, edit
+from conftest import HOUSE, _clicks_like_real, _raw, edit
 
-ROOT = Path(__file__).parents[1]
 CHAIN = ["get_indexing", "get_tfrecord", "get_dataset", "model_tf2", "train", "infer"]
 DAILY = ["get_indexing", "get_tfrecord", "train", "infer"]
 REAL, FEW = _clicks_like_real(300, seed=41, times=True), _clicks_like_real(161, seed=42)
@@ -50,7 +48,7 @@ def rankings(folder):
 def copy_scripts(folder):
     folder.mkdir(exist_ok=True)
     for script in CHAIN:
-        shutil.copy(ROOT / f"{script}.py", folder)
+        shutil.copy(HOUSE / f"{script}.py", folder)
     return folder
 
 

@@ -10,6 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from conftest import HOUSE
+
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -70,7 +72,7 @@ def sample_work(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sample")
     (folder / "data").mkdir()
     (folder / "data/sample").symlink_to(ROOT / "data/sample")
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, env={**os.environ, "PYTHONPATH": str(HOUSE)},
                           capture_output=True, text=True, check=False)  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return folder / "data/work"
@@ -92,7 +94,7 @@ def snippets(tmp_path_factory, sample_work):
     result = subprocess.run(
         [sys.executable, "-c", RUN_SNIPPETS, *(str(folder / f"{line}.py") for line, folder in folders.items())],
         cwd=tmp_path_factory.mktemp("nothing"),
-        env={**os.environ, "PYTHONPATH": str(ROOT), "TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "-1"},
+        env={**os.environ, "PYTHONPATH": str(HOUSE), "TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "-1"},
         capture_output=True,
         text=True,
         check=False,
@@ -130,7 +132,7 @@ def test_the_raw_files_made_of_a_table_of_clicks_can_be_read(snippets):
     clicks = (folder / "data/mine/click_seq/clicks.json").read_text(encoding="utf-8")
     assert clicks == '{"uid": "u1", "click_seq": ["v1", "v2_c7"], "times": [1795641004, 1795641245]}\n'
     code = "import get_indexing; get_indexing.get_indexing('data/mine', 'data/index')"
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, env={**os.environ, "PYTHONPATH": str(HOUSE)},
                           capture_output=True, text=True, check=False)  # fmt: skip
     assert done.stdout.startswith("2 videos (2 new), 1 columns (1 new, 0 empty)"), done.stderr
 
@@ -308,7 +310,9 @@ def test_what_shapes_the_held_out_users_and_the_test_file_is_said_as_the_scripts
     for name, script in (("tfrecord/manifest.json", "get_tfrecord.py"), ("model/model.json", "train.py")):
         entries = re.search(rf"^{name} +(.*)$", README, re.MULTILINE)[1]
         entries = re.sub(r"\([^)]*\)", "", entries)
-        assert not [entry for entry in entries.split(", ") if f'"{entry.strip()}"' not in source[script]]
+        assert not [
+            name for name in map(str.strip, entries.split(",")) if not re.search(rf'"{name}"|\b{name}=', source[script])
+        ]
 
 
 def test_every_row_of_the_printed_table_is_explained():

@@ -613,13 +613,13 @@ def test_a_column_that_nobody_clicked_is_not_pushed_away(tmp_path):
     data = _clicks_like_real(80, seed=35)
     raw = _raw(tmp_path / "raw", **data | {"columns": data["columns"] | {"twin": data["columns"]["t0a"]}})
     work_dir = make_records(raw, tmp_path / "work")
-    train_and_listen(work_dir, **TINY | {"EPOCHS": 6})
+    train_and_listen(work_dir, LEARNING_RATE=0.03, **TINY | {"EPOCHS": 6})
     model, _, mix, _ = load_model(work_dir)
     scorer, _, manifest, _ = training_scorer(work_dir, model)
     users = as_users(rankable(held_out(manifest, "test", work_dir), scorer))
     own, twin = (scorer.cids.index(cid) for cid in ("t0a", "twin"))
     logs = np.log(scorer.parts(users, mix)[0]).mean(axis=0)
-    assert abs(logs[twin] - logs[own]) < 0.3
+    assert abs(logs[twin] - logs[own]) < 0.15  # -0.27 where it is a candidate
 
 
 # ---------------------------------------------------------------- starting from what stands
@@ -833,7 +833,7 @@ def test_a_grown_index_and_a_shelf_filled_anew_are_accepted(own, trained):
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [("{", "damaged .*"), ('{"format": 99}', "made with format = 99, now it is 5")]
+    ("content", "message"), [("{", "damaged .*"), ('{"format": 99}', "made with format = 99, now it is 6")]
 )
 def test_a_model_file_that_is_damaged_or_of_another_format_is_refused(records, tmp_path, content, message):
     (tmp_path / "model").mkdir()

@@ -31,9 +31,8 @@ from pathlib import Path
 import h5py
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from conftest import _clicks_like_real, _raw, edit
+from conftest import HOUSE, _clicks_like_real, _raw, edit
 
-ROOT = Path(__file__).parents[2]
 CHAIN = ["get_indexing", "get_tfrecord", "get_dataset", "model_tf2", "train", "infer"]
 STAGES = {"get_indexing": "indexing", "get_tfrecord": "tfrecord", "train": "model", "infer": "ranking"}
 LEFTOVER = {
@@ -59,7 +58,7 @@ def fresh_folder(folder):
     """Fill a folder with the six scripts, their constants edited for small data."""
     folder.mkdir(parents=True)
     for script in CHAIN:
-        shutil.copy(ROOT / f"{script}.py", folder)
+        shutil.copy(HOUSE / f"{script}.py", folder)
         edit(folder, script, **SMALL.get(script, {}))
     return folder
 
