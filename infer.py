@@ -169,7 +169,7 @@ def join_parts(output, parts, made_of, clicks_dir):
 
 def rank_ranges(ranges, folder, work_dir, made_with, first=None):
     """Rank the users of byte ranges of click files; return the Part of each. With the `first` comes what there is one of."""
-    ranker, parts = load_ranker(work_dir, made_with["model"], made_with["index"]), []
+    ranker, parts = load_ranker(work_dir, made_with["model"], made_with["index"], made_with["now"]), []
     at_once = max(1, min(BATCH_USERS, ranker.scores_at_once // len(ranker.cids)))  # users
     top_k = made_with["constants"]["TOP_K"]
     for path, start, end in ranges:
@@ -180,21 +180,22 @@ def rank_ranges(ranges, folder, work_dir, made_with, first=None):
             open(temporary, "wb") as raw,
             gzip.GzipFile("", "wb", GZIP_LEVEL, raw, mtime=0) as packed,
         ):
-            histories = (history._replace(now=history.now or made_with["now"]) for history in records)
+            histories = iter(records)
             while block := list(itertools.islice(histories, at_once)):
                 packed.write("".join(ranker.lines(block, top_k)).encode())
                 if (path, start, end) == first and not of_first:
-                    (default,) = ranker.lines([History("", [], [], made_with["now"])], top_k)
+                    (default,) = ranker.lines([History("", [], [], 0)], top_k)
                     _, clicks, times, now = block[0]
-                    of_first = default, block[0], ranker.why(clicks, EXAMPLE, times, now)
+                    example = block[0]._replace(now=now or made_with["now"])
+                    of_first = default, example, ranker.why(clicks, EXAMPLE, times, now)
         parts.append(Part(path, file, records.tally, of_first))
     return parts
 
 
 @functools.lru_cache(maxsize=1)
-def load_ranker(work_dir, model, index):
+def load_ranker(work_dir, model, index, now):
     """Return the Ranker of work_dir, once for a process; another model or index than the run began with ends it."""
-    ranker = Ranker(work_dir)
+    ranker = Ranker(work_dir, now)
     if (ranker.id, fingerprint(ranker.index.videos, ranker.index.columns)) != (model, index):
         raise InputError(f"{work_dir}: model or index changed while infer.py was at work; run it again")
     return ranker
@@ -206,14 +207,16 @@ def load_ranker(work_dir, model, index):
 class Ranker:
     """The model that stands and the current columns: raw clicks in, ranked columns out.
 
+    supposed is the moment to rank for where none is given, in unix seconds; its hour of the day means nothing.
     TensorFlow is imported here, by the workers: the process that starts them does without.
     """
 
-    def __init__(self, work_dir=WORK_DIR):
+    def __init__(self, work_dir=WORK_DIR, supposed=0):
         from model_tf2 import SCORES_AT_ONCE, Scorer, Users
         from train import load_model
 
-        self.index, self.users, self.scores_at_once = load_index(work_dir), Users, SCORES_AT_ONCE
+        self.index, self.supposed = load_index(work_dir), supposed
+        self.users, self.scores_at_once = Users, SCORES_AT_ONCE
         model, memory, self.mix, saved = load_model(work_dir, self.index)
         self.id, self.encoder = saved["id"], ClickEncoder(self.index)
         self.user_max_len = saved["records"]["constants"]["USER_MAX_LEN"]
@@ -284,7 +287,8 @@ class Ranker:
             for row, numbers in zip(padded[:, user], lists, strict=True):
                 last = numbers[-self.user_max_len :]
                 row[: len(last)] = last
-        return self.users(*padded, np.array([now for *_, now in histories]))
+        clock = np.array([now for *_, now in histories])
+        return self.users(*padded, np.where(clock > 0, clock, self.supposed), clock)
 
     def lines(self, histories, top_k=TOP_K):
         """Yield the output line of each of the Historys, a list."""

@@ -425,12 +425,20 @@ class Memory:
         shares = self.trend.shares[self.trend.rows(now), 1:].astype(float)
         return np.where(shares.any(axis=1, keepdims=True), shares, self.popularity)
 
-    def habit(self, columns, now, mix):
-        """Return float64 [n, columns]: the user's own columns [n, len], late ones weighing more, and a little popularity."""
-        in_column = (columns > 0) & (columns <= len(self.popularity))
-        own = sum_by_number(columns * in_column, recency(in_column, mix.habit_decay), len(self.column_clicks))
+    def habit(self, users, mix):
+        """Return float64 [n, columns]: the Users' own columns, and recent popularity.
+
+        Late clicks weigh more and, with habit_hours, those at an hour of the day near that of the clock.
+        """
+        in_column = (users.columns > 0) & (users.columns <= len(self.popularity))
+        weights = recency(in_column, mix.habit_decay)
+        if mix.habit_hours:
+            later = (users.clock[:, None] - users.times) / 3600 % 24
+            near = np.exp(-np.minimum(later, 24 - later) / mix.habit_hours)
+            weights *= np.where((users.times > 0) & (users.clock[:, None] > 0), near, 1.0)
+        own = sum_by_number(users.columns * in_column, weights, len(self.column_clicks))
         own /= np.maximum(own.sum(axis=1, keepdims=True), 1e-12)
-        return (1 - mix.habit_popularity) * own + mix.habit_popularity * self.recent_popularity(now)
+        return (1 - mix.habit_popularity) * own + mix.habit_popularity * self.recent_popularity(users.now)
 
     def save(self, path):
         """Write the memory as one .npz file."""
@@ -466,12 +474,15 @@ def sum_by_number(columns, values, num_numbers):
 
 
 class Mix(NamedTuple):
-    """How towers, memory and habit are put together: the first three are chosen on validation, the others constants."""
+    """How towers, memory and habit are put together: the first five are chosen on validation, the others constants."""
 
     memory_weight: float
     habit_weight: float  # the towers have the rest
     clicked_factor: float  # for columns that the user clicked before
     habit_popularity: float  # share of recent popularity in habit
+    habit_hours: float = (
+        0.0  # hours of the day from the clock at which a click counts 1/e in habit; 0: it counts at any hour
+    )
     temperature: float = TEMPERATURE
     video_decay: float = VIDEO_DECAY
     video_backoff: float = VIDEO_BACKOFF
@@ -496,6 +507,7 @@ class Users(NamedTuple):
     columns: np.ndarray  # numbers [n, len]
     times: np.ndarray  # unix seconds [n, len], 0 = not known
     now: np.ndarray  # the moments to rank for [n], 0 = not known
+    clock: np.ndarray  # the same [n], but 0 where the day is known and the hour is only supposed
 
     def is_known(self):
         """Return which histories hold a known click, bool [n]."""
@@ -550,7 +562,7 @@ class Scorer:
         towers = np.exp(np.maximum(logits, -700))  # above 0, so every score is finite
         towers /= towers.sum(axis=1, keepdims=True)
         parts = [towers]
-        counted = self.memory.scores(users.videos, users.columns, mix), self.memory.habit(users.columns, users.now, mix)
+        counted = self.memory.scores(users.videos, users.columns, mix), self.memory.habit(users, mix)
         for scores in map(self.of_current, counted):
             scores = np.maximum(scores, 1e-9) * self.is_remembered
             scores *= (towers @ self.is_remembered / np.maximum(scores.sum(axis=1), 1e-12))[:, None]  # 0: it knows none

@@ -63,6 +63,7 @@ SEED: OrZero = 1  # of weights, dropout, shuffling and negatives
 MEMORY: bool = True  # False leaves the plain two towers
 MIX_WEIGHTS: tuple[float, ...] = (0.0, 0.2, 0.4, 0.6, 0.8)  # of memory, and of habit, to choose from on validation
 HABIT_POPULARITIES: tuple[float, ...] = (0.1, 0.6, 0.9)  # shares of recent popularity in habit, to choose from
+HABIT_HOURS: tuple[float, ...] = (0.0, 3.0)  # how near in the hour of the day clicks count in habit, to choose from
 CLICKED_FACTORS: tuple[float, ...] = (1.0, 0.5, 0.001)  # for columns that the user clicked before, to choose from
 CLUSTER_TIMEOUT: int = 600  # seconds that a worker waits for the others
 
@@ -342,7 +343,7 @@ def ranks_of(users, scorer, rankings):
         block = {name: values[start : start + at_once] for name, values in users.items()}
         longest = max(1, np.count_nonzero(block["user_feature"], axis=1).max())
         clicks = (block[name][:, :longest] for name in ("user_feature", "user_column", "user_time"))
-        for name, scores in rankings(Users(*clicks, block["now"])):
+        for name, scores in rankings(Users(*clicks, block["now"], block["now"])):
             if not np.isfinite(scores).all():
                 raise InputError(f"{name!r} gives scores that are not finite; {NOT_FINITE}")
             ranks.setdefault(name, []).append(rank_of(scores, block["target_place"]))
@@ -381,7 +382,8 @@ def choose_and_publish(scorer, standing, counts, run, manifest, index, work_dir,
     validation = rankable(held_out(manifest, "val", work_dir), scorer)
     test = rankable(held_out(manifest, "test", work_dir), scorer)
     constants, num_columns = run["constants"], len(scorer.numbers)
-    plain, use_memory = Mix(0.0, 0.0, 1.0, constants["HABIT_POPULARITIES"][0]), constants["MEMORY"]
+    plain = Mix(0.0, 0.0, 1.0, constants["HABIT_POPULARITIES"][0], constants["HABIT_HOURS"][0])
+    use_memory = constants["MEMORY"]
     chosen = choose_mix(validation, scorer, constants) if use_memory else plain
     rankings = all_rankings(scorer, counts, chosen, use_memory, standing, index)
     ranks, of_validation = ranks_of(test, scorer, rankings), ranks_of(validation, scorer, rankings)
@@ -409,13 +411,15 @@ def choose_mix(users, scorer, constants):
     for columns clicked before, then nearest to equal parts, then the best. The best of many is often there by luck.
     """
     weights = [pair for pair in itertools.product(constants["MIX_WEIGHTS"], repeat=2) if sum(pair) < 1]
+    hours = constants["HABIT_HOURS"] if users["now"].any() else constants["HABIT_HOURS"][:1]
+    habits = list(itertools.product(constants["HABIT_POPULARITIES"], hours))
 
     def all_mixed(block):
         clicked = scorer.clicked(block.columns)
-        for popularity in constants["HABIT_POPULARITIES"]:
-            parts = scorer.parts(block, Mix(0.0, 0.0, 1.0, popularity))
+        for habit in habits:
+            parts = scorer.parts(block, Mix(0.0, 0.0, 1.0, *habit))
             for pair, factor in itertools.product(weights, constants["CLICKED_FACTORS"]):
-                mix = Mix(*pair, factor, popularity)
+                mix = Mix(*pair, factor, *habit)
                 yield mix, mix.apply(parts, clicked)
 
     ranks = ranks_of(users, scorer, all_mixed)
@@ -535,8 +539,8 @@ def table_lines(table, chosen):
     for row in test:
         of_row = ["-" if gains[row] is None else f"{gains[row]:.4f}" for gains in slices.values()]
         lines.append(f"{row:12}" + "".join(f"{gain:>18}" for gain in of_row))
-    by = f"memory {chosen.memory_weight}, habit {chosen.habit_weight} (popularity {chosen.habit_popularity})"
-    by += f", factor for clicked columns {chosen.clicked_factor}"
+    habit = f"habit {chosen.habit_weight} (popularity {chosen.habit_popularity}, hours {chosen.habit_hours})"
+    by = f"memory {chosen.memory_weight}, {habit}, factor for clicked columns {chosen.clicked_factor}"
     return [*lines, f"The model ranks by {list(test)[-1]!r}: {by}", *(f"Note: {note}." for note in table["notes"])]
 
 

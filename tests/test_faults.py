@@ -104,9 +104,9 @@ def one_line(call, *args, **how):
 
 
 @pytest.mark.parametrize("script", STAGES)
-def test_a_script_killed_three_times_goes_on_to_the_outputs_of_an_undisturbed_run(battery, script):
+def test_a_killed_script_goes_on_to_the_outputs_of_an_undisturbed_run(battery, script):
     """After each kill of train.py, infer.py gives the bytes of the model that stood, or those of the finished new one."""
-    battery.survive(script, sorted(random.Random(script).random() for _ in range(3)))
+    battery.survive(script, [random.Random(script).random()])  # kill_battery.py kills more often
 
 
 def two_at_work(process):

@@ -251,6 +251,13 @@ def test_the_ranks_in_test_csv_are_those_that_serving_gives_with_what_the_traini
         assert row["mix"] == str(1 + best.index(target))
 
 
+def test_a_supposed_moment_has_a_day_but_no_hour_and_one_that_is_given_has_both(trained):
+    uid, clicks = REAL["users"][0]
+    ranker, given = Ranker(trained / "work", supposed=TIMES[uid][-1] + 99), TIMES[uid][-1] + 7
+    users = ranker.padded([ranker.encode(clicks, TIMES[uid]), ranker.encode(clicks, TIMES[uid], given)])
+    assert users.now.tolist() == [ranker.supposed, given] and users.clock.tolist() == [0, given]
+
+
 def draw(uid):
     """The place of a user between 0 and 1, by the first 8 bytes of the BLAKE2b hash: "test" is above 1/2 here."""
     return int(hashlib.blake2b(uid.encode(), digest_size=8).hexdigest(), 16) / 2**64

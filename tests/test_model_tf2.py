@@ -560,16 +560,25 @@ def test_videos_and_columns_newer_than_the_memory_count_as_unknown_and_none(memo
     videos[:3, :2], unknown[:3, :2] = [22, 10**6], UNKNOWN
     columns[:3, :2], none[:3, :2] = [7, 10**6], 0
     assert np.array_equal(memory.scores(videos, columns, BY), memory.scores(unknown, none, BY))
-    now = np.zeros(6, int)
-    assert np.array_equal(memory.habit(columns, now, BY), memory.habit(none, now, BY))
+    assert np.array_equal(memory.habit(seen(columns), BY), memory.habit(seen(none), BY))
 
 
 def test_a_saved_memory_scores_the_same(memory, histories_seen, tmp_path):
     memory.save(tmp_path / "kept.memory.npz")
-    loaded, now = Memory.load(tmp_path / "kept.memory.npz", reaches=TREND_REACHES), np.full(6, noon(3))
+    loaded, users = (
+        Memory.load(tmp_path / "kept.memory.npz", reaches=TREND_REACHES),
+        seen(histories_seen[1], now=noon(3)),
+    )
     assert np.array_equal(loaded.scores(*histories_seen, BY), memory.scores(*histories_seen, BY))
-    assert np.array_equal(loaded.habit(histories_seen[1], now, BY), memory.habit(histories_seen[1], now, BY))
+    assert np.array_equal(loaded.habit(users, BY), memory.habit(users, BY))
     assert np.array_equal(loaded.video_clicks, memory.video_clicks)
+
+
+def seen(columns, times=0, now=0):
+    """Users of those columns, the same times or moment for all or one each."""
+    nothing = np.zeros(columns.shape, int)
+    now = np.zeros(len(columns), int) + now
+    return Users(nothing, columns, nothing + times, now, now)
 
 
 def timed_memory(daily):
@@ -581,9 +590,21 @@ def test_habit_is_the_users_own_columns_late_ones_weighing_more_and_a_share_of_p
     """Of four columns, whose popularity is 1/8, 1/4, 5/8 and 0; no click in any of them: the share of popularity alone."""
     memory = timed_memory(np.array([[0, 1, 2, 5, 0]]))
     columns = np.array([[1, 0, 2, 1, 0, 0], [0, 0, 0, 0, 0, 0], [4, 9, 0, 0, 0, 0]])  # 9 is newer than the memory
-    habit = memory.habit(columns, np.zeros(3, int), BY._replace(habit_decay=0.5, habit_popularity=0.2))
+    habit = memory.habit(seen(columns), BY._replace(habit_decay=0.5, habit_popularity=0.2))
     own = np.array([[1.25 / 1.75, 0.5 / 1.75, 0, 0], [0, 0, 0, 0], [0, 0, 0, 1]])
     assert close(habit, 0.8 * own + 0.2 * np.array([1 / 8, 1 / 4, 5 / 8, 0]), 1e-12)
+
+
+def test_habit_with_hours_counts_clicks_near_the_hour_of_the_clock_more_on_whatever_day_and_without_clock_all():
+    """The clock is 1 at night. Clicks were made then, at 23, at 13, and at a time that is not known."""
+    memory, columns = timed_memory(np.array([[0, 1, 2, 5, 0]])), np.array([[1, 2, 3, 4]] * 3)
+    times = np.array([noon(1) + 13 * 3600, noon(2) + 11 * 3600, noon(3) + 3600, 0])
+    users = seen(columns, times, noon(4) + 13 * 3600)
+    users = users._replace(clock=np.array([users.now[0], 0, users.now[0]]), columns=columns * [[1], [1], [0]])
+    by = BY._replace(habit_decay=1.0, habit_popularity=0.0, habit_hours=2.0)
+    near = np.exp([0, -1, -6, 0])
+    assert close(memory.habit(users, by), [near / near.sum(), [0.25] * 4, [0] * 4], 1e-9)
+    assert close(memory.habit(users, by._replace(habit_hours=0.0)), [[0.25] * 4, [0.25] * 4, [0] * 4], 1e-9)
 
 
 def test_recent_popularity_is_the_share_in_the_last_days_before_the_moments_and_without_times_in_all(daily):
@@ -620,7 +641,7 @@ def parts_of(logits, remembered, habit, clicks, videos=2):
         recent_popularity=lambda now: np.array([clicks]) / max(sum(clicks), 1),
     )
     videos = np.full([len(logits), 1], videos)
-    return scorer.parts(Users(videos, np.zeros_like(videos), np.zeros_like(videos), np.zeros(len(logits), int)), BY)
+    return scorer.parts(seen(np.zeros_like(videos))._replace(videos=videos), BY)
 
 
 @pytest.fixture
@@ -690,7 +711,8 @@ def seen_today():
                        [0, 0, 0, 0, 0, 0, 0, 0, 0]])  # fmt: skip
     columns = np.array([[1, 2, 0, 3, 1, 0, 7, 5, 0], [8, 3, 0, 0, 0, 0, 0, 0, 0], [0] * 9, [0] * 9])
     times = np.array([noon(1) + 7 ** np.arange(9), [0, noon(2), noon(2), 0, 0, 0, 0, 0, 0], [0] * 9, [0] * 9])
-    return Users(videos, columns, times, np.array([noon(1) + 5**11, noon(4), 0, noon(2)]))
+    now = np.array([noon(1) + 5**11, noon(4), 0, noon(2)])
+    return Users(videos, columns, times, now, now)
 
 
 def test_towers_score_current_columns_at_a_moment_with_the_trend_of_its_day(scorer, memory, world, seen_today):
@@ -721,7 +743,8 @@ def test_serving_gives_what_training_gives_at_the_same_place_of_a_longer_window(
     users = scorer.model.user_vectors(*(tf.cast(batch[name], tf.int32) for name in HISTORY))[0]
     for place in range(8):
         history = [np.where(np.arange(9) <= place, of, 0) for of in window.values()]
-        served = scorer.towers(Users(*history, now=window["user_time"][:, place + 1]))
+        now = window["user_time"][:, place + 1]
+        served = scorer.towers(Users(*history, now, now))
         logits = scorer.model.scaled_cosines(users[place : place + 1], scorer.vectors)
         assert close(served, logits + scorer.trend_logits[batch["trend_row"][0, place]], 1e-4)
 
@@ -730,14 +753,14 @@ def test_probabilities_are_the_mix_of_towers_memory_and_habit_and_padding_change
     mix, clicks = BY._replace(clicked_factor=0.5), np.append(memory.column_clicks, [0, 0])[CURRENT]
     clicked = np.array([[column in row for column in CURRENT] for row in seen_today.columns])
     assert np.array_equal(scorer.clicked(seen_today.columns), clicked)
-    counted = memory.scores(*seen_today[:2], mix), memory.habit(seen_today.columns, seen_today.now, mix)
+    counted = memory.scores(*seen_today[:2], mix), memory.habit(seen_today, mix)
     counted = [np.pad(of, [(0, 0), (0, 2)])[:, np.array(CURRENT) - 1] for of in counted]
     expected = mix.apply(parts_of(scorer.towers(seen_today), *counted, clicks), clicked)
     recent = np.append(memory.recent_popularity(seen_today.now[3:]), [0, 0])[np.array(CURRENT) - 1]
     expected[3] = (recent * clicks.sum() + 0.5) / (recent * clicks.sum() + 0.5).sum()  # the last user has no click
     probabilities = scorer.probabilities(seen_today, mix)
     assert close(probabilities, expected, 1e-6) and close(probabilities.sum(axis=1), 1, 1e-9)
-    longer = Users(*(after(numbers, 20) for numbers in seen_today[:3]), seen_today.now)
+    longer = Users(*(after(numbers, 20) for numbers in seen_today[:3]), *seen_today[3:])
     assert close(scorer.probabilities(longer, mix), probabilities, 1e-6)
 
 
