@@ -21,7 +21,7 @@ and for training the column side, drawn fresh for each batch:
     item_feature    int32   [items, item_len]  videos that stand for each, 0 = padding
     item_log_prob   float32 [candidates]       the last so many items are candidates: log of how often each is drawn
     target_item     int32   [batch, len, AHEAD]  which items the targets are
-    trend_row       int32   [batch, len]       row of the moment asked for in the table of a Trend, 0 = not known
+    trend_row       int32   [batch, len]       row of the moment asked for in the table of a Trend, which adds it
     seed            int64   [2]                of the dropout
 """
 
@@ -405,14 +405,14 @@ def tensorflow_errors_named(work_dir=WORK_DIR):
         folder = Path(work_dir, "tfrecord").absolute()
         shards = read_json(folder / "manifest.json", "get_tfrecord.py")["shards"]
         whole = {n for n in shards if (folder / n).exists() and file_fingerprint(folder / n) == shards[n]["sha256"]}
-        place = folder / min(shards.keys() - whole, default="")
+        path = folder / min(shards.keys() - whole, default="")
         what = f"gone, damaged or changed while it was read ({error.message})"
-        raise InputError(f"{place}: {what}; run get_tfrecord.py, then this again") from error
+        raise InputError(f"{path}: {what}; run get_tfrecord.py, then this again") from error
     except tf.errors.OpError as error:
         worker, workers = cluster_worker()
         if workers == 1:
             raise
-        what = f"worker {worker} of {workers} lost another one ({type(error).__name__})"
+        what = f"worker {worker} of {workers} lost another one ({type(error).__name__}: {error.message:.200})"
         raise InputError(f"{what}; start all workers again, and they go on after the last finished epoch") from error
 
 

@@ -70,7 +70,8 @@ def infer(clicks_dir=CLICKS_DIR, work_dir=WORK_DIR, ranking_dir=RANKING_DIR, top
     for path, output in outputs.items():
         check_folder(output, former[path], clicks_dir)
     made_of = {path: made_with | {"input": content.sha256} for path, content in contents.items()}
-    todo = [path for path in contents if not made_of[path].items() <= former[path].items()]
+    whole = (folder / "default.json").exists()
+    todo = [path for path in contents if not (whole and made_of[path].items() <= former[path].items())]
     served = [(path, outputs[path], former[path]["model"]) for path in todo if former[path]]
     judge_served(folder, served, index, sum(content.lines for content in contents.values()), num_workers)
 
@@ -91,7 +92,7 @@ def infer(clicks_dir=CLICKS_DIR, work_dir=WORK_DIR, ranking_dir=RANKING_DIR, top
             ranked += join_parts(outputs[path], of_file, made_of[path], clicks_dir)
     number = len(todo) - len(changed)
     print(f"{ranked:,} users ranked in {number:,} files, {len(outputs):,} files stand in {ranking_dir}")
-    if example:
+    if example and example[0].uid:
         print_example(*example, index)
     if changed:
         what = "changed while it was ranked, so the former ranking stays"
@@ -171,9 +172,9 @@ def rank_ranges(ranges, folder, work_dir, made_with, first=None):
     """Rank the users of byte ranges of click files; return the Part of each. With the `first` comes what there is one of."""
     ranker, parts = load_ranker(work_dir, made_with["model"], made_with["index"], made_with["now"]), []
     at_once = max(1, min(BATCH_USERS, ranker.scores_at_once // len(ranker.cids)))  # users
-    top_k = made_with["constants"]["TOP_K"]
+    top_k, nobody = made_with["constants"]["TOP_K"], History("", [], [], 0)
     for path, start, end in ranges:
-        records, of_first = Records(path, parse_history, start, end), None
+        records, example, of_first = Records(path, parse_history, start, end), nobody, None
         file = folder / f".part.{fingerprint(input_name(path), start)[:32]}.tmp"  # a leftover until it is joined
         with (
             replacing(file, durable=False) as temporary,
@@ -183,19 +184,19 @@ def rank_ranges(ranges, folder, work_dir, made_with, first=None):
             histories = iter(records)
             while block := list(itertools.islice(histories, at_once)):
                 packed.write("".join(ranker.lines(block, top_k)).encode())
-                if (path, start, end) == first and not of_first:
-                    (default,) = ranker.lines([History("", [], [], 0)], top_k)
-                    _, clicks, times, now = block[0]
-                    example = block[0]._replace(now=now or made_with["now"])
-                    of_first = default, example, ranker.why(clicks, EXAMPLE, times, now)
+                example = block[0] if example is nobody else example
+        if (path, start, end) == first:
+            (default,), (_, clicks, times, now) = ranker.lines([nobody], top_k), example
+            shown = example._replace(now=now or made_with["now"])
+            of_first = default, shown, ranker.why(clicks, EXAMPLE, times, now)
         parts.append(Part(path, file, records.tally, of_first))
     return parts
 
 
 @functools.lru_cache(maxsize=1)
-def load_ranker(work_dir, model, index, now):
+def load_ranker(work_dir, model, index, supposed):
     """Return the Ranker of work_dir, once for a process; another model or index than the run began with ends it."""
-    ranker = Ranker(work_dir, now)
+    ranker = Ranker(work_dir, supposed)
     if (ranker.id, fingerprint(ranker.index.videos, ranker.index.columns)) != (model, index):
         raise InputError(f"{work_dir}: model or index changed while infer.py was at work; run it again")
     return ranker
@@ -372,6 +373,8 @@ def judge_served(folder, served, index, lines, num_workers=NUM_WORKERS):
     figures = [f"{value:.4f}" for pair in zip(hits, gains, strict=True) for value in pair]
     head = [f"{name}{metric}" for name in ("", "own ", "popular ") for metric in ("HR@10", "NDCG@10")]
     row = [time.strftime("%Y-%m-%d %H:%M:%S"), served[0][2], len(ranks), *figures]
+    if former and former[-1][1:] == list(map(str, row[1:])):  # of a run that ended before it had ranked
+        return
     with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([*(former or [["date", "model", "users", *head]]), row])
 
@@ -380,6 +383,7 @@ def judge_file(served, index, share, popular):
     """Return [(rank, rank by own columns, rank by popularity), ...] of what users of one click file clicked since."""
     clicks_path, output, _ = served
     encoder, cids, ranks, former = ClickEncoder(index), ["", *index.columns], [], {}
+    place = {cid: number for number, cid in enumerate(cids)}
     with gzip.open(output, "rt", encoding="utf-8") as lines:
         for line in lines:
             uid = json.loads(line.partition(', "columns"')[0] + "}")["uid"]
@@ -398,8 +402,8 @@ def judge_file(served, index, share, popular):
         for age, cid in enumerate(cid for cid in reversed(clicked[:number]) if cid):
             own[cid] = own.get(cid, 0) + 0.8**age
         last = len(popular)
-        by_own = sorted(columns, key=lambda cid: (-own.get(cid, 0), popular.get(cid, last)))
-        by_popularity = sorted(columns, key=lambda cid: popular.get(cid, last))
+        by_own = sorted(columns, key=lambda cid: (-own.get(cid, 0), popular.get(cid, last), place[cid]))
+        by_popularity = sorted(columns, key=lambda cid: (popular.get(cid, last), place[cid]))
         ranks.append([1 + order.index(target) for order in (columns, by_own, by_popularity)])
     return ranks
 

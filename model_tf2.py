@@ -481,7 +481,7 @@ class Mix(NamedTuple):
     clicked_factor: float  # for columns that the user clicked before
     habit_popularity: float  # share of recent popularity in habit
     habit_hours: float = (
-        0.0  # hours of the day from the clock at which a click counts 1/e in habit; 0: it counts at any hour
+        0.0  # distance in the hour of the day at which a click counts 1/e in habit; 0: it does not matter
     )
     temperature: float = TEMPERATURE
     video_decay: float = VIDEO_DECAY
@@ -496,7 +496,7 @@ class Mix(NamedTuple):
         towers, memory, habit = parts
         of_towers = 1 - self.memory_weight - self.habit_weight
         mixed = of_towers * towers + self.memory_weight * memory + self.habit_weight * habit
-        mixed *= np.where(clicked, self.clicked_factor, 1.0)
+        mixed *= np.where(clicked, max(self.clicked_factor, 1e-9), 1.0)  # above 0, so every score is finite
         return mixed / mixed.sum(axis=1, keepdims=True)
 
 
@@ -551,10 +551,10 @@ class Scorer:
         clicks = np.int32(users.videos), np.int32(users.columns), np.int64(users.times), np.int64(asked)
         return self.cosines(*clicks, self.vectors).numpy() + self.trend_logits[self.memory.trend.rows(users.now)]
 
-    def parts(self, users, mix):
+    def parts(self, users, mix, *others):
         """Return what is mixed: the probabilities of the towers, of the memory and of habit, [n, current columns] each.
 
-        For a user without any known click all are popularity. What is counted shares out what the towers give the columns
+        Other Mixes add a part each: their habit. For a user without any known click all are popularity. What is counted shares out what the towers give the columns
         that were clicked by anybody. A column newer than that keeps what they give it, so no weight pushes it down.
         """
         logits = self.towers(users)
@@ -562,7 +562,8 @@ class Scorer:
         towers = np.exp(np.maximum(logits, -700))  # above 0, so every score is finite
         towers /= towers.sum(axis=1, keepdims=True)
         parts = [towers]
-        counted = self.memory.scores(users.videos, users.columns, mix), self.memory.habit(users, mix)
+        habits = (self.memory.habit(users, of_mix) for of_mix in (mix, *others))
+        counted = self.memory.scores(users.videos, users.columns, mix), *habits
         for scores in map(self.of_current, counted):
             scores = np.maximum(scores, 1e-9) * self.is_remembered
             scores *= (towers @ self.is_remembered / np.maximum(scores.sum(axis=1), 1e-12))[:, None]  # 0: it knows none

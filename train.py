@@ -117,10 +117,8 @@ def train(work_dir=WORK_DIR, record_constants=None, loss=LOSS, arguments=None, *
 
 def describe_run(settings, shape, manifest, index):
     """Return all that shapes a training, as it will be read from model.json again."""
-    versions = {
-        "python": platform.python_version(),
-        **{module.__name__: module.__version__ for module in (tf, keras, np)},
-    }
+    versions = {module.__name__: module.__version__ for module in (tf, keras, np)}
+    versions["python"] = platform.python_version()
     records = {name: manifest[name] for name in MADE_WITH}
     run = dict(constants=settings, shape=shape, records=records, index=index.fingerprint(), versions=versions)
     return json.loads(json.dumps(run | {"columns_hold": fingerprint(index.columns)}))
@@ -162,7 +160,7 @@ def check_same_start(strategy, run, standing, folder):
         return
     checkpoint = folder / "checkpoint.npz"
     start = run, standing and standing.saved["id"], checkpoint.exists() and file_fingerprint(checkpoint)
-    number = {"start": int(fingerprint(*start)[:12], 16)}  # exact as a float
+    number = {"start": int(fingerprint(*start)[:10], 16)}  # a sum of thousands is exact as a float
     if mean_of_workers(strategy, number) != number:
         what = "the workers of TF_CONFIG start from different records, models, checkpoints, constants or versions"
         raise InputError(f"{what}; give all the same WORK_DIR and the same scripts, and start them again")
@@ -301,8 +299,8 @@ def train_epoch(train_step, batches, epoch, optimizer):
         outcome = train_step(batch).numpy()
         if not np.isfinite(outcome).all():
             rate = float(optimizer.schedule(optimizer.step - 1))
-            where = f"step {step} of epoch {epoch} (learning rate {rate:.3g})"
-            raise InputError(f"the loss is {outcome[0]} at {where}; {NOT_FINITE}")
+            what = f"the loss is {outcome[0]} at step {step} of epoch {epoch} (learning rate {rate:.3g})"
+            raise InputError(f"{what}; {NOT_FINITE}")
         sums += outcome
     return {"loss": float(sums[0] / step), "targets": int(sums[1])}
 
@@ -398,9 +396,8 @@ def choose_and_publish(scorer, standing, counts, run, manifest, index, work_dir,
     print(*lines, sep="\n")
     log(logs, 0, {"test users": "".join(f"    {line}\n" for line in lines)})  # indented: code, in Markdown
     of_all = logs.with_name("all-runs")  # one curve for the life of the model
-    log(
-        of_all, len(list(of_all.glob("*"))), {f"test NDCG@10/{row}": of["NDCG@10"] for row, of in table["test"].items()}
-    )
+    number, gains = len(list(of_all.glob("*"))), {row: of["NDCG@10"] for row, of in table["test"].items()}
+    log(of_all, number, {f"test NDCG@10/{row}": gain for row, gain in gains.items()})
     return table["test"]
 
 
@@ -410,17 +407,18 @@ def choose_mix(users, scorer, constants):
     Of those that are less than a standard error behind the best (Breiman et al. 1984) it is the plainest: without a factor
     for columns clicked before, then nearest to equal parts, then the best. The best of many is often there by luck.
     """
-    weights = [pair for pair in itertools.product(constants["MIX_WEIGHTS"], repeat=2) if sum(pair) < 1]
+    pairs = itertools.product({0.0, *constants["MIX_WEIGHTS"]}, repeat=2)
+    weights = sorted(pair for pair in pairs if sum(pair) < 1)
     hours = constants["HABIT_HOURS"] if users["now"].any() else constants["HABIT_HOURS"][:1]
-    habits = list(itertools.product(constants["HABIT_POPULARITIES"], hours))
+    kinds = [Mix(0.0, 0.0, 1.0, *habit) for habit in itertools.product(constants["HABIT_POPULARITIES"], hours)]
 
     def all_mixed(block):
         clicked = scorer.clicked(block.columns)
-        for habit in habits:
-            parts = scorer.parts(block, Mix(0.0, 0.0, 1.0, *habit))
+        towers, memory, *habits = scorer.parts(block, *kinds)
+        for kind, habit in zip(kinds, habits, strict=True):
             for pair, factor in itertools.product(weights, constants["CLICKED_FACTORS"]):
-                mix = Mix(*pair, factor, *habit)
-                yield mix, mix.apply(parts, clicked)
+                mix = kind._replace(memory_weight=pair[0], habit_weight=pair[1], clicked_factor=factor)
+                yield mix, mix.apply((towers, memory, habit), clicked)
 
     ranks = ranks_of(users, scorer, all_mixed)
     gains = {mix: metrics_of(of_mix, len(scorer.numbers))["NDCG@10"] for mix, of_mix in ranks.items()}
@@ -432,7 +430,7 @@ def choose_mix(users, scorer, constants):
         weights = (1 - mix.memory_weight - mix.habit_weight, mix.memory_weight, mix.habit_weight)
         return round(sum((weight - 1 / 3) ** 2 for weight in weights), 9)
 
-    return min(as_good, key=lambda mix: (-mix.clicked_factor, from_equal_parts(mix), behind[mix].mean()))
+    return min(as_good, key=lambda mix: (abs(1 - mix.clicked_factor), from_equal_parts(mix), behind[mix].mean()))
 
 
 def all_rankings(scorer, counts, chosen, use_memory, standing, index):
@@ -541,6 +539,8 @@ def table_lines(table, chosen):
         lines.append(f"{row:12}" + "".join(f"{gain:>18}" for gain in of_row))
     habit = f"habit {chosen.habit_weight} (popularity {chosen.habit_popularity}, hours {chosen.habit_hours})"
     by = f"memory {chosen.memory_weight}, {habit}, factor for clicked columns {chosen.clicked_factor}"
+    if chosen.habit_hours:
+        by += ". Where infer.py supposes the moment, habit counts all hours alike"
     return [*lines, f"The model ranks by {list(test)[-1]!r}: {by}", *(f"Note: {note}." for note in table["notes"])]
 
 
@@ -600,12 +600,16 @@ def find_standing(work_dir, index, run):
     except InputError as error:
         warn(error)
         return None, "the model that stands cannot be used"
-    end_publishing(Path(work_dir, "model"), standing.saved)  # of a run that was killed then
+    if is_first():
+        end_publishing(Path(work_dir, "model"), standing.saved)  # of a run that was killed then
     then, now = standing.saved["records"], run["records"]
     if now["held_out_share"] > then["held_out_share"]:
         return None, f"a share of {now['held_out_share']} of the users is held out, {then['held_out_share']} until now"
     if 20 * len({*then["held_out"]} & {*now["held_out"]}) < len(then["held_out"]):
         return None, "the users are others than those of the model that stands, by their uids"
+    rules = [(of["timed"], of["constants"]["VISIT_GAP"], of["constants"]["MIN_HISTORY"]) for of in (then, now)]
+    if rules[0] != rules[1]:
+        return None, "other clicks are held out: times came or went, or VISIT_GAP or MIN_HISTORY is another"
     return standing, None if run["constants"]["WARM_START"] else "WARM_START is False"
 
 

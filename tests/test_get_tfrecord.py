@@ -85,7 +85,7 @@ assert len({uid for uid, _, _ in USERS}) == 40  # so SHORT holds out the lowest 
 def write_users(path, users, write_lines):
     """Write users (uid, clicks, times or None) as a click file."""
     lines = [{"uid": uid, "click_seq": clicks} | ({"times": times} if times else {}) for uid, clicks, times in users]
-    return write_lines(path, lines)
+    return write_lines(path, lines or [""])
 
 
 @pytest.fixture
@@ -718,13 +718,14 @@ def test_the_manifest_s_numbers_equal_a_count_by_hand(tmp_path, raw, write_lines
     ("users", "held", "message"),
     [
         ([(f"u{i}", ["v1", "v2_c9", "v1"]) for i in range(50)], 6, r"no click was made in a known column.*cid2vids"),
+        ([], 6, "no line of the click files holds clicks"),
         ([("u", ["v1", "v2_c1"])] * 50, 6, r"50 lines hold about \d uids; write one line for each user"),
         ([(f"u{i}", ["v2_c1"]) for i in range(50)], 6, "every history is of one click.*one line for each user"),
         ([(uid, ["v1", "v2_c1"]) for uid in uids_between(0.25, 1, 40)], 6, "40 lines leave no target for val; about 17"),
         ([(uid, ["v1", "v2_c1"]) for uid in uids_between(0, 0.75, 40)], 6, "40 lines leave no target for test; about 17"),
         ([(f"u{i}", ["v1", "v2_c1"]) for i in range(20)], 20, "all column clicks are held out; more users or longer"),
     ],
-    ids=["no column click", "the same uid", "one click a line", "no validation", "no test", "no training"],
+    ids=["no column click", "blank lines alone", "the same uid", "one click a line", "no validation", "no test", "no training"],
 )  # fmt: skip
 def test_clicks_that_cannot_train_are_one_clear_error_and_write_no_manifest(tmp_path, records, users, held, message):
     with pytest.raises(InputError, match=message):

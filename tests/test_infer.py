@@ -552,6 +552,32 @@ def test_the_former_rankings_are_measured_by_what_users_clicked_since(own, monke
     assert "served: " in capsys.readouterr().out and table.read_text().count("\n") == 3
 
 
+def test_a_run_that_fails_after_it_judged_the_former_rankings_adds_no_second_line(own, monkeypatch):
+    rank_own(own)
+    users = [(uid, [*clicks, "t0a-0_t0a"]) for uid, clicks in REAL["users"]]
+    _raw(own / "asked", users=users)
+    with monkeypatch.context() as patch:
+        patch.setattr(infer_module, "join_parts", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            rank_own(own)
+    once = (own / "ranking/served.csv").read_text()
+    rank_own(own)
+    assert (own / "ranking/served.csv").read_text() == once and once.count("\n") == 2
+
+
+def test_default_json_is_made_again_where_it_is_gone_and_also_where_the_first_file_has_no_user(own, write_lines):
+    rank_own(own)
+    path = own / "ranking/default.json"
+    default = path.read_text()
+    path.unlink()
+    rank_own(own)
+    assert path.read_text() == default
+    path.unlink()
+    write_lines(own / "asked/a.json", [""])
+    rank_own(own)
+    assert path.read_text() == default
+
+
 # ---------------------------------------------------------------- one user, now, and why
 
 

@@ -715,6 +715,12 @@ def seen_today():
     return Users(videos, columns, times, now, now)
 
 
+def test_a_factor_of_0_puts_clicked_columns_last_and_every_score_stays_finite(scorer, seen_today):
+    scores = np.log(scorer.probabilities(seen_today, BY._replace(clicked_factor=0.0)))
+    clicked = scorer.clicked(seen_today.columns)
+    assert np.isfinite(scores).all() and scores[0][clicked[0]].max() < scores[0][~clicked[0]].min()
+
+
 def test_towers_score_current_columns_at_a_moment_with_the_trend_of_its_day(scorer, memory, world, seen_today):
     """A gap is how many binary digits its seconds have, from a click to the next one or to now."""
     assert scorer.numbers.tolist() == CURRENT and scorer.is_remembered.tolist() == [1, 1, 1, 0, 0, 0]

@@ -374,6 +374,7 @@ def test_what_is_not_plain_must_be_worth_more_than_a_standard_error(monkeypatch,
     scorer = types.SimpleNamespace(numbers=np.arange(20))
     chosen = train_module.choose_mix({"now": np.zeros(400)}, scorer, toolbox.constants_of("train"))
     nearest = Mix(0.2, 0.4, 1.0, 0.1)  # to equal parts: the first of those
+    ranks[nearest._replace(clicked_factor=1.5)] = np.full(400, 3)  # as far from plain as .5
     assert chosen == (ahead if taken else nearest)
 
 
@@ -675,6 +676,9 @@ def test_a_run_that_cannot_be_warm_starts_from_nothing_and_says_why(own, monkeyp
     assert "from the weights of the model of" in printed and same(stands.get_weights(), towers_of(own))
     edit_json(path, lambda _: saved | {"index": saved["index"] | {"sha256": "other"}})
     assert "from nothing: the model that stands cannot be used" in start_of(own, monkeypatch, SEED=2)[0]
+    for changed in ({"timed": True}, {"constants": saved["records"]["constants"] | {"VISIT_GAP": 60}}):
+        edit_json(path, lambda _, changed=changed: saved | {"records": saved["records"] | changed})
+        assert "from nothing: other clicks are held out: times came or went" in start_of(own, monkeypatch)[0]
     edit_json(path, lambda _: saved | {"records": saved["records"] | {"held_out_share": 0.125}})
     why = "a share of 0.25 of the users is held out, 0.125 until now"
     assert f"from nothing: {why}" in start_of(own, monkeypatch)[0]

@@ -44,7 +44,7 @@ def main(raw, truth_file, *edits):
         print(f"{'chain':14} {time.time() - started:7.1f} s")
         model_file = folder / "data/work/model/model.json"
         model = json.loads(model_file.read_text(encoding="utf-8"))
-        print(", ".join(f"{name} {model['mix'][name]}" for name in list(model["mix"])[:4]))
+        print(", ".join(f"{name} {model['mix'][name]}" for name in list(model["mix"])[:5]))
         print("           validation    test   truth  unseen   HR@10 of the truth")
         for row, weights in {"mix": None, "towers": (0.0, 0.0), "memory": (1.0, 0.0), "habit": (0.0, 1.0)}.items():
             if weights:
