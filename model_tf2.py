@@ -422,8 +422,9 @@ class Memory:
 
     def recent_popularity(self, now):
         """Return the share of each column in the clicks of the days before the moments [n], [n, columns]; of all where unknown."""
-        shares = self.trend.shares[self.trend.rows(now), 1:].astype(float)
-        return np.where(shares.any(axis=1, keepdims=True), shares, self.popularity)
+        rows, of_user = np.unique(self.trend.rows(now), return_inverse=True)
+        shares = self.trend.shares[rows, 1:].astype(float)
+        return np.where(shares.any(axis=1, keepdims=True), shares, self.popularity)[of_user]
 
     def habit(self, users, mix):
         """Return float64 [n, columns]: the Users' own columns, and recent popularity.
@@ -568,9 +569,12 @@ class Scorer:
             scores = np.maximum(scores, 1e-9) * self.is_remembered
             scores *= (towers @ self.is_remembered / np.maximum(scores.sum(axis=1), 1e-12))[:, None]  # 0: it knows none
             parts.append(scores + towers * (1 - self.is_remembered))
-        popular = self.of_current(self.memory.recent_popularity(users.now)) * self.clicks.sum() + 0.5
-        popular /= popular.sum(axis=1, keepdims=True)
-        return [np.where(users.is_known()[:, None], part, popular) for part in parts]
+        unknown = ~users.is_known()
+        if unknown.any():
+            popular = self.of_current(self.memory.recent_popularity(users.now[unknown])) * self.clicks.sum() + 0.5
+            for part in parts:
+                part[unknown] = popular / popular.sum(axis=1, keepdims=True)
+        return parts
 
     def probabilities(self, users, mix):
         """Return probabilities [n, current columns] by a Mix: those of the rankings."""
