@@ -553,6 +553,7 @@ def test_the_former_rankings_are_measured_by_what_users_clicked_since(own, monke
 
 
 def test_a_run_that_fails_after_it_judged_the_former_rankings_adds_no_second_line(own, monkeypatch):
+    _raw(own / "asked", users=REAL["users"])
     rank_own(own)
     users = [(uid, [*clicks, "t0a-0_t0a"]) for uid, clicks in REAL["users"]]
     _raw(own / "asked", users=users)
@@ -566,6 +567,7 @@ def test_a_run_that_fails_after_it_judged_the_former_rankings_adds_no_second_lin
 
 
 def test_default_json_is_made_again_where_it_is_gone_and_also_where_the_first_file_has_no_user(own, write_lines):
+    _raw(own / "asked", users=REAL["users"])
     rank_own(own)
     path = own / "ranking/default.json"
     default = path.read_text()
@@ -573,7 +575,7 @@ def test_default_json_is_made_again_where_it_is_gone_and_also_where_the_first_fi
     rank_own(own)
     assert path.read_text() == default
     path.unlink()
-    write_lines(own / "asked/a.json", [""])
+    write_lines(own / "asked/click_seq/a.json", [""])
     rank_own(own)
     assert path.read_text() == default
 
