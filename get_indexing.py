@@ -70,10 +70,9 @@ def get_indexing(data_dir=DATA_DIR, work_dir=WORK_DIR):
     write_json(folder / "vid2idx.json", index.videos)
     write_json(folder / "cid2vidx.json", index.columns)
     empty = sum(not vids for vids in index.columns.values())
-    if went := sum(bool(vids) and not index.columns[cid] for cid, vids in old.columns.items()):
-        warn(
-            f"{went:,} of {sum(map(bool, old.columns.values())):,} columns went since the last index: they are ranked no more"
-        )
+    shown = [cid for cid, vids in old.columns.items() if vids]
+    if went := sum(not index.columns[cid] for cid in shown):
+        warn(f"{went:,} of {len(shown):,} columns went since the last index: they are ranked no more")
     unknown = f"{sum(vid not in catalogue for vid in shelved):,} videos of the columns are unknown to the catalogue"
     new_videos, new_columns = len(index.videos) - len(old.videos), len(index.columns) - len(old.columns)
     print(f"{len(index.videos):,} videos ({new_videos:,} new), {len(index.columns):,} columns ({new_columns:,} new, "

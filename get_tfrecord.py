@@ -38,9 +38,7 @@ USER_MAX_LEN: int = 50  # clicks in a window, and the most that the user tower r
 WINDOW_OVERLAP: int = 16  # clicks that a window repeats from the one before it: the history of its first target
 MIN_HISTORY: int = 1  # clicks that a target must have before it
 VISIT_GAP: int = 1800  # seconds without a click that end a visit
-HELD_OUT_USERS: int = (
-    3000  # for validation, and as many for the test: up to twice, a share that stands up to four times
-)
+HELD_OUT_USERS: int = 3000  # for validation, as many for the test: up to twice, of a share that stands four times
 RANGE_BYTES: int = 4 << 20  # of input files: the work of one task
 NUM_WORKERS: int | None = None  # processes that work on files; None: one for each core
 TASKS_AHEAD: int = 8  # tasks for each worker that are handed out at a time, whose results may wait
@@ -243,8 +241,9 @@ def write_shards(task, folder, index, made_with, contents):
         part = write_windows(task, shards, ClickEncoder(index), made_with, contents)
     except OpError as error:  # TensorFlow's own, of a full disk say
         raise OSError(f"{folder}: {error.message}") from None
-    of_shards = [{"bytes": path.stat().st_size, "sha256": file_fingerprint(path)} for path in shards.values()]
-    part["shards"] = {path.name: of for path, of in zip(shards.values(), of_shards, strict=True)}
+    part["shards"] = {
+        path.name: {"bytes": path.stat().st_size, "sha256": file_fingerprint(path)} for path in shards.values()
+    }
     write_json(part_file, part)
     return part
 
@@ -395,7 +394,7 @@ def window_serializer():
 
 
 def add_parts(parts, share, contents, index):
-    """Add up what part files say: {"shards", "splits", "held_out", "timed", "report"} of the manifest; too many bad lines are refused."""
+    """Add up what part files say, the manifest's part of it from "shards" on; too many bad lines are refused."""
     shards, unknown, clicked, sums = {}, "", set(), {name: collections.Counter() for name in COUNTED}
     files = {Path(path).name: Tally(path) for path in contents}
     for part in parts:

@@ -33,7 +33,8 @@ from get_indexing import (
     only_one, packages_named, read_json, read_names, remove_leftovers, replacing, run_script, write_json,
 )  # fmt: skip
 from get_tfrecord import (
-    NUM_WORKERS, ClickEncoder, History, cut_files, draw_of, map_files, parse_history, split_click, stamp_of, survey,
+    NUM_WORKERS, ClickEncoder, History, cut_files, draw_of, held_out_share, map_files, parse_history, split_click, stamp_of,
+    survey,
 )  # fmt: skip
 
 with packages_named():
@@ -70,8 +71,8 @@ def infer(clicks_dir=CLICKS_DIR, work_dir=WORK_DIR, ranking_dir=RANKING_DIR, top
     for path, output in outputs.items():
         check_folder(output, former[path], clicks_dir)
     made_of = {path: made_with | {"input": content.sha256} for path, content in contents.items()}
-    whole = (folder / "default.json").exists()
-    todo = [path for path in contents if not (whole and made_of[path].items() <= former[path].items())]
+    stands = (folder / "default.json").exists()
+    todo = [path for path in contents if not (stands and made_of[path].items() <= former[path].items())]
     served = [(path, outputs[path], former[path]["model"]) for path in todo if former[path]]
     judge_served(folder, served, index, sum(content.lines for content in contents.values()), num_workers)
 
@@ -352,10 +353,7 @@ def judge_served(folder, served, index, lines, num_workers=NUM_WORKERS):
     place of the first click is taken in a column that was ranked, beside the user's own recent columns, and popularity as
     default.json has it.
     """
-    share = 1.0
-    while share * lines > 2 * SERVED_USERS:
-        share /= 2
-    popular = {}
+    share, popular = 2 * held_out_share(lines, SERVED_USERS / 2), {}
     with contextlib.suppress(FileNotFoundError, InputError):
         popular = read_json(folder / "default.json", "infer.py")
     popular = {cid: place for place, cid in enumerate(popular.get("columns", ()))}

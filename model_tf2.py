@@ -250,15 +250,15 @@ def dense(units, **options):
     return layers.Dense(units, kernel_initializer=small_normal(), use_bias=False, **options)
 
 
-def training_loss(model, batch, kind=LOSS, ahead_decay=0.0, trends=None, training=True, replica=0, num_replicas=1):
+def training_loss(model, batch, kind=LOSS, ahead_decay=0.0, trends=None, replica=0, num_replicas=1):
     """Return the loss, a scalar, of a training batch of get_dataset.py: the mean over its targets.
 
-    trends are the table of a Trend. Of several replicas each gives the part of every num_replicas-th window, counted from
+    Without a "seed" nothing is dropped out. trends are the table of a Trend. Of several replicas each gives the part of every num_replicas-th window, counted from
     `replica`: the parts add up to the loss of one. A click after the next one is a target too, with a weight of ahead_decay
     against the one before.
     """
     windows = batch | {name: value[replica::num_replicas] for name, value in batch.items() if name in OF_WINDOWS}
-    seed = batch["seed"] + tf.cast([0, replica], tf.int64) if training else None
+    seed = batch["seed"] + tf.cast([0, replica], tf.int64) if "seed" in batch else None
     user_seed, column_seed = split_seed(seed, 2)
     targets = tf.where(windows["target_column"][..., 0] > 0)  # [n, 2]: window, place
     wanted, items = (tf.gather_nd(windows[name], targets) for name in ("target_column", "target_item"))  # [n, ahead]
@@ -481,9 +481,7 @@ class Mix(NamedTuple):
     habit_weight: float  # the towers have the rest
     clicked_factor: float  # for columns that the user clicked before
     habit_popularity: float  # share of recent popularity in habit
-    habit_hours: float = (
-        0.0  # distance in the hour of the day at which a click counts 1/e in habit; 0: it does not matter
-    )
+    habit_hours: float = 0.0  # so many hours of the day from the clock a click counts 1/e in habit; 0: at any hour 1
     temperature: float = TEMPERATURE
     video_decay: float = VIDEO_DECAY
     video_backoff: float = VIDEO_BACKOFF
@@ -555,8 +553,9 @@ class Scorer:
     def parts(self, users, mix, *others):
         """Return what is mixed: the probabilities of the towers, of the memory and of habit, [n, current columns] each.
 
-        Other Mixes add a part each: their habit. For a user without any known click all are popularity. What is counted shares out what the towers give the columns
-        that were clicked by anybody. A column newer than that keeps what they give it, so no weight pushes it down.
+        Other Mixes add a part each: their habit. For a user without any known click all are popularity. What is counted
+        shares out what the towers give the columns that were clicked by anybody. A column newer than that keeps what they
+        give it, so no weight pushes it down.
         """
         logits = self.towers(users)
         logits = np.subtract(logits, logits.max(axis=1, keepdims=True), dtype=float) / mix.temperature

@@ -104,9 +104,9 @@ def one_line(call, *args, **how):
 
 
 @pytest.mark.parametrize("script", STAGES)
-def test_a_killed_script_goes_on_to_the_outputs_of_an_undisturbed_run(battery, script):
+def test_a_script_killed_three_times_goes_on_to_the_outputs_of_an_undisturbed_run(battery, script):
     """After each kill of train.py, infer.py gives the bytes of the model that stood, or those of the finished new one."""
-    battery.survive(script, [random.Random(script).random()])  # kill_battery.py kills more often
+    battery.survive(script, sorted(random.Random(script).random() for _ in range(3)))
 
 
 def two_at_work(process):
@@ -363,8 +363,7 @@ def test_shards_that_change_under_a_running_training_end_it_with_one_line(done, 
     monkeypatch.setattr(train_module, "save_checkpoint", save_and_change)
     line = one_line(train, done / "data/work", WARM_EPOCHS=1, SEED=3)
     named = (".tfrecord: gone, damaged or changed while it was read", "manifest.json: no such file")
-    assert line.partition(".tfrecord")[0] != line or named[1] in line
-    assert "run get_tfrecord.py" in line
+    assert any(what in line for what in named) and "run get_tfrecord.py" in line
     after = standing(done)
     for name in before.keys() - {"model/history.csv"}:
         assert name.startswith("tfrecord/") or after[name] == before[name]

@@ -228,8 +228,10 @@ TRENDS = np.random.default_rng(10).normal(0, 2, [5, 1 + NUM_COLUMNS, 3]).astype(
 TRENDS[0] = 0  # no known day
 
 
-def loss_of(model, batch, kind="softmax", **options):
+def loss_of(model, batch, kind="softmax", training=True, **options):
     """training_loss() with trends, in which each click after the next counts half of the one before."""
+    if not training:
+        batch = {name: value for name, value in batch.items() if name != "seed"}
     return training_loss(model, batch, kind, **dict(ahead_decay=0.5, trends=TRENDS) | options)
 
 
@@ -565,10 +567,8 @@ def test_videos_and_columns_newer_than_the_memory_count_as_unknown_and_none(memo
 
 def test_a_saved_memory_scores_the_same(memory, histories_seen, tmp_path):
     memory.save(tmp_path / "kept.memory.npz")
-    loaded, users = (
-        Memory.load(tmp_path / "kept.memory.npz", reaches=TREND_REACHES),
-        seen(histories_seen[1], now=noon(3)),
-    )
+    loaded = Memory.load(tmp_path / "kept.memory.npz", reaches=TREND_REACHES)
+    users = seen(histories_seen[1], now=noon(3))
     assert np.array_equal(loaded.scores(*histories_seen, BY), memory.scores(*histories_seen, BY))
     assert np.array_equal(loaded.habit(users, BY), memory.habit(users, BY))
     assert np.array_equal(loaded.video_clicks, memory.video_clicks)
