@@ -295,11 +295,12 @@ class Ranker:
     def lines(self, histories, top_k=TOP_K):
         """Yield the output line of each of the Historys, a list."""
         users = self.padded([self.encode(clicks, times, now) for _, clicks, times, now in histories])
+        cids = np.array(self.cids, object)
         for history, scores, is_known in zip(histories, self.scores(users), users.is_known(), strict=True):
             best = best_first(scores, top_k)
             line = {
                 "uid": history.uid,
-                "columns": [self.cids[place] for place in best],
+                "columns": cids[best].tolist(),
                 "scores": np.round(scores[best], DECIMALS).tolist(),
                 "source": "model" if is_known else "popular",
                 "clicks": len(history.clicks),

@@ -417,6 +417,8 @@ def choose_mix(users, scorer, constants):
         towers, memory, *habits = scorer.parts(block, *kinds)
         for kind, habit in zip(kinds, habits, strict=True):
             for pair, factor in itertools.product(weights, constants["CLICKED_FACTORS"]):
+                if not pair[1] and kind is not kinds[0]:
+                    continue  # without habit all its kinds are the same
                 mix = kind._replace(memory_weight=pair[0], habit_weight=pair[1], clicked_factor=factor)
                 yield mix, mix.apply((towers, memory, habit), clicked)
 
