@@ -307,7 +307,8 @@ class Trend:
     `table`, float32 [rows, columns + 1, num_trends]: for each of TREND_REACHES the logarithm of a column's share in the clicks
     of the days before, earlier ones weighing less, against its share in all clicks before; `backoff` clicks pull towards
     that. No day sees itself or a later one. Row 0, of no known day, and columns not clicked before are neutral: 0. The last
-    row is for the day after the last one, and for all later ones. `shares` [rows, columns + 1] are those of the first reach.
+    row is for the day after the last one, and for all later ones. `shares` [rows, columns + 1] are those of the first reach,
+    of the clicks since a column's first: the days before there was a shelf say nothing about it.
     """
 
     def __init__(self, daily, num_columns, reaches=TREND_REACHES, backoff=TREND_BACKOFF, size=TREND_SIZE):
@@ -324,16 +325,18 @@ class Trend:
         recent = np.concatenate(recent, axis=1)
         self.table = np.zeros([last - self.first + 3, *recent.shape], np.float32)
         self.shares = np.zeros(self.table.shape[:2], np.float32)
+        since = np.where(ever > 0, recent[:, :1].sum(), 0.0)  # clicks in all columns since each one's first
         for day, row, shares in zip(itertools.count(self.first), self.table[1:], self.shares[1:], strict=False):
             if ever.any():
                 share = ever / ever.sum()
                 lately = (recent + backoff * share) / (recent.sum(axis=0) + backoff)
                 row[:] = np.log(np.divide(lately, share, where=ever > 0, out=np.ones_like(lately)))
-                shares[:] = lately[:, 0]
+                shares[:] = ((recent[:, :1] + backoff * share) / (since + backoff))[:, 0]
             begin, end = np.searchsorted(days, [day, day + 1])
-            recent *= reaches
+            recent, since = recent * reaches, since * reaches[0]
             for clicks in (recent, ever):
                 clicks[columns[begin:end]] += daily.values[begin:end, None]
+            since[ever > 0] += daily.values[begin:end].sum()
 
     def add_rows(self, batch):
         """Add "trend_row" to a batch of get_dataset.py: the row of each moment that is asked for."""
@@ -521,8 +524,11 @@ class Scorer:
         self.numbers = np.array([n for n, videos in enumerate(index.columns.values(), start=1) if videos], np.int32)
         self.cids = [cid for cid, videos in index.columns.items() if videos]  # of the current columns, as are all below
         self.clicks = self.of_current(memory.column_clicks[None, 1:])[0]
-        self.is_remembered = (self.clicks > 0).astype(float)
         self.column_videos = column_table(index, memory.video_clicks, item_max_len)[self.numbers]
+        self.unclicked = np.flatnonzero(self.clicks == 0)
+        self.relatives = self.relatives_of(self.column_videos[self.unclicked])
+        self.is_counted = np.ones(len(self.numbers))
+        self.is_counted[self.unclicked] = self.relatives.any(axis=1)
         self.refresh()
 
         numbers, times = tf.TensorSpec([None, None], tf.int32), tf.TensorSpec([None, None], tf.int64)
@@ -554,8 +560,8 @@ class Scorer:
         """Return what is mixed: the probabilities of the towers, of the memory and of habit, [n, current columns] each.
 
         Other Mixes add a part each: their habit. For a user without any known click all are popularity. What is counted
-        shares out what the towers give the columns that were clicked by anybody. A column newer than that keeps what they
-        give it, so no weight pushes it down.
+        shares out what the towers give the columns that have counts, or relatives with counts. Any other keeps what the
+        towers give it, so no weight pushes it down.
         """
         logits = self.towers(users)
         logits = np.subtract(logits, logits.max(axis=1, keepdims=True), dtype=float) / mix.temperature
@@ -564,13 +570,13 @@ class Scorer:
         parts = [towers]
         habits = (self.memory.habit(users, of_mix) for of_mix in (mix, *others))
         counted = self.memory.scores(users.videos, users.columns, mix), *habits
-        for scores in map(self.of_current, counted):
-            scores = np.maximum(scores, 1e-9) * self.is_remembered
-            scores *= (towers @ self.is_remembered / np.maximum(scores.sum(axis=1), 1e-12))[:, None]  # 0: it knows none
-            parts.append(scores + towers * (1 - self.is_remembered))
+        for scores in map(self.estimated, counted):
+            scores = np.maximum(scores, 1e-9) * self.is_counted
+            scores *= (towers @ self.is_counted / np.maximum(scores.sum(axis=1), 1e-12))[:, None]  # 0: it knows none
+            parts.append(scores + towers * (1 - self.is_counted))
         unknown = ~users.is_known()
         if unknown.any():
-            popular = self.of_current(self.memory.recent_popularity(users.now[unknown])) * self.clicks.sum() + 0.5
+            popular = self.estimated(self.memory.recent_popularity(users.now[unknown])) * self.clicks.sum() + 0.5
             for part in parts:
                 part[unknown] = popular / popular.sum(axis=1, keepdims=True)
         return parts
@@ -584,6 +590,19 @@ class Scorer:
         clicked = np.zeros([len(columns), max(self.numbers[-1], columns.max(initial=0)) + 1], bool)
         clicked[np.arange(len(columns))[:, None], columns] = True
         return clicked[:, self.numbers]
+
+    def relatives_of(self, videos):
+        """Return the clicked columns that videos [columns, len] were clicked in most, numbers [columns, len]; 0 is none."""
+        memory = self.memory
+        columns = memory.video_column[np.where(videos < len(memory.video_column), videos, PAD)]
+        return np.where(memory.column_clicks[columns] > 0, columns, 0)
+
+    def estimated(self, scores):
+        """As of_current(), but a column that nobody clicked has the mean of its relatives: it may be as good as they are."""
+        current, numbers = self.of_current(scores), self.relatives
+        of_relatives = np.pad(scores, [(0, 0), (1, 0)])[:, numbers].sum(axis=2)
+        current[:, self.unclicked] = of_relatives / np.maximum(np.count_nonzero(numbers, axis=1), 1)
+        return current
 
     def of_current(self, scores):
         """Scores [n, columns the memory knows] -> [n, current columns]; a newer column scores 0."""

@@ -132,8 +132,8 @@ def test_scores_are_sorted_before_they_are_rounded(ranked, monkeypatch, decimals
 
 
 def test_equal_scores_go_by_the_order_of_the_columns(own):
-    """Columns that hold the same videos and that nobody clicked are equal in popularity."""
-    filled(own, REAL["columns"] | {"z9": ["t0a-1"], "late": ["t0a-1"], "a0": ["t0a-1"]})
+    """Columns of videos that nobody clicked are equal in popularity."""
+    filled(own, REAL["columns"] | {"z9": ["unseen"], "late": ["unseen"], "a0": ["unseen"]})
     _raw(own / "asked", users=[("none", [])])
     (line,) = lines_of(rank_own(own)[0])
     assert line["columns"][-3:] == ["z9", "late", "a0"] and len(set(line["scores"][-3:])) == 1
@@ -178,7 +178,7 @@ def test_new_columns_and_shelves_filled_anew_are_ranked_and_retired_ones_are_not
     _raw(own / "asked", users=[("u", HEARD), ("none", [])])
     before = lines_of(rank_own(own)[0])
     left = {cid: vids for cid, vids in REAL["columns"].items() if cid not in ("t1b", "t3c")}
-    columns = left | {"fresh": ["t0a-0", "t0a-1", "just made"], "t3a": ["t0b-0", "t0b-1"]}
+    columns = left | {"fresh": ["just made"], "t3a": ["t0b-0", "t0b-1"]}
     filled(own, columns)
     after = lines_of(rank_own(own)[0])
     assert all(sorted(line["columns"]) == sorted(columns) for line in after)
@@ -188,17 +188,18 @@ def test_new_columns_and_shelves_filled_anew_are_ranked_and_retired_ones_are_not
 
 
 @pytest.mark.parametrize(("memory", "habit"), [(0.3, 0.1), (0.1, 0.85)])
-def test_a_column_newer_than_the_model_gets_what_the_towers_say_whatever_the_weights(own, memory, habit):
-    """The user clicked in no column, so nothing else enters its score."""
-    filled(own, REAL["columns"] | {"fresh": ["t0a-0", "t0a-1"]})
-    edit_model(own, memory_weight=memory, habit_weight=habit)
+def test_no_weight_pushes_a_column_down_that_is_newer_than_the_model(own, memory, habit):
+    """One with the videos of another counts as that one; of one with unseen videos the towers alone say something."""
+    filled(own, REAL["columns"] | {"twin": REAL["columns"]["t0a"], "unseen": ["just made"]})
+    edit_model(own, memory_weight=memory, habit_weight=habit, clicked_factor=1.0)
     ranker = Ranker(own / "work")
-    users = ranker.padded([ranker.encode(["t0a-1", "t0b-2"])])
+    users = ranker.padded([ranker.encode(clicks) for clicks in (["t0a-1", "t0b-2"], ["t1c-1_t1c", "t2b-2_t2b"])])
     logits = ranker.scorer.towers(users).astype(float) / ranker.mix.temperature
-    expected = np.exp(logits) / np.exp(logits).sum()
-    scores = ranker.scores(users)
-    assert len(scores[0]) == 13 and np.exp(scores[0, 12]) == pytest.approx(expected[0, 12], rel=1e-5)
-    assert not np.allclose(np.exp(scores[0, :12]), expected[0, :12], rtol=0.05)
+    towers, ranked = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True), np.exp(ranker.scores(users))
+    assert ranked[:, 13] == pytest.approx(towers[:, 13], rel=1e-5)
+    of_towers = (1 - memory - habit) * (towers[:, 12] - towers[:, 0])
+    assert ranked[:, 12] - ranked[:, 0] == pytest.approx(of_towers, rel=1e-4)
+    assert not np.allclose(ranked[:, 12], towers[:, 12], rtol=0.05)
 
 
 def test_where_every_column_is_empty_it_says_so(own):

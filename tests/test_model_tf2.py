@@ -608,14 +608,20 @@ def test_habit_with_hours_counts_clicks_near_the_hour_of_the_clock_more_on_whate
 
 
 def test_recent_popularity_is_the_share_in_the_last_days_before_the_moments_and_without_times_in_all(daily):
-    """By the shortest of the reaches, with a little of the share in all clicks before. No later click changes it."""
+    """By the shortest of the reaches, with a little of the share in all clicks before. No later click changes it.
+
+    Of a column that is new on the sixth day, it is the share in the clicks from then on.
+    """
     expected = [daily[:, 1:].sum(axis=0) / daily.sum()]
     for day in (9, 400, 5):
-        before = daily[: min(day, 9), 1:]
-        expected.append(before.sum(axis=0) / before.sum() * np.exp(trend_by_hand(daily, min(day, 9))[1:, 0]))
+        before, ages = daily[: min(day, 9), 1:], np.arange(min(day, 9))[::-1]
+        clicks = TREND_REACHES[0] ** ages @ before
+        since = clicks.sum() * np.ones(4)
+        since[2] = TREND_REACHES[0] ** ages[6:] @ before[6:].sum(axis=1)
+        ever = before.sum(axis=0) / before.sum()
+        expected.append((clicks + TREND_BACKOFF * ever) / (since + TREND_BACKOFF))
     popularity = timed_memory(daily).recent_popularity(np.array([0, noon(9), noon(400), noon(5)]))
-    assert close(popularity[:3], expected[:3]) and not close(expected[0], expected[1], 0.01)
-    assert close(popularity[3], expected[3])
+    assert close(popularity, expected) and not close(expected[0], expected[1], 0.01)
 
 
 # ---------------------------------------------------------------- the mix
@@ -630,11 +636,18 @@ def test_a_mix_is_the_weighted_mean_of_the_parts_times_the_factor_for_columns_cl
     assert all(np.array_equal(part, given) for part, given in zip(parts, as_given, strict=True))
 
 
-def parts_of(logits, remembered, habit, clicks, videos=2):
-    """Scorer.parts() where the towers, the memory and habit give this, of columns clicked so often and all current."""
+def parts_of(logits, remembered, habit, clicks, videos=2, relatives=()):
+    """Scorer.parts() where the towers, the memory and habit give this, of columns clicked so often and all current.
+
+    relatives {place: [number, ...]} are those of columns that were not clicked.
+    """
     scorer = object.__new__(Scorer)
     scorer.numbers, scorer.clicks = np.arange(1, 1 + len(clicks)), np.array(clicks, float)
-    scorer.is_remembered, scorer.towers = (scorer.clicks > 0).astype(float), lambda users: logits
+    scorer.unclicked = np.flatnonzero(scorer.clicks == 0)
+    of_each = [[*dict(relatives).get(place, ()), 0, 0, 0][:3] for place in scorer.unclicked]
+    scorer.relatives = np.array(of_each, int).reshape(-1, 3)
+    scorer.is_counted = np.array([number > 0 or place in relatives for place, number in enumerate(clicks)], float)
+    scorer.towers = lambda users: logits
     scorer.memory = SimpleNamespace(
         scores=lambda *of: remembered,
         habit=lambda *of: habit,
@@ -650,6 +663,18 @@ def given():
     rng = np.random.default_rng(14)
     habit = rng.random([50, 20]) * (rng.random([50, 20]) < 0.2)
     return rng.normal(0, 9, [50, 20]).astype(np.float32), rng.uniform(-0.5, 3, [50, 20]), habit
+
+
+def test_a_column_without_clicks_counts_as_the_mean_of_the_columns_in_which_its_videos_were_clicked_most(given):
+    """Here the last three of twenty: one has two relatives, one of them twice, one has one, and one has none."""
+    towers = parts_of(*given, clicks=[7] * 17 + [0] * 3)[0]
+    parts = parts_of(*given, clicks=[7] * 17 + [0] * 3, relatives={17: [3, 9, 3], 18: [4]})
+    for part, scores in zip(parts[1:], given[1:], strict=True):
+        counted = np.column_stack([scores[:, :17], (2 * scores[:, 2] + scores[:, 8]) / 3, scores[:, 3]])
+        shares = np.maximum(counted, 1e-9)
+        shares *= towers[:, :19].sum(axis=1, keepdims=True) / shares.sum(axis=1, keepdims=True)
+        assert close(part, np.column_stack([shares, towers[:, 19]]), 1e-9)
+        assert close(part[:, 18], part[:, 3], 1e-12)
 
 
 def test_no_weight_moves_a_column_that_is_newer_than_the_memory_or_was_never_clicked(given):
@@ -723,7 +748,7 @@ def test_a_factor_of_0_puts_clicked_columns_far_down_and_every_score_stays_finit
 
 def test_towers_score_current_columns_at_a_moment_with_the_trend_of_its_day(scorer, memory, world, seen_today):
     """A gap is how many binary digits its seconds have, from a click to the next one or to now."""
-    assert scorer.numbers.tolist() == CURRENT and scorer.is_remembered.tolist() == [1, 1, 1, 0, 0, 0]
+    assert scorer.numbers.tolist() == CURRENT and scorer.clicks.astype(bool).tolist() == [1, 1, 1, 0, 0, 0]
     assert scorer.cids == ["c0", "c2", "c3", "never", "late", "later"]
     clicks, numbers = np.append(memory.video_clicks, 0), np.array(CURRENT, np.int32)
     shelves = *(world[0].columns[cid] for cid in scorer.cids[:4]), [22, 2, 3], [21]
@@ -755,14 +780,24 @@ def test_serving_gives_what_training_gives_at_the_same_place_of_a_longer_window(
         assert close(served, logits + scorer.trend_logits[batch["trend_row"][0, place]], 1e-4)
 
 
-def test_probabilities_are_the_mix_of_towers_memory_and_habit_and_padding_changes_nothing(scorer, memory, seen_today):
-    mix, clicks = BY._replace(clicked_factor=0.5), np.append(memory.column_clicks, [0, 0])[CURRENT]
+def test_probabilities_are_the_mix_of_towers_memory_and_habit_and_padding_changes_nothing(
+    scorer, memory, world, seen_today
+):
+    mix, most, clicks = BY._replace(clicked_factor=0.5), world[4], np.append(memory.column_clicks, [0, 0])[CURRENT]
     clicked = np.array([[column in row for column in CURRENT] for row in seen_today.columns])
     assert np.array_equal(scorer.clicked(seen_today.columns), clicked)
     counted = memory.scores(*seen_today[:2], mix), memory.habit(seen_today, mix)
-    counted = [np.pad(of, [(0, 0), (0, 2)])[:, np.array(CURRENT) - 1] for of in counted]
-    expected = mix.apply(parts_of(scorer.towers(seen_today), *counted, clicks), clicked)
-    recent = np.append(memory.recent_popularity(seen_today.now[3:]), [0, 0])[np.array(CURRENT) - 1]
+    relatives = {3: most[[19, 8]], 4: most[[2, 3]]}  # of columns without clicks, as places in CURRENT
+
+    def of_current(scores):
+        current = np.pad(scores, [(0, 0), (0, 2)])[:, np.array(CURRENT) - 1]
+        for place, columns in relatives.items():
+            current[:, place] = scores[:, columns - 1].mean(axis=1)
+        return current
+
+    given = (of_current(of) for of in counted)
+    expected = mix.apply(parts_of(scorer.towers(seen_today), *given, clicks + [0, 0, 0, 1, 1, 0]), clicked)
+    recent = of_current(memory.recent_popularity(seen_today.now[3:]))[0]
     expected[3] = (recent * clicks.sum() + 0.5) / (recent * clicks.sum() + 0.5).sum()  # the last user has no click
     probabilities = scorer.probabilities(seen_today, mix)
     assert close(probabilities, expected, 1e-6) and close(probabilities.sum(axis=1), 1, 1e-9)
