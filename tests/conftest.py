@@ -2,11 +2,13 @@
 
 import atexit
 import gzip as gzip_module
+import hashlib
 import json
 import os
 import random
 import re
 import shutil
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -57,6 +59,45 @@ def edit(folder, script, **constants):
         text, edits = re.subn(former, rf"\g<1> = {value!r}", text, flags=re.MULTILINE)
         assert edits == 1, f"{script}.py has no constant {name}"
     path.write_text(text, encoding="utf-8")
+
+
+def edit_json(path, change):
+    """Put change(value) in the place of the value of a JSON file."""
+    path.write_text(json.dumps(change(json.loads(path.read_text(encoding="utf-8")))), encoding="utf-8")
+
+
+def flip_a_bit(path):
+    """Damage a file in its middle."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def files_of(folder):
+    """Return {path: bytes} of all files in a folder, hidden ones too."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def draw(uid):
+    """Return the number in [0, 1) that decides about a user: the lowest are for validation, the highest for the test."""
+    return int.from_bytes(hashlib.blake2b(uid.encode(), digest_size=8).digest(), "big") / 2**64
+
+
+def run_python(folder, *arguments, **environment):
+    """Run Python in a folder, as a user would, where the scripts can be imported; return how it ended."""
+    environment = {**os.environ, "PYTHONPATH": str(HOUSE), "CUDA_VISIBLE_DEVICES": "", **environment}
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, check=False, cwd=folder, env=environment, capture_output=True, text=True)
+
+
+def one_line(call, *args, **how):
+    """Call what a script's main() calls and return the one line with which it refuses its input."""
+    from get_indexing import InputError
+
+    with pytest.raises((InputError, OSError)) as caught:
+        call(*args, **how)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
 
 
 def _scripts_of_the_project():
