@@ -3,6 +3,7 @@
 import atexit
 import gzip as gzip_module
 import hashlib
+import importlib
 import json
 import os
 import random
@@ -98,6 +99,13 @@ def one_line(call, *args, **how):
         call(*args, **how)
     assert "\n" not in str(caught.value)
     return str(caught.value)
+
+
+def one_line_of_main(monkeypatch, folder, script):
+    """Call main() of a script in a folder, in this process, and return the one line with which it refuses its input."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", [f"{script}.py"])
+    return one_line(importlib.import_module(script).main)
 
 
 def _scripts_of_the_project():
