@@ -1,39 +1,49 @@
-"""Every script as a process, as a user runs it, in a fresh folder."""
+"""Every script as a process, as a user runs it, in a fresh folder; what else a chain must do, in this process."""
 
 import ast
+import contextlib
 import csv
 import gzip
+import io
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 import time
 
+import get_dataset
+from get_indexing import get_indexing
+from get_tfrecord import get_tfrecord, record_constants
+from infer import infer
+from train import train
+
 import pytest
-from conftest import HOUSE, _clicks_like_real, _raw, edit
+from bench.kill_battery import comparable, standing
+from conftest import HOUSE, _clicks_like_real, _raw, edit, one_line_of_main, run_python
 
 CHAIN = ["get_indexing", "get_tfrecord", "get_dataset", "model_tf2", "train", "infer"]
-DAILY = ["get_indexing", "get_tfrecord", "train", "infer"]
 REAL, FEW = _clicks_like_real(300, seed=41, times=True), _clicks_like_real(161, seed=42)
 
 
-def start(script, folder, *arguments):
-    """(exit status, standard output, standard error) of a script that ran as a process."""
-    environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, f"{script}.py", *arguments]
-    done = subprocess.run(command, cwd=folder, env=environment, text=True, capture_output=True, check=False)
-    return done.returncode, done.stdout, done.stderr
-
-
 def run(folder, *scripts):
-    """{script: what it printed} of scripts that ran one after another and ended well."""
+    """{script: what it printed} of scripts that ran one after another, as processes, and ended well."""
     printed = {}
     for script in scripts:
-        status, printed[script], err = start(script, folder)
-        assert status == 0 and "Traceback" not in err, f"{script}.py: {printed[script]}\n{err}"
+        done = run_python(folder, f"{script}.py", PYTHONPATH="")
+        assert done.returncode == 0 and "Traceback" not in done.stderr, f"{script}.py: {done.stdout}\n{done.stderr}"
+        printed[script] = done.stdout
     return printed
+
+
+def run_here(folder, **epochs):
+    """What the scripts of every day print, called in this process on the data of a folder; an eighth is held out."""
+    data_dir, work_dir, settings = folder / "data/sample", folder / "data/work", dict(HELD_OUT_USERS=20)
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
+        patch.setattr(get_dataset, "MIN_STEPS", 6)
+        get_indexing(data_dir, work_dir)
+        get_tfrecord(data_dir, work_dir, num_workers=1, **settings)
+        train(work_dir, record_constants(**settings), **epochs)
+        infer(data_dir / "click_seq", work_dir, work_dir / "ranking", num_workers=1)
+    return printed.getvalue()
 
 
 def read(folder, name):
@@ -57,6 +67,7 @@ def done(tmp_path_factory):
     """(a folder in which the six scripts ran one after another, what each printed), on clicks with times."""
     folder = copy_scripts(tmp_path_factory.mktemp("fresh"))
     edit(folder, "train", EPOCHS=2)
+    edit(folder, "get_dataset", MIN_STEPS=30)
     titles = {vid: f"Title of {vid}" for vids in REAL["columns"].values() for vid in vids}
     _raw(folder / "data/sample", **REAL, titles=titles, names={cid: f"Column {cid}" for cid in REAL["columns"]})
     return folder, run(folder, *CHAIN)
@@ -64,12 +75,10 @@ def done(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
-    """(a folder in which the chain ran, what each script printed) without times, titles and names; an eighth is held out."""
-    folder = copy_scripts(tmp_path_factory.mktemp("plain"))
-    edit(folder, "train", EPOCHS=1)
-    edit(folder, "get_tfrecord", HELD_OUT_USERS=20)  # 161 users are one more than a quarter would do for
-    _raw(folder / "data/sample", **FEW)
-    return folder, run(folder, *DAILY)
+    """(a folder in which the chain ran, what it printed) without times, titles and names."""
+    folder = tmp_path_factory.mktemp("plain")
+    _raw(folder / "data/sample", **FEW)  # 161 users are one more than a quarter would do for
+    return folder, run_here(folder, EPOCHS=1)
 
 
 def test_numbering_writes_the_index_and_a_short_report(done):
@@ -136,20 +145,19 @@ def test_rankings_put_a_users_own_topic_first(done):
 def test_without_times_titles_and_names_all_runs_too_and_no_moment_is_said(plain):
     folder, printed = plain
     assert [line["uid"] for line in rankings(folder)] == [uid for uid, _ in FEW["users"]]
-    assert "visits" not in printed["get_tfrecord"] and "within an hour" not in printed["train"]
-    assert "161 users ranked" in printed["infer"] and "ranked for" not in printed["infer"]
+    assert "161 users ranked" in printed
+    assert not [said for said in ("visits", "within an hour", "ranked for") if said in printed]
 
 
 def test_a_second_day_with_one_user_fewer_keeps_who_is_held_out_and_trains_warm(plain, tmp_path):
     folder = shutil.copytree(plain[0], tmp_path / "second_day")
-    edit(folder, "train", WARM_EPOCHS=1)
     _raw(folder / "data/sample", users=[(uid, [*clicks, "t0a-0_t0a"]) for uid, clicks in FEW["users"][1:]])
-    printed = run(folder, *DAILY)
+    printed = run_here(folder, EPOCHS=1, WARM_EPOCHS=1)
     assert read(folder, "tfrecord/manifest.json")["held_out_share"] == 0.125  # of 160 new ones 1 / 4
-    assert "training starts from the weights of the model of" in printed["train"]
+    assert "training starts from the weights of the model of" in printed
     assert read(folder, "model/metrics.json")["test"]["standing"]
     assert [line["uid"] for line in rankings(folder)] == [uid for uid, _ in FEW["users"][1:]]
-    assert "served: of the former rankings, for what 160 users clicked first since" in printed["infer"]
+    assert "served: of the former rankings, for what 160 users clicked first since" in printed
 
 
 def test_nothing_is_written_outside_the_work_folder(done):
@@ -183,16 +191,19 @@ def test_constants_that_only_concern_running_and_comments_redo_nothing(done, tmp
     assert after == before
 
 
-def test_training_gives_the_same_weights_whatever_the_kerasjson_of_the_user_says(plain, tmp_path, monkeypatch):
+def test_training_gives_the_same_model_whatever_the_kerasjson_of_the_user_says(plain, tmp_path):
     (tmp_path / "keras").mkdir()
     (tmp_path / "keras/keras.json").write_text(json.dumps({"floatx": "float64", "backend": "torch"}))
-    monkeypatch.setenv("KERAS_HOME", str(tmp_path / "keras"))
-    folder = shutil.copytree(plain[0], tmp_path / "folder")
-    expected = read(folder, "model/model.json")
+    folder = copy_scripts(shutil.copytree(plain[0], tmp_path / "folder"))
+    expected = comparable(standing(folder, "train"))
     shutil.rmtree(folder / "data/work/model")
-    run(folder, "train")
-    saved = read(folder, "model/model.json")
-    assert (saved["weights"]["sha256"], saved["test"]) == (expected["weights"]["sha256"], expected["test"])
+    for script, constants in dict(
+        get_tfrecord={"HELD_OUT_USERS": 20}, get_dataset={"MIN_STEPS": 6}, train={"EPOCHS": 1}
+    ).items():
+        edit(folder, script, **constants)
+    done = run_python(folder, "train.py", PYTHONPATH="", KERAS_HOME=str(tmp_path / "keras"))
+    assert done.returncode == 0, done.stderr
+    assert comparable(standing(folder, "train")) == expected
 
 
 def test_constants_edited_after_training_do_not_change_the_ranking_of_another_click_folder(done, tmp_path):
@@ -211,32 +222,24 @@ def test_constants_edited_after_training_do_not_change_the_ranking_of_another_cl
     assert ranked == former
 
 
-def one_clear_line(status, err, script):
-    """Whether a script ended with one line of its own and no traceback; tensorflow may have said something before."""
-    last = err.strip().splitlines()[-1]
-    return status == 1 and "Traceback" not in err and last.startswith(f"{script}.py: ")
-
-
-def test_scripts_out_of_order_name_the_script_to_run_first(tmp_path):
-    bare, numbered = copy_scripts(tmp_path / "bare"), copy_scripts(tmp_path / "numbered")
-    for folder in (bare, numbered):
-        _raw(folder / "data/sample", **REAL)
-    run(numbered, "get_indexing")
+def test_scripts_out_of_order_name_the_script_to_run_first(tmp_path, monkeypatch):
+    bare, numbered = (_raw(tmp_path / name / "data/sample", **REAL).parents[1] for name in ("bare", "numbered"))
+    get_indexing(numbered / "data/sample", numbered / "data/work")
     for folder, script, first in [
         (bare, "get_tfrecord", "get_indexing.py"), (numbered, "get_dataset", "get_tfrecord.py"),
         (numbered, "train", "get_tfrecord.py"), (numbered, "infer", "train.py"),
     ]:  # fmt: skip
-        status, _, err = start(script, folder)
-        assert one_clear_line(status, err, script), err
-        assert f"run {first} first" in err.strip().splitlines()[-1] and str(folder) in err.strip().splitlines()[-1]
+        line = one_line_of_main(monkeypatch, folder, script)
+        assert f"run {first} first" in line and str(folder) in line
 
 
 def test_help_prints_what_the_script_does_and_any_other_argument_is_refused_in_one_line(tmp_path):
     copy_scripts(tmp_path)
     source = ast.parse((tmp_path / "get_indexing.py").read_text(encoding="utf-8"))
-    assert start("get_indexing", tmp_path, "--help") == (0, ast.get_docstring(source, clean=False) + "\n", "")
+    done = run_python(tmp_path, "get_indexing.py", "--help")
+    assert (done.returncode, done.stdout, done.stderr) == (0, ast.get_docstring(source, clean=False) + "\n", "")
     for arguments in (["--data-dir", "x"], ["-h"], ["--help", "x"], [""]):
-        status, out, err = start("get_indexing", tmp_path, *arguments)
-        assert one_clear_line(status, err, "get_indexing") and err.count("\n") == 1 and out == ""
-        assert f"takes no arguments, not {' '.join(arguments)!r}" in err
+        done = run_python(tmp_path, "get_indexing.py", *arguments)
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+        assert done.stderr.startswith(f"get_indexing.py: takes no arguments, not {' '.join(arguments)!r}")
     assert not (tmp_path / "data/work").exists()
