@@ -84,6 +84,22 @@ def draw(uid):
     return int.from_bytes(hashlib.blake2b(uid.encode(), digest_size=8).digest(), "big") / 2**64
 
 
+def held_out_by_hand(uid, in_column, times, share, min_history=1):
+    """Return (split, the click from which on all is held out, the target's place); ("train", None, None) without one.
+
+    in_column says of each click whether it is in a current column. Without times each click is a visit.
+    """
+    split = "val" if draw(uid) < share else "test" if draw(uid) >= 1 - share else "train"
+    begins = []  # of each click's visit
+    for at in range(len(in_column)):
+        begins.append(begins[-1] if times and at and times[at] - times[at - 1] < 1800 else at)
+    places = [(begin, -at) for at, begin in enumerate(begins) if begin >= min_history and in_column[at]]
+    if split == "train" or not places:
+        return "train", None, None
+    begin, place = max(places)
+    return split, begin, -place
+
+
 def run_python(folder, *arguments, **environment):
     """Run Python in a folder, as a user would, where the scripts can be imported; return how it ended."""
     environment = {**os.environ, "PYTHONPATH": str(HOUSE), "CUDA_VISIBLE_DEVICES": "", **environment}
