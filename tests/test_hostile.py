@@ -9,8 +9,6 @@ import os
 import random
 import re
 import shutil
-import subprocess
-import sys
 from unittest import mock
 
 import get_dataset
@@ -24,7 +22,7 @@ from train import load_model, train
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import HOUSE, _clicks_like_real, _raw, _write_lines
+from conftest import _clicks_like_real, _raw, _write_lines, edit_json, files_of, one_line, run_python
 
 READ_CASES, CHAIN_CASES, RANK_CASES = 600, 20, 40  # files read, folders through two scripts, blocks of users ranked
 LONGEST = 200_000  # bytes of a line in this file: MAX_LINE_BYTES, as a user would edit it
@@ -121,26 +119,6 @@ def hostile_file(rng, form):
     return mark + data + b"\n" * (rng.random() < 0.7 or not lines[-1]), len(lines), expected
 
 
-def contents(folder):
-    """Return {path: hash} of every file in a folder, and its folders."""
-    paths = sorted(folder.rglob("*"))
-    return {str(path.relative_to(folder)): path.is_file() and hashlib.md5(path.read_bytes()).digest() for path in paths}
-
-
-def execute(arguments, folder):
-    """Run python in a folder and return how it ended."""
-    how = dict(cwd=folder, env=os.environ | {"PYTHONPATH": str(HOUSE)}, capture_output=True, text=True, timeout=120)
-    return subprocess.run([sys.executable, *arguments], **how, check=False)
-
-
-def one_line(call, *args):
-    """Return the one line with which a call refuses its input."""
-    with pytest.raises((InputError, OSError)) as caught:
-        call(*args)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
 # ---------------------------------------------------------------- reading
 
 
@@ -192,7 +170,7 @@ def test_a_gzip_bomb_is_one_line_too_long_and_takes_little_memory(tmp_path):
     bomb = gzip.compress(b"[" * (16 << 20), 9) * 32 + gzip.compress(b"\n" + b'{"cid": "c2", "vids": ["v1"]}\n' * 100)
     (data / "cid2vids2.json.gz").write_bytes(bomb)
     program = "import get_indexing; get_indexing.get_indexing(); print(open('/proc/self/status').read())"
-    child = execute(["-c", program], tmp_path)
+    child = run_python(tmp_path, "-c", program)
     assert child.returncode == 0, child.stderr
     assert int(re.search(r"VmHWM:\s+(\d+) kB", child.stdout)[1]) < 200_000
     assert "cid2vids2.json.gz: 1 of 101 lines are bad (line 1: too long)" in child.stderr
@@ -224,10 +202,10 @@ def test_hostile_folders_go_through_numbering_and_records_with_every_line_counte
         for form, (data, *_) in files.items():
             name = os.fsdecode(b"click_seq/\xff.json") if form == "click_seq" else f"{form}z.json"
             (data_dir / name).write_bytes(data)
-        before = contents(folder)
+        before = files_of(folder)
         index = get_indexing(data_dir, folder / "work")
         manifest = get_tfrecord(data_dir, folder / "work", num_workers=1)
-        assert {path: of for path, of in contents(folder).items() if path.split("/")[0] != "work"} == before
+        assert {path: of for path, of in files_of(folder).items() if path.split("/")[0] != "work"} == before
         users = real["users"] + [(uid, clicks) for uid, clicks, *_ in files["click_seq"][2]]
         report, (uids, labels) = manifest["report"], shard_counts(folder / "work")
         assert report["lines"] == len(real["users"]) + files["click_seq"][1]
@@ -290,12 +268,12 @@ def test_users_in_are_lines_out_for_every_ranking_file_and_nothing_is_written_el
     for name in names:
         data, _, expected[name] = hostile_file(rng, "click_seq")
         (clicks / f"{name}.json").write_bytes(data)
-    before = contents(folder)
+    before = files_of(folder)
     outputs = infer(clicks, folder / "work", folder / "ranking", num_workers=1)
     assert {path.name for path in outputs} == {f"{name}.json.gz" for name in [*names, "clicks", "hostile"]}
     files = [f"{name}{end}" for name in [*names, "clicks", "hostile"] for end in (".json.gz", ".made_of.json")]
-    after = contents(folder)
-    assert after.keys() - before.keys() == {"ranking", *(f"ranking/{name}" for name in ["default.json", *files])}
+    after = files_of(folder)
+    assert after.keys() - before.keys() == {f"ranking/{name}" for name in ["default.json", *files]}
     assert before.items() <= after.items()
     columns = load_index(folder / "work").columns
     for name, users in expected.items():
@@ -328,9 +306,8 @@ def test_a_memory_with_a_pickled_object_is_refused_and_not_run(trained, tmp_path
     model = shutil.copytree(trained, tmp_path / "own") / "work/model"
     (path,) = model.glob("*.memory.npz")
     put_payload(path, "video_clicks", tmp_path / "ran")
-    saved = json.loads((model / "model.json").read_text())
-    saved["memory"]["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
-    (model / "model.json").write_text(json.dumps(saved))
+    memory = {"file": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    edit_json(model / "model.json", lambda saved: saved | {"memory": memory})
     line = one_line(load_model, tmp_path / "own/work")
     assert path.name in line and "run train.py again" in line and not (tmp_path / "ran").exists()
     np.load(path, allow_pickle=True)["video_clicks"]
@@ -357,42 +334,3 @@ def test_a_checkpoint_that_is_none_or_holds_a_pickled_object_is_refused_and_not_
     path.write_bytes(damage) if type(damage) is bytes else put_payload(path, damage, tmp_path / "ran")
     line = one_line(train_again, folder)
     assert path.name in line and "run train.py again" in line and not (tmp_path / "ran").exists()
-
-
-# ---------------------------------------------------------------- as processes
-
-COLUMN, USER = {"cid": "c1", "vids": ["v1"]}, {"uid": "u1", "click_seq": ["v1", "v1_c1"]}
-BAD_COLUMNS = [
-    "[" * 500_000,
-    b"\x00" * 1000,
-    '{"cid": ' + "9" * 5000 + ', "vids": []}',
-    "null",
-    "__import__('os').mkdir('ran')",
-]
-BAD_CLICKS = ['{"uid": "u", "click_seq": [NaN]}', '{"uid":' * 100_000, {"uid": "u", "click_seq": "v1"},
-              USER | {"times": [1_764_000_001, 1_764_000_000]}, USER | {"times": [1_764_000_000_000] * 2}]  # fmt: skip
-CUT = gzip.compress(b"{}\n" * 999)[:-5]
-PROCESS_CASES = {  # script, file in DATA_DIR, its lines or bytes
-    "bad columns": ("get_indexing", "cid2vids.json", [COLUMN, *BAD_COLUMNS]),
-    "UTF-16": ("get_indexing", "cid2vids.json", json.dumps(COLUMN).encode("utf-16")),
-    "no gzip": ("get_indexing", "cid2vids2.json.gz", b'{"cid": "c"}\n'),
-    "pickle": ("get_indexing", "cid2vids2.json", b"\x80\x04\x95cos\nmkdir\n(S'ran'\ntR."),
-    "index is a bomb": ("get_indexing", "../work/indexing/vid2idx.json", b'{"a":' * 100_000),
-    "index not UTF-8": ("get_tfrecord", "../work/indexing/vid2idx.json", b'{"\xff": 2}'),
-    "bad clicks": ("get_tfrecord", "click_seq/clicks.json", [USER, *BAD_CLICKS]),
-    "empty clicks": ("get_tfrecord", "click_seq/clicks.json", b""),
-    "clicks in no column": ("get_tfrecord", "click_seq/clicks.json", [USER | {"click_seq": ["v1", "v1_../../etc"]}]),
-    "clicks cut": ("get_tfrecord", "click_seq/cut.json.gz", CUT),
-}
-
-
-@pytest.mark.parametrize(("script", "name", "data"), PROCESS_CASES.values(), ids=PROCESS_CASES)
-def test_hostile_input_ends_a_script_with_exactly_one_line(tmp_path, script, name, data):
-    path = _raw(tmp_path / "data/sample", columns={"c1": ["v1"]}, users=[("u1", ["v1", "v1_c1"])]) / name
-    get_indexing(tmp_path / "data/sample", tmp_path / "data/work")
-    path.write_bytes(data) if type(data) is bytes else _write_lines(path, data)
-    before = contents(tmp_path / "data/work/indexing")
-    ended = execute([str(HOUSE / f"{script}.py")], tmp_path)
-    said = [line for line in ended.stderr.splitlines() if not re.match(r"WARNING: All log|[IWE]\d{4} ", line)]
-    assert ended.returncode == 1 and len(said) == 1 and said[0].startswith(f"{script}.py: "), ended.stderr
-    assert not (tmp_path / "ran").exists() and contents(tmp_path / "data/work/indexing") == before
