@@ -1,6 +1,5 @@
 """get_dataset.py: equal batches with and without files, right targets, honest sampling, held-out histories as served, counts."""
 
-import hashlib
 import itertools
 import math
 import random
@@ -9,7 +8,7 @@ from collections import Counter
 import get_dataset as script
 from get_dataset import (
     BACKWARD, DAY, NEAR_DECAY,
-    Pairs, add_candidates, add_pairs, bucket_windows, column_table, count_windows, dataset_from_clicks, gap_buckets,
+    add_candidates, bucket_windows, column_table, count_windows, dataset_from_clicks, gap_buckets,
     held_out, load_manifest, make_dataset, shelves_table,
 )  # fmt: skip
 from get_indexing import UNKNOWN, Index, InputError, get_indexing
@@ -20,7 +19,7 @@ from train import epoch_batches
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import _clicks_like_real, _raw
+from conftest import _clicks_like_real, _raw, held_out_by_hand
 
 CONSTANTS = dict(USER_MAX_LEN=12, WINDOW_OVERLAP=4, MIN_HISTORY=1, VISIT_GAP=1800, HELD_OUT_USERS=15, RANGE_BYTES=2000)
 INDEX = Index({"a": 2, "b": 3, "c": 4}, {"c1": [2, 3], "c2": [4]})
@@ -51,20 +50,11 @@ def histories_of(users):
 
 
 def cut_by_hand(data, share):
-    """Yield (uid, clicks, times, split, where what is held out begins, place of the target, if there is one) of each user.
-
-    It is the first click in a column of the last visit that has one and clicks before; without times each click is a visit.
-    """
+    """Yield (uid, clicks, times, split, where what is held out begins, place of the target, if there is one) of each user."""
     for uid, clicks, *times in data["users"]:
-        times, end = times[0] if times else [0] * len(clicks), len(clicks)
-        draw = int.from_bytes(hashlib.blake2b(uid.encode(), digest_size=8).digest(), "big") / 2**64
-        split = "val" if draw < share else "test" if draw >= 1 - share else "train"
-        begins = [i for i in range(end) if i == 0 or not any(times) or times[i] - times[i - 1] >= 1800]
-        first = {}
-        for i in (i for i in range(end) if clicks[i].partition("_")[2] in data["columns"]):
-            first.setdefault(max(begin for begin in begins if begin <= i), i)
-        begin = max((begin for begin in first if begin > 0 and split != "train"), default=end)
-        yield uid, clicks, times, split, begin, first.get(begin)
+        in_column = [click.partition("_")[2] in data["columns"] for click in clicks]
+        split, begin, place = held_out_by_hand(uid, in_column, times and times[0], share)
+        yield uid, clicks, times[0] if times else [0] * len(clicks), split, begin or len(clicks), place
 
 
 def training_windows(data, share):
@@ -316,29 +306,20 @@ def test_every_column_is_drawn_as_often_as_its_log_prob_says_and_the_sum_over_th
         assert error < 0.015 * x.sum() and abs(np.mean(of_target) - x.sum()) < 4 * error
 
 
-def test_a_step_reads_the_first_video_of_each_column_and_random_others(monkeypatch):
-    """Of shelves of 9 places, 4 in each of 300 batches: the same places for all columns, each but the first as often."""
-    monkeypatch.setattr(script, "ITEM_SAMPLE", 4)
-    monkeypatch.setattr(script, "BATCH_POSITIONS", 17)  # where all videos are no more than that, all are read
-    shelf, target = np.arange(27).reshape(3, 9), tf.constant([[[1, 2]]], tf.int32)
-    dataset, drawn = tf.data.Dataset.from_tensors({"target_column": target}).repeat(300), Counter()
-    for batch in add_candidates(dataset, shelf, [0, 1, 1], seed=5).as_numpy_iterator():
-        first, second = batch["item_feature"]
-        assert first[0] == 9 and len(set(first)) == 4 and np.array_equal(second, first + 9)
-        drawn.update((first - 9).tolist())
-    assert drawn.pop(0) == 300 and sorted(drawn) == list(range(1, 9))
-    assert max(abs(number - 300 * 3 / 8) for number in drawn.values()) < 4 * (300 * 3 / 8 * 5 / 8) ** 0.5
-    (batch,) = add_candidates(dataset.take(1), shelf[:, :8], [0, 1, 1], seed=5).as_numpy_iterator()
-    assert np.array_equal(batch["item_feature"], shelf[1:, :8])
-
-
-def test_pairs_add_up_by_key_and_of_each_row_the_strongest_stay_and_column_zero_holds_what_the_others_did():
-    """Rows 2 and 5 of columns 0 to 3; of equal ones the first column stays."""
-    one = Pairs(np.array([11, 8, 11, 9]), np.array([1.0, 9, 1, 1]))
-    other = Pairs(np.array([10, 23, 22, 21, 8]), np.ones(5))
-    total = add_pairs(one, other)
-    assert [values.tolist() for values in total] == [[8, 9, 10, 11, 21, 22, 23], [10, 1, 1, 2, 1, 1, 1]]
-    assert [values.tolist() for values in total.strongest(4, 2)] == [[8, 9, 11, 20, 21, 22], [11, 1, 2, 1, 1, 1]]
+@pytest.mark.parametrize(("sample", "positions"), [(4, 17), (9, 17), (4, 18)])
+def test_a_step_reads_the_first_video_of_each_column_and_random_others(monkeypatch, sample, positions):
+    """Of shelves of 9 places 4, each but the first as often; all, where they are no more than that or than a batch's clicks."""
+    monkeypatch.setattr(script, "ITEM_SAMPLE", sample)
+    monkeypatch.setattr(script, "BATCH_POSITIONS", positions)
+    shelf, dataset = np.arange(27).reshape(3, 9), tf.data.Dataset.from_tensors({"target_column": [[[1, 2]]]})
+    batches = add_candidates(dataset.repeat(300), shelf, [0, 1, 1], seed=5)
+    drawn = np.array([batch["item_feature"] for batch in batches.as_numpy_iterator()])
+    assert np.array_equal(drawn[:, 1], drawn[:, 0] + 9)
+    number, share = drawn.shape[2], (drawn.shape[2] - 1) / 8
+    assert number == (4 if (sample, positions) == (4, 17) else 9)
+    times = np.bincount(drawn[:, 0].ravel() - 9, minlength=9)
+    assert times[0] == 300 and times.max() == 300 and times.sum() == 300 * number
+    assert np.abs(times[1:] - 300 * share).max() <= 4 * (300 * share * (1 - share)) ** 0.5
 
 
 @pytest.fixture(scope="module")
@@ -410,40 +391,19 @@ def test_a_bounded_table_keeps_totals_exact_and_the_strongest_columns(counted, m
         assert [sum(kept), *sorted(kept[1:])] == pytest.approx([sum(full), 0, 0, 0, 0, *sorted(full)[-2:]])
 
 
-def test_a_day_counts_what_was_clicked_in_it_and_what_a_window_repeats_counts_once():
-    """By hand: the first two clicks of one window were counted in another. Days are UTC; a time of 0 is not known."""
-    block = {
-        "user_feature": np.array([[2, 3, 2, 1, 2], [3, 2, 0, 0, 0]]),
-        "user_column": np.array([[1, 2, 0, 2, 2], [1, 1, 0, 0, 0]]),
-        "user_time": np.array([[5 * DAY, 6 * DAY - 1, 7 * DAY - 1, 7 * DAY - 1, 7 * DAY], [0] * 5]),
-        "repeated": np.array([2, 0]),
-    }
-    counts = script.count_block(block, max_lag=1, num_numbers=3)
-    clicks, near, follows, daily = (dict(zip(*map(np.ndarray.tolist, pairs), strict=True)) for pairs in counts)
-    assert clicks == {2 * 3: 1, 1 * 3 + 2: 1, 2 * 3 + 2: 1, 3 * 3 + 1: 1, 2 * 3 + 1: 1}
-    assert near == {2 * 3 + 2: BACKWARD + 1 + BACKWARD, 3 * 3 + 1: 1, 2 * 3 + 1: BACKWARD}
-    assert follows == {2 * 3 + 2: 2, 1 * 3 + 1: 1} and daily == {6 * 3 + 2: 1, 7 * 3 + 2: 1}
-
-
 @pytest.fixture
 def made(tmp_path):
     """The (manifest, index) of a small chain."""
     return chain(tmp_path, _clicks_like_real(40, seed=4))
 
 
-def test_records_older_than_the_index_are_refused_in_one_line_that_names_the_script(tmp_path, made):
-    get_indexing(_raw(tmp_path / "raw", columns={"new": ["newer"]}), tmp_path)
-    line = r"^[^\n]*/tfrecord/manifest\.json: made with index = [^\n]*; run get_tfrecord\.py again\Z"
-    with pytest.raises(InputError, match=line):
-        load_manifest(tmp_path, CONSTANTS)
-
-
-@pytest.mark.parametrize(("split", "change"), [("train", lambda data: data[:-1]), ("test", lambda data: data + b"x")])
-def test_a_missing_or_damaged_shard_is_named_with_the_script_to_run(tmp_path, made, change, split):
-    shard = next((tmp_path / "tfrecord").glob(f"{split}-*"))
-    for damage in (lambda: shard.write_bytes(change(shard.read_bytes())), shard.unlink):
+@pytest.mark.parametrize("name", ["train-*", "test-*", "manifest.json"])
+def test_a_missing_or_damaged_file_is_named_with_the_script_to_run(tmp_path, made, name):
+    (path,) = list((tmp_path / "tfrecord").glob(name))[:1]
+    whole = path.read_bytes()
+    for damage in (lambda: path.write_bytes(whole[:-1]), lambda: path.write_bytes(whole + b"x"), path.unlink):
         damage()
-        with pytest.raises(InputError, match=rf"{shard}: .*run get_tfrecord\.py again"):
+        with pytest.raises((InputError, FileNotFoundError), match=rf"{path}: .*run get_tfrecord\.py (again|first)"):
             load_manifest(tmp_path, CONSTANTS)
 
 
