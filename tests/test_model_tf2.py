@@ -3,9 +3,8 @@
 import itertools
 from types import SimpleNamespace
 
-import get_dataset
 import model_tf2
-from get_dataset import DAY, Counts, Pairs, add_candidates
+from get_dataset import DAY, Counts, Pairs
 from get_indexing import FIRST_VIDEO, PAD, UNKNOWN, Index, InputError
 from model_tf2 import (
     NUM_GAPS, TREND_BACKOFF, TREND_REACHES,
@@ -336,22 +335,6 @@ def test_a_sample_stands_for_all_columns_in_expectation_also_where_a_user_repeat
     assert np.std(sampled) > 0.01 * np.mean(sampled)
 
 
-@pytest.mark.parametrize(("sample", "positions"), [(4, 17), (9, 17), (4, 18)])
-def test_a_step_reads_the_first_video_of_each_column_and_random_others(monkeypatch, sample, positions):
-    """Of shelves of 9 places 4, each but the first as often; all, where they are no more than that or than a batch's clicks."""
-    monkeypatch.setattr(get_dataset, "ITEM_SAMPLE", sample)
-    monkeypatch.setattr(get_dataset, "BATCH_POSITIONS", positions)
-    shelf, dataset = np.arange(27).reshape(3, 9), tf.data.Dataset.from_tensors({"target_column": [[[1, 2]]]})
-    batches = add_candidates(dataset.repeat(300), shelf, [0, 1, 1], seed=5)
-    drawn = np.array([batch["item_feature"] for batch in batches.as_numpy_iterator()])
-    assert np.array_equal(drawn[:, 1], drawn[:, 0] + 9)
-    number, share = drawn.shape[2], (drawn.shape[2] - 1) / 8
-    assert number == (4 if (sample, positions) == (4, 17) else 9)
-    times = np.bincount(drawn[:, 0].ravel() - 9, minlength=9)
-    assert times[0] == 300 and times.max() == 300 and times.sum() == 300 * number
-    assert np.abs(times[1:] - 300 * share).max() <= 4 * (300 * share * (1 - share)) ** 0.5
-
-
 def gradients_of(model, batch, kind, **part):
     with tf.GradientTape() as tape:
         loss = loss_of(model, batch, kind, **part)
@@ -458,16 +441,6 @@ def test_the_trend_of_a_moment_is_that_of_the_days_before_its_own(daily):
     assert (trend.table[:, 4] == 0).all() and (trend.table[: rows[9], 3] == 0).all() and trend.table[-1, 3].all()
     without = Trend(NOTHING, num_columns=4)
     assert without.table.shape == (1, 5, 3) and not without.table.any() and not without.rows(moments).any()
-
-
-@pytest.mark.parametrize("day", [1, 4, 8])
-def test_clicks_change_the_trend_of_later_days_alone(daily, day):
-    crowded = daily.copy()
-    crowded[day, 2] += 10**6
-    as_it_was, now = (Trend(pairs_of(of, FIRST_DAY), 4) for of in (daily, crowded))
-    row = int(as_it_was.rows(noon(day)))
-    assert np.array_equal(now.table[: row + 1], as_it_was.table[: row + 1])
-    assert not close(now.table[row + 1], as_it_was.table[row + 1], 0.05)
 
 
 def test_the_table_of_trends_is_bounded_however_many_days_there_are_and_all_days_count():
@@ -708,14 +681,6 @@ def test_probabilities_are_above_zero_where_the_towers_are_far_apart_and_what_is
     assert all(close(part, parts[0], 1e-12) for part in parts)
 
 
-@pytest.mark.parametrize("video", [PAD, UNKNOWN])
-def test_all_parts_of_a_user_without_a_known_click_are_popularity(given, video):
-    clicks = np.arange(20) % 7
-    popularity = (clicks + 0.5) / (clicks + 0.5).sum()
-    assert all(close(part, popularity, 1e-12) for part in parts_of(*given, clicks, videos=video))
-    assert not any(close(part, popularity, 0.01) for part in parts_of(*given, clicks, videos=FIRST_VIDEO))
-
-
 # ---------------------------------------------------------------- scoring
 
 CURRENT = [1, 3, 4, 6, 7, 8]  # 2 is retired today, 5 was before; 6 was clicked by nobody; 7 and 8 are new
@@ -763,21 +728,6 @@ def test_towers_score_current_columns_at_a_moment_with_the_trend_of_its_day(scor
         trends = memory.trend.table[memory.trend.rows(now)] @ scorer.model.trend_weights.numpy()
         expected = scorer.model(inputs_of(read, (shelf, numbers)))[0] + np.pad(trends, (0, 2))[CURRENT]
         assert close(scorer.towers(seen_today)[user], expected, 1e-4) and trends.any() == (user != 2)
-
-
-def test_serving_gives_what_training_gives_at_the_same_place_of_a_longer_window(scorer, seen_today):
-    """Of the first user's window, whose targets are asked for when they were clicked."""
-    names = "user_feature", "user_column", "user_time"
-    window = {name: of[:1] for name, of in zip(names, seen_today, strict=False)}
-    batch = get_dataset.add_targets({name: tf.constant(of) for name, of in window.items()} | {"label": tf.ones([1, 9])})
-    batch = scorer.memory.trend.add_rows(batch)
-    users = scorer.model.user_vectors(*(tf.cast(batch[name], tf.int32) for name in HISTORY))[0]
-    for place in range(8):
-        history = [np.where(np.arange(9) <= place, of, 0) for of in window.values()]
-        now = window["user_time"][:, place + 1]
-        served = scorer.towers(Users(*history, now, now))
-        logits = scorer.model.scaled_cosines(users[place : place + 1], scorer.vectors)
-        assert close(served, logits + scorer.trend_logits[batch["trend_row"][0, place]], 1e-4)
 
 
 def test_probabilities_are_the_mix_of_towers_memory_and_habit_and_padding_changes_nothing(
