@@ -7,12 +7,12 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
-from conftest import HOUSE
+from get_indexing import get_indexing
 
 import pytest
+from conftest import run_python
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -72,8 +72,7 @@ def sample_work(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sample")
     (folder / "data").mkdir()
     (folder / "data/sample").symlink_to(ROOT / "data/sample")
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder, env={**os.environ, "PYTHONPATH": str(HOUSE)},
-                          capture_output=True, text=True, check=False)  # fmt: skip
+    done = run_python(folder, "-c", code)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder / "data/work"
 
@@ -91,14 +90,8 @@ def snippets(tmp_path_factory, sample_work):
         shutil.copytree(sample_work, folder / "data/work")
         write_ranks(folder / "data/work/model.kept/test.csv", {"u1": 2, "u2": 1, "u3": 30, "gone\u2028": 1})
         write_ranks(folder / "data/work/model/test.csv", {"u1": 1, "u2": 1, "u3": 3, "new\u2028": 1})
-    result = subprocess.run(
-        [sys.executable, "-c", RUN_SNIPPETS, *(str(folder / f"{line}.py") for line, folder in folders.items())],
-        cwd=tmp_path_factory.mktemp("nothing"),
-        env={**os.environ, "PYTHONPATH": str(HOUSE), "TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "-1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    files = [folder / f"{line}.py" for line, folder in folders.items()]
+    result = run_python(tmp_path_factory.mktemp("nothing"), "-c", RUN_SNIPPETS, *files)
     assert result.returncode == 0, result.stderr[-3000:]
     printed, failed = result.stdout.rsplit("FAILED ", 1)
     return folders, json.loads(failed), printed
@@ -108,12 +101,8 @@ def write_ranks(path, ranks):
     """Write a test.csv as train.py does, with the rows of the table that the snippets read."""
     path.parent.mkdir(exist_ok=True)
     with open(path, "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows(
-            [
-                ["uid", "history", "target", "clicked_before", "random", "mix"],
-                *([uid, 5, "c1", 0, 9, rank] for uid, rank in ranks.items()),
-            ]
-        )
+        csv.writer(file).writerow(["uid", "history", "target", "clicked_before", "random", "mix"])
+        csv.writer(file).writerows([uid, 5, "c1", 0, 9, rank] for uid, rank in ranks.items())
 
 
 def test_every_python_snippet_runs_by_itself(snippets):
@@ -126,15 +115,13 @@ def test_every_python_snippet_asserts_its_claim():
     assert not [line for line, text in blocks("python") if not re.search(r"^ *assert ", text, re.MULTILINE)]
 
 
-def test_the_raw_files_made_of_a_table_of_clicks_can_be_read(snippets):
+def test_the_raw_files_made_of_a_table_of_clicks_can_be_read(snippets, capsys):
     line = next(line for line, text in blocks("python") if "csv.DictReader" in text and "click_seq" in text)
     folder = snippets[0][line]
     clicks = (folder / "data/mine/click_seq/clicks.json").read_text(encoding="utf-8")
     assert clicks == '{"uid": "u1", "click_seq": ["v1", "v2_c7"], "times": [1795641004, 1795641245]}\n'
-    code = "import get_indexing; get_indexing.get_indexing('data/mine', 'data/index')"
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder, env={**os.environ, "PYTHONPATH": str(HOUSE)},
-                          capture_output=True, text=True, check=False)  # fmt: skip
-    assert done.stdout.startswith("2 videos (2 new), 1 columns (1 new, 0 empty)"), done.stderr
+    get_indexing(folder / "data/mine", folder / "data/index")
+    assert capsys.readouterr().out.startswith("2 videos (2 new), 1 columns (1 new, 0 empty)")
 
 
 def test_the_comparison_of_two_tests_takes_the_users_of_both(snippets):
