@@ -1,7 +1,6 @@
 """The rules of the house: one straight chain, one home for each constant, quiet imports, few dependencies."""
 
 import ast
-import os
 import re
 import subprocess
 import sys
@@ -9,6 +8,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from conftest import run_python
 from get_indexing import RUNNING
 
 ROOT = Path(__file__).parents[1]
@@ -99,7 +99,7 @@ def test_importing_the_scripts_prints_creates_and_seeds_nothing(tmp_path):
         f"import {', '.join(CHAIN)}\n"
         "assert (random.getstate(), str(numpy.random.get_state())) == before\n"
     )
-    done = run(code, tmp_path, stderr=subprocess.PIPE)
+    done = run_python(tmp_path, "-c", code, PYTHONPATH=str(ROOT), PYTHONDONTWRITEBYTECODE="1")
     assert (done.returncode, done.stdout) == (0, "")
     # what tensorflow itself says at its own import is not ours to silence
     ours = [line for line in done.stderr.splitlines() if any(f"{script}.py" in line for script in CHAIN)]
@@ -109,15 +109,9 @@ def test_importing_the_scripts_prints_creates_and_seeds_nothing(tmp_path):
 
 def test_numbering_starts_without_tensorflow_and_prints_and_creates_nothing(tmp_path):
     code = "import sys, get_indexing; sys.exit(bool({'tensorflow', 'keras', 'numpy'} & set(sys.modules)))"
-    done = run(code, tmp_path, stderr=subprocess.STDOUT)
-    assert (done.returncode, done.stdout) == (0, "")
+    done = run_python(tmp_path, "-c", code, PYTHONPATH=str(ROOT), PYTHONDONTWRITEBYTECODE="1")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert list(tmp_path.iterdir()) == []
-
-
-def run(code, folder, stderr):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}
-    return subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, text=True, check=False,
-                          stdout=subprocess.PIPE, stderr=stderr)  # fmt: skip
 
 
 def test_the_requirements_are_tensorflow_numpy_and_tqdm():
