@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 import get_indexing as script
-from conftest import HOUSE, run_python
+from conftest import HOUSE, _raw, _write_lines, run_python
 from get_indexing import (
     InputError, Records, Tally, check_constants, constants_of, content_of, get_indexing, load_index, read_lines,
 )  # fmt: skip
@@ -38,8 +38,8 @@ def index_bytes(work_dir):
 # ---------------------------------------------------------------- numbers
 
 
-def test_videos_count_from_2_and_columns_keep_the_order_of_the_file(tmp_path, raw):
-    raw(tmp_path / "raw", columns={"c9": ["v5", "v1"], "c1": ["v1", "v3"]}, titles={"v3": "Three", "v0": "Nought"})
+def test_videos_count_from_2_and_columns_keep_the_order_of_the_file(tmp_path):
+    _raw(tmp_path / "raw", columns={"c9": ["v5", "v1"], "c1": ["v1", "v3"]}, titles={"v3": "Three", "v0": "Nought"})
     index = get_indexing(tmp_path / "raw", tmp_path)
     files = written(tmp_path)
     assert files["vid2idx"] == {"v5": 2, "v1": 3, "v3": 4, "v0": 5}
@@ -47,18 +47,18 @@ def test_videos_count_from_2_and_columns_keep_the_order_of_the_file(tmp_path, ra
     assert index == load_index(tmp_path) == (files["vid2idx"], files["cid2vidx"])
 
 
-def test_numbers_are_for_life(tmp_path, raw):
-    raw(tmp_path / "monday", columns={"c1": ["v1", "v2"], "c2": ["v3"], "c3": ["v2"]}, users=[])
+def test_numbers_are_for_life(tmp_path):
+    _raw(tmp_path / "monday", columns={"c1": ["v1", "v2"], "c2": ["v3"], "c3": ["v2"]}, users=[])
     get_indexing(tmp_path / "monday", tmp_path)
     assert written(tmp_path)["vid2idx"] == {"v1": 2, "v2": 3, "v3": 4}
     # c2 is gone, and v3 with it; c4 is new and stands first; c1 is filled anew; v2 leaves c3.
-    raw(tmp_path / "tuesday", columns={"c4": ["v9", "v1"], "c3": ["v8"], "c1": ["v2", "v7", "v1"]}, users=[])
+    _raw(tmp_path / "tuesday", columns={"c4": ["v9", "v1"], "c3": ["v8"], "c1": ["v2", "v7", "v1"]}, users=[])
     get_indexing(tmp_path / "tuesday", tmp_path)
     files = written(tmp_path)
     assert files["vid2idx"] == {"v1": 2, "v2": 3, "v3": 4, "v9": 5, "v8": 6, "v7": 7}
     assert list(files["cid2vidx"].items()) == [("c1", [3, 7, 2]), ("c2", []), ("c3", [6]), ("c4", [5, 2])]
     # c2 comes back to its own place, and v3 to its own number.
-    raw(tmp_path / "wednesday", columns={"c2": ["v3"]}, users=[])
+    _raw(tmp_path / "wednesday", columns={"c2": ["v3"]}, users=[])
     get_indexing(tmp_path / "wednesday", tmp_path)
     files = written(tmp_path)
     assert list(files["cid2vidx"].items()) == [("c1", []), ("c2", [4]), ("c3", []), ("c4", [])]
@@ -66,9 +66,9 @@ def test_numbers_are_for_life(tmp_path, raw):
 
 
 @pytest.mark.parametrize("half", ["vid2idx.json", "cid2vidx.json"])
-def test_an_index_of_which_a_half_is_gone_or_damaged_is_to_be_restored_and_not_numbered_anew(tmp_path, raw, half):
-    get_indexing(raw(tmp_path / "raw", columns=PAIR, users=[]), tmp_path)
-    get_indexing(raw(tmp_path / "raw", columns={"new": []}), tmp_path)  # its lists are all empty now
+def test_an_index_of_which_a_half_is_gone_or_damaged_is_to_be_restored_and_not_numbered_anew(tmp_path, half):
+    get_indexing(_raw(tmp_path / "raw", columns=PAIR, users=[]), tmp_path)
+    get_indexing(_raw(tmp_path / "raw", columns={"new": []}), tmp_path)  # its lists are all empty now
     path, before = tmp_path / "indexing" / half, index_bytes(tmp_path)
     path.write_bytes(before[half][:9])
     with pytest.raises(InputError, match=rf"{half}: damaged .*; restore it and run get_indexing\.py again"):
@@ -82,8 +82,8 @@ def test_an_index_of_which_a_half_is_gone_or_damaged_is_to_be_restored_and_not_n
 
 
 @pytest.mark.parametrize("files", [1, 2])
-def test_a_first_run_that_is_killed_between_its_files_is_made_good_by_the_second(tmp_path, raw, monkeypatch, files):
-    data_dir, write_json, written_so_far = raw(tmp_path / "raw", columns=PAIR, users=[]), script.write_json, []
+def test_a_first_run_that_is_killed_between_its_files_is_made_good_by_the_second(tmp_path, monkeypatch, files):
+    data_dir, write_json, written_so_far = _raw(tmp_path / "raw", columns=PAIR, users=[]), script.write_json, []
 
     def killed(path, value):
         if len(written_so_far) == files:
@@ -99,20 +99,20 @@ def test_a_first_run_that_is_killed_between_its_files_is_made_good_by_the_second
     assert index_bytes(tmp_path / "killed") == index_bytes(tmp_path / "whole")
 
 
-def test_only_leftovers_of_its_own_are_removed(tmp_path, raw):
+def test_only_leftovers_of_its_own_are_removed(tmp_path):
     """Those of a killed run are named by 32 random digits."""
     (tmp_path / "indexing").mkdir()
     for name in (f".vid2idx.json.{'0a' * 16}.tmp", ".vid2idx.json.tmp", "notes.tmp"):
         (tmp_path / "indexing" / name).touch()
-    get_indexing(raw(tmp_path / "raw", columns=PAIR), tmp_path)
+    get_indexing(_raw(tmp_path / "raw", columns=PAIR), tmp_path)
     names = [".vid2idx.json.tmp", "cid2vidx.json", "notes.tmp", "vid2idx.json"]
     assert sorted(os.listdir(tmp_path / "indexing")) == names
 
 
-def test_a_grown_index_has_the_fingerprint_of_what_it_grew_from(tmp_path, raw):
-    old = get_indexing(raw(tmp_path / "raw", columns=PAIR, users=[]), tmp_path)
-    new = get_indexing(raw(tmp_path / "raw", columns={**PAIR, "c3": ["v9"]}), tmp_path)
-    other = get_indexing(raw(tmp_path / "raw", columns={"c1": ["v2", "v1"], "c2": ["v3"]}), tmp_path / "other")
+def test_a_grown_index_has_the_fingerprint_of_what_it_grew_from(tmp_path):
+    old = get_indexing(_raw(tmp_path / "raw", columns=PAIR, users=[]), tmp_path)
+    new = get_indexing(_raw(tmp_path / "raw", columns={**PAIR, "c3": ["v9"]}), tmp_path)
+    other = get_indexing(_raw(tmp_path / "raw", columns={"c1": ["v2", "v1"], "c2": ["v3"]}), tmp_path / "other")
     assert new.fingerprint(3, 2) == old.fingerprint() != new.fingerprint()
     assert other.fingerprint()["sha256"] != old.fingerprint()["sha256"]
     new.check(old.fingerprint(), "model.json", "train.py")
@@ -123,28 +123,28 @@ def test_a_grown_index_has_the_fingerprint_of_what_it_grew_from(tmp_path, raw):
 # ---------------------------------------------------------------- raw formats
 
 
-def test_several_files_are_read_in_the_order_of_their_names(tmp_path, write_lines):
-    write_lines(tmp_path / "raw/cid2vids-2.json", [{"cid": "c2", "vids": ["v3"]}])
-    write_lines(tmp_path / "raw/cid2vids-1.json.gz", [{"cid": "c1", "vids": ["v1"]}])
-    write_lines(tmp_path / "raw/vid2title-b.json", [{"vid": "v5", "title": ""}])
-    write_lines(tmp_path / "raw/vid2title-a.json", [{"vid": "v4", "title": ""}])
+def test_several_files_are_read_in_the_order_of_their_names(tmp_path):
+    _write_lines(tmp_path / "raw/cid2vids-2.json", [{"cid": "c2", "vids": ["v3"]}])
+    _write_lines(tmp_path / "raw/cid2vids-1.json.gz", [{"cid": "c1", "vids": ["v1"]}])
+    _write_lines(tmp_path / "raw/vid2title-b.json", [{"vid": "v5", "title": ""}])
+    _write_lines(tmp_path / "raw/vid2title-a.json", [{"vid": "v4", "title": ""}])
     get_indexing(tmp_path / "raw", tmp_path)
     assert written(tmp_path) == {"vid2idx": {"v1": 2, "v3": 3, "v4": 4, "v5": 5}, "cid2vidx": {"c1": [2], "c2": [3]}}
 
 
-def test_a_cid_that_comes_again_adds_its_new_videos(tmp_path, write_lines):
+def test_a_cid_that_comes_again_adds_its_new_videos(tmp_path):
     shelves = [("c1", ["v1", "v2", "v1"]), ("c2", ["v5"]), ("c1", ["v3", "v2", "v4"])]
-    write_lines(tmp_path / "raw/cid2vids.json", [{"cid": c, "vids": v} for c, v in shelves])
-    write_lines(tmp_path / "raw/vid2title.json", [{"vid": "v1", "title": "One"}])
+    _write_lines(tmp_path / "raw/cid2vids.json", [{"cid": c, "vids": v} for c, v in shelves])
+    _write_lines(tmp_path / "raw/vid2title.json", [{"vid": "v1", "title": "One"}])
     get_indexing(tmp_path / "raw", tmp_path)
     assert written(tmp_path)["vid2idx"] == {"v1": 2, "v2": 3, "v3": 4, "v4": 5, "v5": 6}
     assert written(tmp_path)["cid2vidx"] == {"c1": [2, 3, 4, 5], "c2": [6]}
 
 
-def test_vids_may_be_one_string_with_commas_and_ids_may_be_integers(tmp_path, write_lines):
+def test_vids_may_be_one_string_with_commas_and_ids_may_be_integers(tmp_path):
     shelves = [("c1", "v1, v2,v3"), (7, [10, "11", -3]), ("7", ["v1"]), ("c0", ""), ("c3", [])]
-    write_lines(tmp_path / "raw/cid2vids.json", [{"cid": c, "vids": v} for c, v in shelves])
-    write_lines(tmp_path / "raw/vid2title.json", [{"vid": 12, "title": "Twelve"}])
+    _write_lines(tmp_path / "raw/cid2vids.json", [{"cid": c, "vids": v} for c, v in shelves])
+    _write_lines(tmp_path / "raw/vid2title.json", [{"vid": 12, "title": "Twelve"}])
     get_indexing(tmp_path / "raw", tmp_path)
     assert written(tmp_path) == {
         "vid2idx": {"v1": 2, "v2": 3, "v3": 4, "10": 5, "11": 6, "-3": 7, "12": 8},
@@ -152,29 +152,29 @@ def test_vids_may_be_one_string_with_commas_and_ids_may_be_integers(tmp_path, wr
     }
 
 
-def test_a_byte_order_mark_and_line_ends_of_windows_are_no_bad_lines(tmp_path, write_lines, capsys):
+def test_a_byte_order_mark_and_line_ends_of_windows_are_no_bad_lines(tmp_path, capsys):
     lines = [b'\xef\xbb\xbf{"cid": "c1", "vids": "v1"}\r', b'{"cid": "c2", "vids": "v2"}\r', b"\r", b""]
-    write_lines(tmp_path / "cid2vids-1.json", lines)
-    write_lines(tmp_path / "cid2vids-2.json", [b"\xef\xbb\xbf", {"cid": "c3", "vids": "v3"}])
+    _write_lines(tmp_path / "cid2vids-1.json", lines)
+    _write_lines(tmp_path / "cid2vids-2.json", [b"\xef\xbb\xbf", {"cid": "c3", "vids": "v3"}])
     assert script.read_columns(tmp_path) == {"c1": ["v1"], "c2": ["v2"], "c3": ["v3"]}
     assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("cut", [False, True])
-def test_a_byte_order_mark_inside_a_file_is_no_json_wherever_the_file_is_cut(tmp_path, write_lines, cut):
-    path = write_lines(tmp_path / "cid2vids.json", [{"cid": "a", "vids": []}, b'\xef\xbb\xbf{"cid": "b", "vids": []}'])
+def test_a_byte_order_mark_inside_a_file_is_no_json_wherever_the_file_is_cut(tmp_path, cut):
+    path = _write_lines(tmp_path / "cid2vids.json", [{"cid": "a", "vids": []}, b'\xef\xbb\xbf{"cid": "b", "vids": []}'])
     start = path.read_bytes().index(b"\xef")
     records, tally = read_cut(path, start if cut else 1000)
     assert [cid for cid, *_ in records] == ["a"] and tally.skipped == {"not JSON": 1}
 
 
 @pytest.mark.parametrize("ending", [".json", ".jsonl", ".json.gz", ".jsonl.gz"])
-def test_files_of_every_ending_are_read_and_the_others_named_in_one_line(tmp_path, write_lines, capsys, ending):
-    write_lines(tmp_path / f"cid2vids{ending}", [{"cid": "ü1", "vids": ["视频"]}])
-    write_lines(tmp_path / f"vid2title{ending}", [{"vid": "v3", "title": "T"}])
-    write_lines(tmp_path / "click_seq/clicks.json", [])  # a folder is not named
+def test_files_of_every_ending_are_read_and_the_others_named_in_one_line(tmp_path, capsys, ending):
+    _write_lines(tmp_path / f"cid2vids{ending}", [{"cid": "ü1", "vids": ["视频"]}])
+    _write_lines(tmp_path / f"vid2title{ending}", [{"vid": "v3", "title": "T"}])
+    _write_lines(tmp_path / "click_seq/clicks.json", [])  # a folder is not named
     for name in (".hidden", "cid2vids-2.ndjson", "cid2vids.JSON", "vid2tile.json", "vid2title.csv"):
-        write_lines(tmp_path / name, [])
+        _write_lines(tmp_path / name, [])
     get_indexing(tmp_path, tmp_path / "work")
     assert written(tmp_path / "work") == {"vid2idx": {"视频": 2, "v3": 3}, "cid2vidx": {"ü1": [2]}}
     assert capsys.readouterr().err == (
@@ -183,9 +183,9 @@ def test_files_of_every_ending_are_read_and_the_others_named_in_one_line(tmp_pat
     )
 
 
-def test_in_a_folder_of_clicks_folders_too_are_named_and_of_many_the_first_five(tmp_path, write_lines, capsys):
+def test_in_a_folder_of_clicks_folders_too_are_named_and_of_many_the_first_five(tmp_path, capsys):
     for name in ("a.json", ".hidden", "c.JSON", "d.ndjson", "dt=2024-01-01/e.json", "f.bz2", "g.txt", "h.csv"):
-        write_lines(tmp_path / name, [])
+        _write_lines(tmp_path / name, [])
     script.name_unread(tmp_path)
     few = "c.JSON, d.ndjson, dt=2024-01-01, f.bz2, g.txt, ..."
     line = f"{tmp_path}: 6 not read ({few}); the names of files end in .json, .jsonl, .json.gz, .jsonl.gz\n"
@@ -193,9 +193,9 @@ def test_in_a_folder_of_clicks_folders_too_are_named_and_of_many_the_first_five(
 
 
 def test_names_and_titles_are_read_where_the_raw_data_has_them_undamaged_and_null_costs_the_title_alone(
-    tmp_path, raw, capsys
+    tmp_path, capsys
 ):
-    raw(tmp_path, columns=PAIR, titles={"v1": "One", "v8": None, "v9": "Nine"}, names={"c2": "Second"})
+    _raw(tmp_path, columns=PAIR, titles={"v1": "One", "v8": None, "v9": "Nine"}, names={"c2": "Second"})
     assert list(get_indexing(tmp_path, tmp_path / "work").videos) == ["v1", "v2", "v3", "v8", "v9"]
     assert script.read_names(tmp_path, {"v8", "v9", "v0"}) == ({"v9": "Nine"}, {"c2": "Second"})
     assert script.read_names(tmp_path / "gone", {"v9"}) == ({}, {})
@@ -204,17 +204,17 @@ def test_names_and_titles_are_read_where_the_raw_data_has_them_undamaged_and_nul
     assert capsys.readouterr().err == ""
 
 
-def test_the_vocabulary_is_the_shelves_and_the_catalogue_whatever_is_clicked(tmp_path, raw):
-    raw(tmp_path / "raw", columns=PAIR, titles={"v2": "Two", "x": "X"}, users=[("u1", ["y", "y_c1", "z"] * 50)])
+def test_the_vocabulary_is_the_shelves_and_the_catalogue_whatever_is_clicked(tmp_path):
+    _raw(tmp_path / "raw", columns=PAIR, titles={"v2": "Two", "x": "X"}, users=[("u1", ["y", "y_c1", "z"] * 50)])
     (tmp_path / "raw/click_seq/cut.json.gz").write_bytes(b"clicks are not even read")
     get_indexing(tmp_path / "raw", tmp_path)
     assert written(tmp_path)["vid2idx"] == {"v1": 2, "v2": 3, "v3": 4, "x": 5}
 
 
-def test_the_report_counts_videos_columns_unknown_and_empty_ones(tmp_path, raw, capsys):
-    get_indexing(raw(tmp_path / "raw", columns=PAIR), tmp_path)
+def test_the_report_counts_videos_columns_unknown_and_empty_ones(tmp_path, capsys):
+    get_indexing(_raw(tmp_path / "raw", columns=PAIR), tmp_path)
     assert capsys.readouterr().out == "3 videos (3 new), 2 columns (2 new, 0 empty); there is no catalogue\n"
-    raw(tmp_path / "raw", columns={**PAIR, "c3": []}, titles={"v1": "One", "v8": "Eight"})
+    _raw(tmp_path / "raw", columns={**PAIR, "c3": []}, titles={"v1": "One", "v8": "Eight"})
     get_indexing(tmp_path / "raw", tmp_path)
     unknown = "2 videos of the columns are unknown to the catalogue"  # v2 and v3
     assert capsys.readouterr().out == f"4 videos (1 new), 3 columns (1 new, 1 empty); {unknown}\n"
@@ -246,8 +246,8 @@ BAD = {
 
 
 @pytest.mark.parametrize(("line", "reason"), BAD.values(), ids=BAD)
-def test_a_bad_line_is_skipped_and_reported_with_file_line_and_reason(tmp_path, write_lines, capsys, line, reason):
-    path = write_lines(tmp_path / "raw/cid2vids.json", [*COLUMNS[:60], line, *COLUMNS[60:]])
+def test_a_bad_line_is_skipped_and_reported_with_file_line_and_reason(tmp_path, capsys, line, reason):
+    path = _write_lines(tmp_path / "raw/cid2vids.json", [*COLUMNS[:60], line, *COLUMNS[60:]])
     get_indexing(tmp_path / "raw", tmp_path)
     assert written(tmp_path)["cid2vidx"] == {f"c{i}": [i + 2] for i in range(120)}
     assert capsys.readouterr().err == f"{path}: 1 of 121 lines are bad (line 61: {reason}): skipped\n"
@@ -262,11 +262,9 @@ def test_a_bad_line_is_skipped_and_reported_with_file_line_and_reason(tmp_path, 
         ({"vid": True, "title": "X"}, "wrong type of vid"),
     ],
 )
-def test_a_bad_line_of_the_catalogue_is_reported_once_by_get_indexing_alone(
-    tmp_path, write_lines, capsys, line, reason
-):
-    write_lines(tmp_path / "raw/cid2vids.json", [{"cid": "c1", "vids": "t0"}])
-    path = write_lines(tmp_path / "raw/vid2title.json", [line, *({"vid": f"t{i}", "title": "T"} for i in range(120))])
+def test_a_bad_line_of_the_catalogue_is_reported_once_by_get_indexing_alone(tmp_path, capsys, line, reason):
+    _write_lines(tmp_path / "raw/cid2vids.json", [{"cid": "c1", "vids": "t0"}])
+    path = _write_lines(tmp_path / "raw/vid2title.json", [line, *({"vid": f"t{i}", "title": "T"} for i in range(120))])
     get_indexing(tmp_path / "raw", tmp_path)
     assert list(written(tmp_path)["vid2idx"]) == [f"t{i}" for i in range(120)]
     assert capsys.readouterr().err == f"{path}: 1 of 121 lines are bad (line 1: {reason}): skipped\n"
@@ -274,9 +272,9 @@ def test_a_bad_line_of_the_catalogue_is_reported_once_by_get_indexing_alone(
     assert capsys.readouterr() == ("", "")
 
 
-def test_skipped_lines_are_counted_by_reason_and_the_first_three_named(tmp_path, write_lines, capsys):
+def test_skipped_lines_are_counted_by_reason_and_the_first_three_named(tmp_path, capsys):
     bad = ["", "{", b"\xff", "[]", '{"vids": []}', "{", '{"cid": "c"}']
-    path = write_lines(tmp_path / "cid2vids.json", [*COLUMNS * 5, *bad, *COLUMNS * 5])
+    path = _write_lines(tmp_path / "cid2vids.json", [*COLUMNS * 5, *bad, *COLUMNS * 5])
     records = Records(str(path), script.parse_column)
     assert len(list(records)) == 1200 and records.tally.lines == 1207
     assert records.tally.skipped == {
@@ -287,14 +285,14 @@ def test_skipped_lines_are_counted_by_reason_and_the_first_three_named(tmp_path,
     assert capsys.readouterr().err == f"{path}: 6 of 1,207 lines are bad ({places}): skipped\n"
 
 
-def test_one_bad_line_in_a_hundred_passes_and_more_stop_the_run_leaving_the_former_index(tmp_path, raw, write_lines):
-    get_indexing(raw(tmp_path / "raw", columns=PAIR), tmp_path)
+def test_one_bad_line_in_a_hundred_passes_and_more_stop_the_run_leaving_the_former_index(tmp_path):
+    get_indexing(_raw(tmp_path / "raw", columns=PAIR), tmp_path)
     before = index_bytes(tmp_path)
-    path = write_lines(tmp_path / "raw/cid2vids.json", [*COLUMNS[:98], "{"])
+    path = _write_lines(tmp_path / "raw/cid2vids.json", [*COLUMNS[:98], "{"])
     with pytest.raises(InputError, match=rf"{path}: 1 of 99 lines .*line 99: not JSON.*MAX_BAD_FRACTION = 0\.01"):
         get_indexing(tmp_path / "raw", tmp_path)
     assert index_bytes(tmp_path) == before
-    write_lines(path, [*COLUMNS[:99], "{"])
+    _write_lines(path, [*COLUMNS[:99], "{"])
     get_indexing(tmp_path / "raw", tmp_path)
     assert list(written(tmp_path)["cid2vidx"])[:3] == ["c1", "c2", "c0"]
 
@@ -304,8 +302,8 @@ def test_one_bad_line_in_a_hundred_passes_and_more_stop_the_run_leaving_the_form
 
 @pytest.mark.parametrize("file", ["cid2vids.json.gz", "vid2title.json.gz"])
 @pytest.mark.parametrize("damage", ["cut short", "no gzip", "flipped", "bad lines"])
-def test_a_damaged_file_is_named_and_the_former_index_left(tmp_path, raw, file, damage):
-    raw(tmp_path / "raw", columns={**PAIR, **MANY}, titles={f"v{i}": f"{i**7}" for i in range(100)}, gzip=True)
+def test_a_damaged_file_is_named_and_the_former_index_left(tmp_path, file, damage):
+    _raw(tmp_path / "raw", columns={**PAIR, **MANY}, titles={f"v{i}": f"{i**7}" for i in range(100)}, gzip=True)
     get_indexing(tmp_path / "raw", tmp_path)
     before, path = index_bytes(tmp_path), tmp_path / "raw" / file
     data = path.read_bytes()
@@ -321,12 +319,12 @@ def test_a_damaged_file_is_named_and_the_former_index_left(tmp_path, raw, file, 
 
 
 @pytest.mark.parametrize("name", ["cid2vids-2.json", "vid2title.jsonl", "cid2vids-2.json.gz"])
-def test_a_file_of_no_bytes_is_refused_and_one_of_blank_lines_is_not(tmp_path, raw, write_lines, name):
-    path = raw(tmp_path, columns=PAIR) / name
+def test_a_file_of_no_bytes_is_refused_and_one_of_blank_lines_is_not(tmp_path, name):
+    path = _raw(tmp_path, columns=PAIR) / name
     path.touch()
     with pytest.raises(InputError, match=f"^{path}: an empty file; copy it again, or remove it$"):
         get_indexing(tmp_path, tmp_path / "work")
-    write_lines(path, ["", " "])
+    _write_lines(path, ["", " "])
     assert list(get_indexing(tmp_path, tmp_path / "work").columns) == ["c1", "c2"]
 
 
@@ -337,20 +335,20 @@ def test_a_missing_folder_is_named_by_its_absolute_path(tmp_path, monkeypatch):
     assert not Path("work").exists()
 
 
-def test_no_columns_or_no_video_is_one_clear_error_beside_the_name_of_a_misspelt_file(tmp_path, raw, capsys):
-    (raw(tmp_path, titles={"v1": "One"}) / "cid2vid.json").touch()
+def test_no_columns_or_no_video_is_one_clear_error_beside_the_name_of_a_misspelt_file(tmp_path, capsys):
+    (_raw(tmp_path, titles={"v1": "One"}) / "cid2vid.json").touch()
     with pytest.raises(InputError, match=f"^{tmp_path}: no columns.*cid2vids"):
         get_indexing(tmp_path, tmp_path / "work")
     assert "1 not read (cid2vid.json)" in capsys.readouterr().err
-    raw(tmp_path, columns={"c1": []}, titles={})
+    _raw(tmp_path, columns={"c1": []}, titles={})
     (tmp_path / "vid2title.json").unlink()
     with pytest.raises(InputError, match=f"^{tmp_path}: no video in any column or catalogue$"):
         get_indexing(tmp_path, tmp_path / "work")
 
 
-def test_a_file_that_is_there_both_plain_and_compressed_is_refused(tmp_path, raw):
-    raw(tmp_path / "raw", columns=PAIR)
-    raw(tmp_path / "raw", columns=PAIR, gzip=True)
+def test_a_file_that_is_there_both_plain_and_compressed_is_refused(tmp_path):
+    _raw(tmp_path / "raw", columns=PAIR)
+    _raw(tmp_path / "raw", columns=PAIR, gzip=True)
     with pytest.raises(InputError, match=r"cid2vids\.json.* have the same name"):
         get_indexing(tmp_path / "raw", tmp_path)
 
@@ -360,8 +358,8 @@ def test_a_file_that_is_there_both_plain_and_compressed_is_refused(tmp_path, raw
                      '{"v1": "2"}', '{"\xff": 2}'],
     "cid2vidx.json": ["", "[]", '{"c1": 5}', '{"c1": null}', '{"c1": ["x"]}', '{"c1": {"2": 3}}', '{"c1": [99]}'],
 }.items())  # fmt: skip
-def test_a_damaged_former_index_is_refused_and_not_written_over(tmp_path, raw, name, texts):
-    get_indexing(raw(tmp_path / "raw", columns=PAIR), tmp_path)
+def test_a_damaged_former_index_is_refused_and_not_written_over(tmp_path, name, texts):
+    get_indexing(_raw(tmp_path / "raw", columns=PAIR), tmp_path)
     for text in texts:
         (tmp_path / "indexing" / name).write_text(text, encoding="latin-1")  # a half of a character in UTF-8
         with pytest.raises(InputError, match=str(tmp_path / "indexing" / name)):
@@ -370,9 +368,9 @@ def test_a_damaged_former_index_is_refused_and_not_written_over(tmp_path, raw, n
 
 
 @pytest.mark.parametrize("name", ["vid2idx.json", "cid2vidx.json"])
-def test_a_missing_index_names_the_path_and_the_script_to_run(tmp_path, raw, monkeypatch, name):
+def test_a_missing_index_names_the_path_and_the_script_to_run(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
-    get_indexing(raw(tmp_path / "raw", columns=PAIR), "w")
+    get_indexing(_raw(tmp_path / "raw", columns=PAIR), "w")
     Path("w/indexing", name).unlink()  # as where the first get_indexing.py was killed between its two files
     with pytest.raises(FileNotFoundError, match=rf"{tmp_path}/w/indexing/{name}.*run get_indexing\.py first"):
         load_index("w")
@@ -405,9 +403,9 @@ def test_every_line_is_read_exactly_once_whatever_the_size_of_the_ranges(tmp_pat
             assert tally.first == [(3, "not JSON"), (4, "too long"), (7, "wrong type of line")]
 
 
-def test_the_content_of_a_file_is_that_of_its_bytes_and_the_same_when_packed(tmp_path, write_lines):
+def test_the_content_of_a_file_is_that_of_its_bytes_and_the_same_when_packed(tmp_path):
     lines = [{"cid": "ü", "vids": []}, "", "x" * 3_000_000]
-    plain, packed = (write_lines(tmp_path / f"x{ending}", lines) for ending in (".json", ".json.gz"))
+    plain, packed = (_write_lines(tmp_path / f"x{ending}", lines) for ending in (".json", ".json.gz"))
     assert content_of(str(plain)) == content_of(str(packed)) == (hashlib.sha256(plain.read_bytes()).hexdigest(), 3)
 
 
@@ -510,8 +508,8 @@ FAULTS = {  # what is in DATA_DIR
 
 
 @pytest.mark.parametrize(("name", "data"), FAULTS.values(), ids=FAULTS)
-def test_the_input_s_fault_ends_with_one_line_and_a_non_zero_exit(tmp_path, raw, name, data):
-    path = raw(tmp_path / "data/sample") / name
+def test_the_input_s_fault_ends_with_one_line_and_a_non_zero_exit(tmp_path, name, data):
+    path = _raw(tmp_path / "data/sample") / name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(data)
     done = run_python(tmp_path, HOUSE / "get_indexing.py")
@@ -554,8 +552,8 @@ def test_an_error_of_the_code_keeps_its_traceback(tmp_path):
     assert done.returncode == 1 and "Traceback" in done.stderr and done.stderr.endswith("ValueError: a bug\n")
 
 
-def test_a_constant_edited_to_what_it_cannot_be_ends_the_script_with_one_line_before_all_else(tmp_path, raw):
-    raw(tmp_path / "data/sample", columns=PAIR)
+def test_a_constant_edited_to_what_it_cannot_be_ends_the_script_with_one_line_before_all_else(tmp_path):
+    _raw(tmp_path / "data/sample", columns=PAIR)
     source = (HOUSE / "get_indexing.py").read_text("utf-8").replace("MAX_ID_CHARS: int = 1000", "MAX_ID_CHARS: int = 0")
     (tmp_path / "get_indexing.py").write_text(source, "utf-8")
     done = run_python(tmp_path, tmp_path / "get_indexing.py", PYTHONPATH="")
@@ -564,10 +562,10 @@ def test_a_constant_edited_to_what_it_cannot_be_ends_the_script_with_one_line_be
     assert os.listdir(tmp_path / "data") == ["sample"]
 
 
-def test_file_names_that_are_not_utf_8_are_read_and_named_with_escapes(tmp_path, raw, write_lines):
+def test_file_names_that_are_not_utf_8_are_read_and_named_with_escapes(tmp_path):
     """stdout and stderr know ASCII alone."""
-    data = raw(tmp_path / "data/sample")
-    write_lines(data / os.fsdecode(b"cid2vids-\xff.json"), [*COLUMNS, "{"])
+    data = _raw(tmp_path / "data/sample")
+    _write_lines(data / os.fsdecode(b"cid2vids-\xff.json"), [*COLUMNS, "{"])
     (data / os.fsdecode(b"cid2vids-\xfd.csv")).touch()
     done = run_python(tmp_path, HOUSE / "get_indexing.py", PYTHONIOENCODING="ascii:strict")
     unread, bad = done.stderr.splitlines()
