@@ -17,12 +17,12 @@ import get_tfrecord as script
 from get_dataset import load_manifest, parse_block
 from get_indexing import BadLine, InputError, get_indexing
 from get_tfrecord import (
-    TASKS_AHEAD, ClickEncoder, History, cut_files, get_tfrecord, held_out_share, map_files, map_on_workers, parse_history,
+    TASKS_AHEAD, ClickEncoder, History, get_tfrecord, held_out_share, map_files, map_on_workers, parse_history,
     split_click, split_windows, survey,
 )  # fmt: skip
 
 import pytest
-from conftest import _raw, _write_lines, draw, one_line, run_python
+from conftest import _clicks_like_real, _raw, _write_lines, draw, held_out_by_hand, one_line, run_python
 from tensorflow.train import SequenceExample
 
 COLUMNS = {"c1": ["v1", "v2"], "c2": ["v3"], "c_3": ["v_4", "v5"]}  # v1 2, v2 3, v3 4, v_4 5, v5 6
@@ -52,20 +52,10 @@ def uids_between(low, high, number):
     return list(itertools.islice((f"w{i}" for i in itertools.count() if low <= draw(f"w{i}") < high), number))
 
 
-def held_out(user, share=0.25, min_history=1, current=(1, 2, 3)):
-    """Return (split, the click from which on all is held out, the target's place); ("train", None, None) without one."""
+def held_out(user, **how):
+    """Return (split, the click from which on all is held out, the target's place) of a user; all columns are current."""
     uid, clicks, times = user
-    split = "val" if draw(uid) < share else "test" if draw(uid) >= 1 - share else "train"
-    begins = []  # of each click's visit; without times each click is one
-    for at in range(len(clicks)):
-        begins.append(begins[-1] if times and at and times[at] - times[at - 1] < 1800 else at)
-    places = [
-        (begin, -at) for at, begin in enumerate(begins) if begin >= min_history and CLICKS[clicks[at]][1] in current
-    ]
-    if split == "train" or not places:
-        return "train", None, None
-    begin, place = max(places)
-    return split, begin, -place
+    return held_out_by_hand(uid, [CLICKS[click][1] > 0 for click in clicks], times, 0.25, **how)
 
 
 USERS = [
@@ -190,9 +180,9 @@ def test_times_are_whole_seconds_and_0_where_they_are_not_given(record, times, n
     assert parse_history(line) == History("7", ["10", "10_7"], times, now)  # integers are their decimal text
 
 
-def test_the_encoder_gives_numbers_and_counts_known_videos_in_unknown_columns(tmp_path, raw):
-    get_indexing(raw(tmp_path / "raw", columns=COLUMNS), tmp_path)
-    raw(tmp_path / "raw", columns={cid: vids for cid, vids in COLUMNS.items() if cid != "c2"})  # which is retired
+def test_the_encoder_gives_numbers_and_counts_known_videos_in_unknown_columns(tmp_path):
+    get_indexing(_raw(tmp_path / "raw", columns=COLUMNS), tmp_path)
+    _raw(tmp_path / "raw", columns={cid: vids for cid, vids in COLUMNS.items() if cid != "c2"})  # which is retired
     encoder = ClickEncoder(get_indexing(tmp_path / "raw", tmp_path))
     assert encoder.current == {1, 3}
     videos, columns = encoder.encode(list(CLICKS))
@@ -396,8 +386,8 @@ def test_the_share_is_a_power_of_two_and_stays_while_it_gives_half_to_four_times
     assert share == (former if stays else next(power for power in powers if power * number <= 600))
 
 
-def test_a_user_more_or_fewer_changes_neither_the_share_nor_the_shards_of_other_files(tmp_path, raw, rerun):
-    clicks, users, runs = raw(tmp_path / "raw", columns=COLUMNS) / "click_seq", histories(*[9] * 401), []
+def test_a_user_more_or_fewer_changes_neither_the_share_nor_the_shards_of_other_files(tmp_path, rerun):
+    clicks, users, runs = _raw(tmp_path / "raw", columns=COLUMNS) / "click_seq", histories(*[9] * 401), []
     write_users(clicks / "a.json", users[:200])
     for number in (200, 199, 198, 201):  # in the second file: HELD_OUT_USERS / number of users moved with each
         write_users(clicks / "b.json", users[200 : 200 + number])
@@ -422,11 +412,11 @@ def test_as_users_come_nobody_is_held_out_who_was_trained_on_before(tmp_path, re
 # ---------------------------------------------------------------- what is odd in the data
 
 
-def test_users_on_several_lines_are_noticed(tmp_path, raw, clicks_like_real, capsys):
-    data = clicks_like_real(200, seed=1)
+def test_users_on_several_lines_are_noticed(tmp_path, capsys):
+    data = _clicks_like_real(200, seed=1)
     for day in range(3):
         users = [(uid, clicks[len(clicks) * day // 3 : len(clicks) * (day + 1) // 3]) for uid, clicks in data["users"]]
-        raw(tmp_path / "raw", columns=data["columns"], users=users, click_file=f"day{day}")
+        _raw(tmp_path / "raw", columns=data["columns"], users=users, click_file=f"day{day}")
     get_indexing(tmp_path / "raw", tmp_path)
     manifest = get_tfrecord(tmp_path / "raw", tmp_path, num_workers=1)
     err = capsys.readouterr().err
@@ -435,20 +425,20 @@ def test_users_on_several_lines_are_noticed(tmp_path, raw, clicks_like_real, cap
     assert {"users": 200, "on_several_lines": 1.0, "lines": 600}.items() <= manifest["report"].items()
 
 
-def test_clicks_keep_their_meaning_whenever_their_column_comes_goes_or_returns(tmp_path, raw, clicks_like_real):
-    data = clicks_like_real(200, seed=1)
+def test_clicks_keep_their_meaning_whenever_their_column_comes_goes_or_returns(tmp_path):
+    data = _clicks_like_real(200, seed=1)
     columns, without = data["columns"], {cid: vids for cid, vids in data["columns"].items() if cid != "t0c"}
     titles, reports = {vid: "T" for vids in columns.values() for vid in vids}, []
     for work, of_day in [("a", columns), ("a", without), ("a", columns), ("b", without), ("b", columns)]:
-        get_indexing(raw(tmp_path / "raw", columns=of_day, users=data["users"], titles=titles), tmp_path / work)
+        get_indexing(_raw(tmp_path / "raw", columns=of_day, users=data["users"], titles=titles), tmp_path / work)
         report = get_tfrecord(tmp_path / "raw", tmp_path / work, num_workers=1)["report"]
         reports.append((report["column_clicks"], report["unknown_columns"], report["unknown_videos"]))
     assert reports == [(2843, 0, 0)] * 3 + [(2843 - 182, 182, 0), (2843, 0, 0)]
 
 
 @pytest.mark.parametrize("twice", [False, True])
-def test_events_that_are_logged_twice_are_said_with_their_share(records, capsys, clicks_like_real, twice):
-    real = clicks_like_real(40, 3)
+def test_events_that_are_logged_twice_are_said_with_their_share(records, capsys, twice):
+    real = _clicks_like_real(40, 3)
     users = [(uid, [click for click in clicks for _ in range(1 + twice)], None) for uid, clicks in real["users"]]
     report = records(users, columns=real["columns"])["report"]
     assert report["repeated_clicks"] == sum(a == b for _, clicks, _ in users for a, b in itertools.pairwise(clicks))
@@ -468,12 +458,12 @@ def test_events_that_are_logged_twice_are_said_with_their_share(records, capsys,
     ids=["full-width comma", "semicolon", "zero-width space", "blank"],
 )
 def test_shelves_whose_videos_nobody_clicks_are_said_with_the_odd_characters_written_out(
-    tmp_path, raw, clicks_like_real, capsys, written, shown, catalogue
+    tmp_path, capsys, written, shown, catalogue
 ):
-    data = clicks_like_real(200, seed=1)
+    data = _clicks_like_real(200, seed=1)
     titles = {vid: "T" for vids in data["columns"].values() for vid in vids} if catalogue else None
     columns = {cid: written(vids) for cid, vids in data["columns"].items()}
-    folder = raw(tmp_path / "raw", columns=columns, users=data["users"], titles=titles)
+    folder = _raw(tmp_path / "raw", columns=columns, users=data["users"], titles=titles)
     get_indexing(folder, tmp_path)
     with contextlib.suppress(InputError):
         get_tfrecord(folder, tmp_path, num_workers=1)
@@ -538,22 +528,6 @@ def test_records_and_counts_are_the_same_for_any_workers_and_ranges_and_their_by
     assert stamps(tmp_path / "cut/tfrecord") == before  # who looks what stands in parallel
 
 
-def test_large_files_are_cut_small_ones_put_together_and_packed_ones_kept_whole(tmp_path):
-    sizes = {"a.json": 250, "b.json": 30, "c.json": 30, "e.json.gz": 5, "f.json.gz": 90, "g.json": 1}
-    a, b, c, e, f, g = paths = [str(tmp_path / name) for name in sizes]
-    for path, size in zip(paths, sizes.values(), strict=True):
-        Path(path).write_bytes(b"x" * size)
-    assert cut_files(paths, range_bytes=100) == [
-        [(a, 0, 100)],
-        [(a, 100, 200)],
-        [(a, 200, 300), (b, 0, 100)],  # 50 + 30 bytes
-        [(c, 0, 100), (e, 0, math.inf)],  # 30 + 8 x 5
-        [(f, 0, math.inf)],  # 8 x 90
-        [(g, 0, 100)],
-    ]
-    assert cut_files([]) == []
-
-
 def test_results_come_in_the_order_of_the_tasks_which_are_handed_out_as_they_are_taken(tmp_path):
     tasks, ahead = [str(tmp_path / f"{number:02}") for number in range(40)], 2 * TASKS_AHEAD
     results = map_on_workers(os.mkdir, tasks, 2)
@@ -588,14 +562,14 @@ def test_a_control_group_limits_the_cores(monkeypatch, limit, cores):
 # ---------------------------------------------------------------- manifest
 
 
-def test_the_manifest_s_numbers_equal_a_count_by_hand(tmp_path, raw, write_lines, capsys):
+def test_the_manifest_s_numbers_equal_a_count_by_hand(tmp_path, capsys):
     users = histories(*[(7 * i * i) % 23 for i in range(400)])
-    path = write_users(raw(tmp_path / "raw", columns=COLUMNS) / "click_seq/b.json", users)
+    path = write_users(_raw(tmp_path / "raw", columns=COLUMNS) / "click_seq/b.json", users)
     lines = path.read_text().splitlines()
     lines[100:100] = ["", "{"]
     lines[200:200] = ["[]"]
-    write_lines(tmp_path / "raw/click_seq/a.json.gz", lines[:150])
-    write_lines(path, lines[150:])
+    _write_lines(tmp_path / "raw/click_seq/a.json.gz", lines[:150])
+    _write_lines(path, lines[150:])
     index = get_indexing(tmp_path / "raw", tmp_path)
     settings = dict(USER_MAX_LEN=8, WINDOW_OVERLAP=3, HELD_OUT_USERS=60, RANGE_BYTES=2000)
     returned = get_tfrecord(tmp_path / "raw", tmp_path, num_workers=1, **settings)
@@ -687,18 +661,8 @@ def test_clicks_that_cannot_train_are_one_clear_error_and_write_no_manifest(tmp_
     assert not (tmp_path / "work/tfrecord/manifest.json").exists()
 
 
-def test_users_without_clicks_or_known_clicks_are_no_error(tmp_path, records):
-    odd = [("nothing", [], None), ("stranger", ["x", "y"], [NOW, NOW + 9]), ("once", ["v2_c1"], None)]
-    assert records([*histories(*[9] * 20), *odd])["report"]["lines"] == 23
-    users = by_user(decoded(tmp_path / "work/tfrecord"))
-    assert "nothing" not in users
-    [stranger], [once] = users["stranger"], users["once"]
-    assert (stranger["user_feature"], stranger["label"]) == ([1, 1], [0, 0])
-    assert (once["user_feature"], once["user_column"], once["label"]) == ([3], [1], [0])
-
-
-def test_a_missing_or_empty_click_folder_is_named(tmp_path, raw):
-    get_indexing(raw(tmp_path / "raw", columns=COLUMNS), tmp_path)
+def test_a_missing_or_empty_click_folder_is_named(tmp_path):
+    get_indexing(_raw(tmp_path / "raw", columns=COLUMNS), tmp_path)
     for make in (lambda: None, (tmp_path / "raw/click_seq").mkdir):
         make()
         with pytest.raises(InputError, match=f"{tmp_path}/raw/click_seq"):
@@ -790,8 +754,8 @@ def test_a_damaged_file_and_a_manifest_of_another_format_are_made_again(tmp_path
     assert rerun() == first and folder_bytes(folder) == files
 
 
-def test_a_task_s_files_are_named_by_the_bytes_that_they_were_made_of(tmp_path, raw, rerun):
-    clicks, folder = raw(tmp_path / "raw", columns=COLUMNS) / "click_seq", tmp_path / "work/tfrecord"
+def test_a_task_s_files_are_named_by_the_bytes_that_they_were_made_of(tmp_path, rerun):
+    clicks, folder = _raw(tmp_path / "raw", columns=COLUMNS) / "click_seq", tmp_path / "work/tfrecord"
     users = {name: [(f"{name}{i}", ["v1", "v2_c1", "v1"], None) for i in range(20)] for name in "abcd"}
     [size] = {write_users(clicks / f"{name}.json", users[name]).stat().st_size for name in "bcd"}
 
