@@ -27,6 +27,13 @@ class Small(keras.Model):
         return self.layer(inputs)
 
 
+def compiled():
+    """Return a compiled model of one dense layer that was not subclassed."""
+    model = keras.Sequential([keras.Input([1]), keras.layers.Dense(1)])
+    model.compile(loss="mse")
+    return model
+
+
 def test_decorated_call():
     """@tf.function on Model.call: the tape sees no variable."""
 
@@ -116,11 +123,8 @@ def test_adam_moves_every_row():
 
     def moved(is_lazy):
         model = build_model(num_videos=2, num_columns=1, emb_dim=8)
-        table, adam, muon_adam = (
-            model.video_embedding,
-            keras.optimizers.Adam(0.1),
-            MuonAdam(model, lambda step: 0.1, 1.0),
-        )
+        muon_adam, adam = MuonAdam(model, lambda step: 0.1, 1.0), keras.optimizers.Adam(0.1)
+        table = model.video_embedding
         for row in (1, 2):
             before = table.numpy()
             with tf.GradientTape() as tape:
@@ -147,8 +151,7 @@ def test_number_beyond_the_table():
 
 
 def test_names_that_changed(tmp_path):
-    model = keras.Sequential([keras.Input([1]), keras.layers.Dense(1)])
-    model.compile(loss="mse")
+    model = compiled()
     with pytest.raises(TypeError):
         model.fit(tf.ones([1, 1]), tf.ones([1, 1]), workers=2)
     with pytest.raises(TypeError):
@@ -228,14 +231,10 @@ def test_wrong_cardinality():
 def test_tensorboard_is_missing(tmp_path, monkeypatch):
     for name in ("tensorboard", "tensorboard.summary.v2"):
         monkeypatch.setitem(sys.modules, name, None)
-    model = keras.Sequential([keras.Input([1]), keras.layers.Dense(1)])
-    model.compile(loss="mse")
     with pytest.raises(Exception, match="TensorBoard is not installed"):
-        model.fit(np.ones([1, 1]), np.ones([1, 1]), verbose=0, callbacks=[keras.callbacks.TensorBoard(tmp_path)])
+        compiled().fit(np.ones([1, 1]), np.ones([1, 1]), verbose=0, callbacks=[keras.callbacks.TensorBoard(tmp_path)])
 
 
 @pytest.mark.skipif(bool(tf.config.list_physical_devices("GPU")), reason="on a GPU it may be on")
 def test_no_xla():
-    model = keras.Sequential([keras.Input([1]), keras.layers.Dense(1)])
-    model.compile(loss="mse")
-    assert model.jit_compile is False
+    assert compiled().jit_compile is False
