@@ -2,19 +2,11 @@
 
 from pathlib import Path
 
+from conftest import files_of
 from make_sample import make_sample
 
-SAMPLE = Path(__file__).parents[1] / "data" / "sample"
 
-
-def contents(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
-
-
-def test_the_program_gives_the_shipped_bytes(tmp_path):
+def test_the_shipped_sample_is_what_its_program_makes_and_under_two_megabytes(tmp_path):
     make_sample(tmp_path)
-    assert contents(tmp_path) == contents(SAMPLE)
-
-
-def test_the_sample_is_under_two_megabytes():
-    assert 0 < sum(map(len, contents(SAMPLE).values())) < 2_000_000
+    shipped = files_of(Path(__file__).parents[1] / "data/sample")
+    assert shipped == files_of(tmp_path) and 0 < sum(map(len, shipped.values())) < 2_000_000
