@@ -16,28 +16,40 @@ import re
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import get_dataset
 import get_tfrecord as get_tfrecord_module
 import train as train_module
-from get_dataset import load_manifest
-from get_indexing import InputError, get_indexing
-from get_tfrecord import get_tfrecord, record_constants
+from get_indexing import get_indexing
+from get_tfrecord import get_tfrecord
 from infer import infer
 from train import load_model, publish, train
 
 import numpy as np
 import pytest
+from bench import kill_battery
 from bench.kill_battery import SMALL, STAGES, Battery, at_work, check_file, check_former_or_new, check_whole
 from bench.kill_battery import comparable, end, lock_of, standing, start, wait_for, workers
-from conftest import _raw
+from conftest import _raw, edit_json, flip_a_bit, one_line, one_line_of_main, run_python
+
+
+CALLS = {  # what the scripts do, here without workers
+    "get_indexing": get_indexing,
+    "get_tfrecord": functools.partial(get_tfrecord, num_workers=1),
+    "train": functools.partial(train, **SMALL["train"]),
+    "infer": functools.partial(infer, num_workers=1),
+}
 
 
 class BatteryHere(Battery):
-    """Ranks in this process, where TensorFlow is imported already."""
+    """Makes the former outputs, and ranks, in this process, where TensorFlow is imported already."""
+
+    def __init__(self, folder):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(kill_battery, "run", run_here)
+            super().__init__(folder)
 
     def rank(self, folder):
         ranking = self.folder / "ranked"
@@ -45,6 +57,14 @@ class BatteryHere(Battery):
         ranked = {path.name: path.read_bytes() for path in paths}
         shutil.rmtree(ranking)
         return ranked
+
+
+def run_here(folder, script):
+    """Do what a script does in a folder, as a process does it with the constants of the battery."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        CALLS[script]()
+    lock_of(folder, script).touch()
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -79,25 +99,10 @@ def own_lines(script, err):
 
 def one_line_of(folder, script, **how):
     """Run a script to its bad end and return the one line that it says."""
-    return one_line_of_each([script], [folder], **how)[script]
-
-
-def one_line_of_each(scripts, folders, **how):
-    """Run scripts, each in its folder and all at once, to their bad ends; return {script: the one line it says}."""
-    processes = {script: start(folder, script, **how) for script, folder in zip(scripts, folders, strict=True)}
-    ends, lines = {script: end(process) for script, process in processes.items()}, {}
-    for script, (status, _, err) in ends.items():
-        assert status == 1, f"{script}.py ended with {status}"
-        (lines[script],) = own_lines(script, err)
-    return lines
-
-
-def one_line(call, *args, **how):
-    """Call what a script's main() calls and return the one line that it ends with."""
-    with pytest.raises((InputError, OSError)) as caught:
-        call(*args, **how)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+    status, _, err = end(start(folder, script, **how))
+    assert status == 1, f"{script}.py ended with {status}"
+    (line,) = own_lines(script, err)
+    return line
 
 
 # ---------------------------------------------------------------- kills and signals
@@ -136,16 +141,15 @@ def test_a_signal_ends_a_script_and_its_workers_with_one_line(battery, script, s
     assert before.items() <= standing(folder).items()
 
 
-@pytest.mark.parametrize("script", ["get_tfrecord", "infer"])
-def test_a_worker_that_dies_ends_the_run_with_one_line(battery, script):
-    folder = battery.ready_folder(script)
-    process = start(folder, script)
+def test_a_worker_that_dies_ends_the_run_with_one_line(battery):
+    folder = battery.ready_folder("infer")
+    process = start(folder, "infer")
     (victim, _) = wait_for(lambda: two_at_work(process), "no workers")
     os.kill(victim, signal.SIGKILL)
     status, _, err = end(process)
-    (line,) = own_lines(script, err)
+    (line,) = own_lines("infer", err)
     assert status == 1 and "a worker process died, for lack of memory perhaps; run again" in line
-    assert battery.former[script].items() <= standing(folder).items()
+    assert battery.former["infer"].items() <= standing(folder).items()
 
 
 @pytest.mark.parametrize("script", ["get_indexing", "get_tfrecord", "infer"])
@@ -179,23 +183,20 @@ def test_no_room_for_a_file_is_one_line_and_leaves_the_former_outputs(battery, s
         check_former_or_new(name, outputs[name], before, battery.new[script])
 
 
-def test_a_folder_that_cannot_be_written_is_one_line(battery):
+@pytest.mark.parametrize("script", STAGES)
+def test_a_folder_that_cannot_be_written_is_one_line(battery, monkeypatch, script):
     """A file stands where the folder should be: root, too, cannot write there."""
-    folders = [battery.ready_folder(script) for script in STAGES]
-    places = {script: folder / "data/work" / STAGES[script] for script, folder in zip(STAGES, folders, strict=True)}
-    for place in places.values():
-        shutil.rmtree(place)
-        place.write_text("not a folder")
-    lines = one_line_of_each(STAGES, folders)
-    for script, place in places.items():
-        assert STAGES[script] in lines[script] and place.read_text() == "not a folder"
+    folder = battery.ready_folder(script)
+    place = folder / "data/work" / STAGES[script]
+    shutil.rmtree(place)
+    place.write_text("not a folder")
+    assert STAGES[script] in one_line_of_main(monkeypatch, folder, script) and place.read_text() == "not a folder"
 
 
 @pytest.mark.parametrize("script", ["get_tfrecord", "get_dataset", "train", "infer"])
 def test_a_missing_package_is_one_line_with_the_python_that_answered(battery, script):
     """-S: without the packages that pip installed."""
-    command = [sys.executable, "-S", f"{script}.py"]
-    ended = subprocess.run(command, check=False, cwd=battery.done, capture_output=True, text=True)
+    ended = run_python(battery.done, "-S", f"{script}.py")
     message = r"No module named '\w+'; run the Python of your environment, or pip install -r requirements.txt\n"
     assert ended.returncode == 1 and re.fullmatch(f"{re.escape(sys.executable)}: {message}", ended.stderr)
 
@@ -219,8 +220,7 @@ class Disk:
 
 @pytest.mark.parametrize("script", ["get_indexing", "get_tfrecord", "infer"])
 def test_a_disk_full_at_any_write_leaves_every_file_former_or_new(battery, monkeypatch, script):
-    call = {"get_indexing": get_indexing, "get_tfrecord": get_tfrecord, "infer": infer}[script]
-    work = functools.partial(call, **({} if script == "get_indexing" else {"num_workers": 1}))
+    work = CALLS[script]
     folder, former = battery.ready_folder(script), battery.former[script]
     monkeypatch.chdir(folder)
     disk = Disk(monkeypatch, full_at=None)
@@ -228,8 +228,8 @@ def test_a_disk_full_at_any_write_leaves_every_file_former_or_new(battery, monke
     new, writes = standing(folder), disk.calls
     assert writes >= 4
     for full_at in range(1, writes + 1):
-        folder = battery.ready_folder(script)
-        monkeypatch.chdir(folder)
+        shutil.rmtree(folder)
+        monkeypatch.chdir(shutil.copytree(battery.ready[script], folder))  # the same place, whose model is in memory
         Disk(monkeypatch, full_at)
         assert "No space left" in one_line(work)
         check_whole(folder, script, former, new)
@@ -237,7 +237,6 @@ def test_a_disk_full_at_any_write_leaves_every_file_former_or_new(battery, monke
         assert comparable(standing(folder)) == comparable(new)
         left = {path for path in (folder / "data/work").rglob(".*") if not path.name.endswith(".lock")}
         assert not left, f"{left} are left after a disk full at write {full_at}"
-        shutil.rmtree(folder)
 
 
 def test_a_ranking_is_never_taken_for_that_of_other_clicks(done, monkeypatch):
@@ -262,11 +261,11 @@ def test_a_ranking_is_never_taken_for_that_of_other_clicks(done, monkeypatch):
 
 @pytest.fixture(scope="module")
 def published(battery, tmp_path_factory):
-    """(a folder with a standing model, publish() of another one): all but the end of a warm training of one epoch."""
+    """(a folder with a standing model, publish() of another one): all but the end of a training of one epoch."""
     folder, calls = shutil.copytree(battery.done, tmp_path_factory.mktemp("published") / "done"), []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_module, "publish", lambda *args: calls.append(args))
-        train(folder / "data/work", WARM_EPOCHS=1, SEED=2)
+        train(folder / "data/work", arguments={"emb_dim": 8, "user_blocks": 1}, EPOCHS=1)
     ((of_folder, *args),) = calls
     assert of_folder == folder / "data/work/model"
     return folder, lambda model: publish(model, *args)
@@ -291,57 +290,14 @@ def test_a_disk_full_at_any_write_of_publishing_leaves_the_former_model_or_the_n
         if disk.calls < full_at:
             break
     assert former["id"] in seen and seen[-1] != former["id"] and len(seen) > 8
-    assert_published(work_dir / "model", saved)
+    tables, names = {"model.json", "metrics.json", "test.csv", "history.csv"}, os.listdir(work_dir / "model")
+    assert set(names) - {"logs"} == {saved["weights"]["file"], saved["memory"]["file"], *tables}
+    assert json.loads((work_dir / "model/metrics.json").read_text())["test"] == saved["test"]
 
 
-def assert_published(model, saved):
-    """The folder holds the files and tables of that model and the history, and nothing that a run under way needs."""
-    names = {path.name for path in model.iterdir()} - {"logs"}
-    assert names == {saved["weights"]["file"], saved["memory"]["file"],
-                     "model.json", "metrics.json", "test.csv", "history.csv"}  # fmt: skip
-    assert json.loads((model / "metrics.json").read_text())["test"] == saved["test"]
-
-
-def test_what_a_run_killed_right_after_its_model_counted_left_to_do_is_done_by_the_next(
-    published, tmp_path, monkeypatch
-):
-    folder, publish_into = published
-    model = shutil.copytree(folder / "data/work", tmp_path / "work") / "model"
-    former = (model / "metrics.json").read_bytes()
-    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr(train_module, "end_publishing", lambda *_: 1 / 0)
-        publish_into(model)
-    assert (model / "metrics.json").read_bytes() == former
-    train(tmp_path / "work", WARM_EPOCHS=1, SEED=2)  # there is nothing to train, and this is left to do
-    assert_published(model, json.loads((model / "model.json").read_text()))
-
-
-def test_a_first_training_that_never_ended_leaves_nothing_that_ranks(done, monkeypatch):
-    shutil.rmtree(done / "data/work/model")
-    monkeypatch.setattr(train_module, "choose_and_publish", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        train(done / "data/work", arguments={"emb_dim": 8}, EPOCHS=1)
-    assert {path.name for path in (done / "data/work/model").iterdir()} - {"logs"} == {"checkpoint.npz", "history.csv"}
-    line = one_line(infer, done / "data/sample/click_seq", done / "data/work", done / "ranking", num_workers=1)
-    assert "model.json: no such file; run train.py first" in line
-
-
-@pytest.mark.parametrize("part", ["weights", "memory"])
-def test_a_damaged_model_ranks_nothing_and_train_begins_anew_from_nothing(done, capsys, part):
-    work_dir, ranking = done / "data/work", done / "ranking"
-    saved = json.loads((work_dir / "model/model.json").read_text())
-    flip_a_bit(work_dir / "model" / saved[part]["file"])
-    line = one_line(infer, done / "data/sample/click_seq", work_dir, ranking, num_workers=1)
-    assert saved[part]["file"] in line and "run train.py again" in line
-    train(work_dir, arguments={"emb_dim": 8}, EPOCHS=1)
-    said = capsys.readouterr()
-    assert "training starts from nothing" in said.out and "damaged" in said.err
-    assert len(infer(done / "data/sample/click_seq", work_dir, ranking, num_workers=1)) == 2
-
-
-def test_a_damaged_shard_ends_a_look_at_the_data_with_one_line(done):
+def test_a_damaged_shard_ends_a_look_at_the_data_with_one_line(done, monkeypatch):
     flip_a_bit(shard := a_shard(done))
-    line = one_line_of(done, "get_dataset")
+    line = one_line_of_main(monkeypatch, done, "get_dataset")
     assert f"{shard}: gone, damaged or changed while it was read" in line and "run get_tfrecord.py" in line
 
 
@@ -372,83 +328,27 @@ def test_shards_that_change_under_a_running_training_end_it_with_one_line(done, 
 # ---------------------------------------------------------------- mismatches
 
 
-def edit_json(path, **changes):
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-def renumber(folder):
-    """Give the index other numbers: the first two videos change places."""
-    path = folder / "data/work/indexing/vid2idx.json"
-    first, second, *others = json.loads(path.read_text())
-    path.write_text(json.dumps({vid: number for number, vid in enumerate([second, first, *others], start=2)}))
-
-
 def a_shard(folder):
     """The largest shard of the training split."""
     return max((folder / "data/work/tfrecord").glob("train-*.tfrecord"), key=lambda path: path.stat().st_size)
 
 
-def flip_a_bit(path):
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
+def renumber(folder):
+    """Give the index other numbers: the first two videos change places."""
+    swapped = lambda of: dict(zip([*list(of)[1::-1], *list(of)[2:]], of.values(), strict=True))
+    edit_json(folder / "data/work/indexing/vid2idx.json", swapped)
 
 
-def cut(path):
-    path.write_bytes(path.read_bytes()[:-1])
-
-
-@pytest.mark.parametrize(
-    ("break_it", "load", "named", "script"),
-    [
-        (renumber, load_manifest, "tfrecord/manifest.json", "get_tfrecord.py"),
-        (renumber, load_model, "model/model.json", "train.py"),
-        (lambda f: edit_json(f / "data/work/tfrecord/manifest.json", format=99), load_manifest,
-         "tfrecord/manifest.json: made with format = 99", "get_tfrecord.py"),
-        (lambda f: edit_json(f / "data/work/model/model.json", format=99), load_model,
-         "model/model.json: made with format = 99", "train.py"),
-        (lambda f: flip_a_bit(*(f / "data/work/model").glob("*.weights.h5")), load_model, ".weights.h5", "train.py"),
-        (lambda f: flip_a_bit(*(f / "data/work/model").glob("*.memory.npz")), load_model, ".memory.npz", "train.py"),
-        (lambda f: cut(f / "data/work/model/model.json"), load_model, "model/model.json: damaged", "train.py"),
-        (lambda f: cut(f / "data/work/tfrecord/manifest.json"), load_manifest, "manifest.json: damaged",
-         "get_tfrecord.py"),
-        (lambda f: cut(a_shard(f)), load_manifest, "tfrecord/train-", "get_tfrecord.py"),
-        (lambda f: a_shard(f).unlink(), load_manifest, "tfrecord/train-", "get_tfrecord.py"),
-    ],
-    ids=["records of another index", "weights of another index", "future manifest", "future model", "other weights",
-         "other memory", "cut model.json", "cut manifest", "cut shard", "missing shard"],
-)  # fmt: skip
-def test_a_mismatch_is_refused_naming_the_file_and_the_script_to_run(done, break_it, load, named, script):
-    break_it(done)
-    line = one_line(load, done / "data/work")
-    assert named in line and f"{script} again" in line
-    if load is load_model:
-        other = done / "ranking"
-        assert line == one_line(infer, done / "data/sample/click_seq", done / "data/work", other, num_workers=1)
-
-
-def test_a_constant_of_the_records_edited_after_they_were_made_is_refused_naming_it_and_both_values(done):
-    for load in (load_manifest, train):
-        line = one_line(load, done / "data/work", record_constants(USER_MAX_LEN=40))
-        assert "tfrecord/manifest.json: made with USER_MAX_LEN = 50, now it is 40; run get_tfrecord.py again" in line
-
-
-def test_mismatched_processes_end_with_one_line_and_publish_nothing(done):
+def test_a_mismatch_ends_train_and_infer_with_one_line_and_publishes_nothing(done, monkeypatch):
     renumber(done)
-    before = standing(done)
-    lines = one_line_of_each(["train", "infer"], [done, done])
-    assert "get_tfrecord.py again" in lines["train"] and "train.py again" in lines["infer"]
-    assert standing(done) == before
+    before, ranking = standing(done), done / "ranking"
+    assert "get_tfrecord.py again" in one_line_of_main(monkeypatch, done, "train")
+    line = one_line(infer, done / "data/sample/click_seq", done / "data/work", ranking, num_workers=1)
+    assert line == one_line(load_model, done / "data/work") and "train.py again" in line
+    assert standing(done) == before and not list(ranking.glob("*"))
 
 
 # ---------------------------------------------------------------- numbers that are not finite
-
-
-def test_a_loss_that_is_not_finite_keeps_the_model_and_says_where(done):
-    before = standing(done, "train")
-    line = one_line(train, done / "data/work", LEARNING_RATE=1e38, WARM_START=False)
-    assert re.search(r"the loss is (nan|inf) at step \d+ of epoch 1 \(learning rate [\d.]+e\+3[78]\)", line)
-    assert standing(done, "train") == before
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered")
@@ -461,7 +361,7 @@ def test_a_score_that_is_not_finite_is_never_written(done, monkeypatch):
     np.savez(path, **arrays | {"by_video.values": np.full_like(arrays["by_video.values"], np.nan)})
     model = Path("data/work/model/model.json")
     memory = {"file": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-    mix = json.loads(model.read_text())["mix"] | {"memory_weight": 0.5, "habit_weight": 0.1}
-    edit_json(model, memory=memory, id="another", mix=mix)
+    mix = {"memory_weight": 0.5, "habit_weight": 0.1}
+    edit_json(model, lambda of: of | {"memory": memory, "id": "another", "mix": of["mix"] | mix})
     assert "not finite" in one_line(infer, num_workers=1)
     assert standing(done, "infer") == before
