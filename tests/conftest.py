@@ -1,4 +1,4 @@
-"""Raw data for the tests: written as a user would have it, from plain Python values."""
+"""What several test files share: raw data, written as a user would have it, the scripts, and what is done to files."""
 
 import atexit
 import gzip as gzip_module
@@ -17,38 +17,6 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # before any test imports tensorflow
-
-
-@pytest.fixture
-def write_lines():
-    """A function that writes lines to a path (compressed if it ends in .gz) and returns the path."""
-    return _write_lines
-
-
-@pytest.fixture
-def raw():
-    """A function that writes raw data into a folder, made where it is missing, and returns the folder (a DATA_DIR).
-
-    raw(folder, columns={"c1": ["v1", "v2"]}, users=[("u1", ["v1", "v2_c1"])], titles={"v1": "One"}) writes
-    folder/cid2vids.json, folder/click_seq/clicks.json and folder/vid2title.json; each is left out where it is None.
-    A user may have a third part: the times of the clicks. names={"c1": "First"} adds column names; gzip=True writes
-    .json.gz files; click_file is the click file's name.
-    """
-    return _raw
-
-
-@pytest.fixture
-def clicks_like_real():
-    """A function (num_users, seed, times=False) -> {"columns": ..., "users": ...}, as raw() takes them.
-
-    They are always the same for a seed. With times every user's last click is on 2025-12-07 (UTC), and before 1 click of 4
-    a user was away for 6 to 40 hours.
-
-    4 topics of 3 columns of 5 videos each ("t0a" holds "t0a-0" to "t0a-4"). A user has one topic: 7 of 10 clicks are made
-    in its columns, going round a, b, c, a ..., 1 of 10 in any column, and 2 of 10 are plain clicks on a video of the
-    topic. A history has 8 to 30 clicks. So few users are all held out, half each for val and test.
-    """
-    return _clicks_like_real
 
 
 def edit(folder, script, **constants):
@@ -139,7 +107,10 @@ sys.path.insert(0, str(HOUSE))  # before any test imports a script
 
 
 def _write_lines(path, lines):
-    """A line is written as it is where it is bytes or text, and as JSON where it is any other value."""
+    """Write lines to a path, compressed if it ends in .gz, and return the path.
+
+    A line is written as it is where it is bytes or text, and as JSON where it is any other value.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [line if isinstance(line, bytes | str) else json.dumps(line, ensure_ascii=False) for line in lines]
     data = b"".join((line if isinstance(line, bytes) else line.encode()) + b"\n" for line in lines)
@@ -148,6 +119,13 @@ def _write_lines(path, lines):
 
 
 def _raw(folder, columns=None, users=None, titles=None, names=None, gzip=False, click_file="clicks"):
+    """Write raw data into a folder, made where it is missing, and return the folder (a DATA_DIR).
+
+    _raw(folder, columns={"c1": ["v1", "v2"]}, users=[("u1", ["v1", "v2_c1"])], titles={"v1": "One"}) writes
+    folder/cid2vids.json, folder/click_seq/clicks.json and folder/vid2title.json; each is left out where it is None.
+    A user may have a third part: the times of the clicks. names={"c1": "First"} adds column names; gzip=True writes
+    .json.gz files; click_file is the click file's name.
+    """
     end, names = ".json.gz" if gzip else ".json", names or {}
     folder.mkdir(parents=True, exist_ok=True)
     if columns is not None:
@@ -162,6 +140,14 @@ def _raw(folder, columns=None, users=None, titles=None, names=None, gzip=False, 
 
 
 def _clicks_like_real(num_users, seed, times=False):
+    """Return {"columns": ..., "users": ...}, as _raw() takes them: always the same for a seed.
+
+    With times every user's last click is on 2025-12-07 (UTC), and before 1 click of 4 a user was away for 6 to 40 hours.
+
+    4 topics of 3 columns of 5 videos each ("t0a" holds "t0a-0" to "t0a-4"). A user has one topic: 7 of 10 clicks are made
+    in its columns, going round a, b, c, a ..., 1 of 10 in any column, and 2 of 10 are plain clicks on a video of the
+    topic. A history has 8 to 30 clicks. So few users are all held out, half each for val and test.
+    """
     rng, clock = random.Random(seed), random.Random(seed + 1000)
     topics = [[f"t{topic}{letter}" for letter in "abc"] for topic in range(4)]
     columns = {cid: [f"{cid}-{i}" for i in range(5)] for cids in topics for cid in cids}
