@@ -5,6 +5,7 @@ import contextlib
 import csv
 import gzip
 import io
+import itertools
 import json
 import re
 import shutil
@@ -81,30 +82,19 @@ def plain(tmp_path_factory):
     return folder, run_here(folder, EPOCHS=1)
 
 
-def test_numbering_writes_the_index_and_a_short_report(done):
+def test_numbers_and_records_are_those_of_all_videos_columns_users_and_clicks(done):
     folder, printed = done
-    videos = read(folder, "indexing/vid2idx.json")
-    columns = read(folder, "indexing/cid2vidx.json")
+    videos, columns = (read(folder, f"indexing/{name}.json") for name in ("vid2idx", "cid2vidx"))
     assert sorted(videos.values()) == list(range(2, 62))
     assert columns == {cid: [videos[vid] for vid in vids] for cid, vids in REAL["columns"].items()}
     assert printed["get_indexing"].startswith("60 videos") and printed["get_indexing"].count("\n") == 1
-
-
-def test_the_records_count_every_user_click_and_day(done):
-    folder, printed = done
     manifest = read(folder, "tfrecord/manifest.json")
-    clicks = [click for _, seq, _ in REAL["users"] for click in seq]
-    assert manifest["report"]["lines"] == 300 and manifest["report"]["clicks"] == len(clicks)
-    assert manifest["report"]["column_clicks"] == sum("_" in click for click in clicks)
-    held_out, visits = 0, 0
-    for _, seq, times in REAL["users"]:
-        begins = [i for i in range(1, len(seq)) if times[i] - times[i - 1] >= 1800]
-        held_out += any("_" in click for begin in begins[:1] for click in seq[begin:])
-        visits += 1 + len(begins)
-    assert manifest["splits"]["val"]["users"] + manifest["splits"]["test"]["users"] == held_out
-    assert manifest["splits"]["train"]["users"] == 300
-    first = time.strftime("%Y-%m-%d", time.gmtime(min(times[0] for _, _, times in REAL["users"])))
-    assert f"; {visits:,} visits, {first} to 2025-12-07\n" in printed["get_tfrecord"]
+    assert manifest["report"]["clicks"] == sum(len(seq) for _, seq, _ in REAL["users"])
+    assert manifest["report"]["lines"] == manifest["splits"]["train"]["users"] == 300
+    gaps = [b - a for _, _, times in REAL["users"] for a, b in itertools.pairwise(times)]
+    visits, first = 300 + sum(gap >= 1800 for gap in gaps), min(times[0] for _, _, times in REAL["users"])
+    days = f"{time.strftime('%Y-%m-%d', time.gmtime(first))} to 2025-12-07"
+    assert f"; {visits:,} visits, {days}\n" in printed["get_tfrecord"]
 
 
 def test_the_dataset_and_the_model_print_what_they_are(done):
