@@ -327,10 +327,13 @@ def stopped(trained, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("damage", ["state", "best0000", b"", b"\x80\x04.", b"PK\x03\x04" + b"\x00" * 50])
+@pytest.mark.parametrize("damage", ["state", "best0000", b"", b"\x80\x04.", "cut"])
 def test_a_checkpoint_that_is_none_or_holds_a_pickled_object_is_refused_and_not_run(stopped, tmp_path, damage):
     folder = shutil.copytree(stopped, tmp_path / "folder")
     path = folder / "work/model/checkpoint.npz"
-    path.write_bytes(damage) if type(damage) is bytes else put_payload(path, damage, tmp_path / "ran")
+    if type(damage) is bytes or damage == "cut":
+        path.write_bytes(path.read_bytes()[:-999] if damage == "cut" else damage)
+    else:
+        put_payload(path, damage, tmp_path / "ran")
     line = one_line(train_again, folder)
     assert path.name in line and "run train.py again" in line and not (tmp_path / "ran").exists()
