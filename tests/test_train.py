@@ -488,10 +488,12 @@ def test_training_with_the_other_loss_and_without_memory_ends_when_validation_ge
     assert list(saved_in(work_dir)["test"]) == [*BASELINES, "towers"]
 
 
-@pytest.mark.parametrize("kind", ["plain", "trained"])
-def test_the_last_row_is_what_is_published_of_each_user_alone_also_without_memory(kind, request):
-    """With the training clicks' memory, as it was tested; users without a known click get popularity."""
-    work_dir = request.getfixturevalue(kind)[0]
+def test_the_last_row_is_what_is_published_of_each_user_alone_also_without_memory(plain):
+    """With the training clicks' memory, as it was tested; users without a known click get popularity.
+
+    In test_infer.py it is what is served of the raw clicks, by all parts.
+    """
+    work_dir, _ = plain
     model, _, mix, saved = load_model(work_dir)
     scorer, _, manifest, _ = training_scorer(work_dir, model)
     tested, by_user, last = held_out(manifest, "test", work_dir), ranks_in(work_dir), list(saved["test"])[-1]
@@ -503,7 +505,7 @@ def test_the_last_row_is_what_is_published_of_each_user_alone_also_without_memor
         assert abs(brute_rank(scores, place) - rank) <= ties
         if uid.startswith(b"ghost"):
             assert rank == brute_rank(scorer.memory.column_clicks[1:], place)
-    assert any(uid.startswith("ghost") for uid in by_user) == (kind == "plain")
+    assert any(uid.startswith("ghost") for uid in by_user)
 
 
 def test_weights_that_are_not_finite_are_no_epoch_and_what_stood_stays(own, monkeypatch):
@@ -615,9 +617,17 @@ def test_where_no_epoch_is_better_the_weights_that_stand_stay(own, trained, monk
     assert [test[row]["NDCG@10"] for row in trained[1]] == [trained[1][row]["NDCG@10"] for row in trained[1]]
 
 
+def train_without_fitting(work_dir, monkeypatch, **options):
+    """Return what train_and_listen() does where the towers that are published are those that it starts from."""
+    unfitted = lambda _, scorer, *__: (scorer.model.get_weights(), work_dir / "model/logs/none")
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module, "fit", unfitted)
+        return train_and_listen(work_dir, **TINY | options)
+
+
 def test_what_stands_is_in_the_table_with_its_own_mix_also_after_a_cold_start(own, trained, monkeypatch):
     monkeypatch.setattr(train_module, "choose_mix", lambda *_: Mix(0.0, 0.0, 0.001, 0.1))
-    test, printed = train_and_listen(own, SEED=2, **TINY | {"EPOCHS": 1, "arguments": {"emb_dim": 4}})
+    test, printed = train_without_fitting(own, monkeypatch, SEED=2, arguments={"emb_dim": 4})
     assert "training starts from nothing" in printed and test["standing"] == trained[1]["mix"] != test["mix"]
 
 
@@ -662,7 +672,7 @@ def test_uids_hashed_anew_end_the_warm_start_and_the_row_of_the_standing_model(o
     assert "training starts from the weights of the model of" in start_of(own, monkeypatch)[0]
     make_records(_raw(tmp_path / "raw", **data | {"users": prefixed}), own)
     assert "from nothing: the users are others than those of the model" in start_of(own, monkeypatch)[0]
-    test, _ = train_and_listen(own, **TINY | {"EPOCHS": 1})
+    test, _ = train_without_fitting(own, monkeypatch)
     assert "standing" not in test
 
 
@@ -739,17 +749,13 @@ def test_a_warm_run_killed_anywhere_leaves_what_stood_and_goes_on_to_the_same(to
     assert not (today / "model/checkpoint.npz").exists()
 
 
-def test_a_checkpoint_goes_to_the_same_run_alone_and_a_damaged_one_is_refused(tmp_path):
+def test_a_checkpoint_goes_to_the_same_run_alone(tmp_path):
     model = build_model(num_videos=3, num_columns=2, emb_dim=4)
     optimizer, best, history = train_module.MuonAdam(model, lambda step: 0.1, 3.0), model.get_weights(), [{"epoch": 1}]
     train_module.save_checkpoint(tmp_path, model, optimizer, {"seed": 1}, "now", history, best)
     assert train_module.restore_checkpoint(tmp_path, model, optimizer, {"seed": 2, "from": None})[1:] == ([], None)
     name, went, kept = train_module.restore_checkpoint(tmp_path, model, optimizer, {"seed": 1})
     assert (name, went) == ("now", history) and same(kept, best)
-    path = tmp_path / "checkpoint.npz"
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(InputError, match=r"checkpoint\.npz: damaged .*remove it and run train\.py again"):
-        train_module.restore_checkpoint(tmp_path, model, optimizer, {"seed": 1})
 
 
 def test_a_loss_that_is_not_finite_names_the_step_and_keeps_what_stands(own, trained):
@@ -767,8 +773,7 @@ def test_files_and_folders_of_others_stay_and_only_files_of_its_own_pattern_go(o
     for path in notes + left:
         path.parent.mkdir(exist_ok=True)
         path.write_text("mine")
-    monkeypatch.setattr(train_module, "fit", lambda _, scorer, *__: (scorer.model.get_weights(), folder / "logs/none"))
-    train(own, SEED=2, **TINY)
+    train_without_fitting(own, monkeypatch, SEED=2)
     assert all(path.read_text() == "mine" for path in notes) and not any(path.exists() for path in left)
 
 
@@ -794,12 +799,6 @@ def test_an_index_with_other_numbers_is_refused(own, name):
         load_model(own)
     with pytest.raises(InputError, match=r"manifest\.json: made with index = .*, now it is .*get_tfrecord\.py"):
         train(own, **TINY)
-
-
-def test_a_grown_index_and_a_shelf_filled_anew_are_accepted(own, trained):
-    edit_json(own / "indexing/vid2idx.json", lambda videos: videos | {"new": 62, "newer": 63})
-    edit_json(own / "indexing/cid2vidx.json", lambda columns: columns | {"t0a": [63, 2], "t0b": [], "late": [62, 3]})
-    assert same(towers_of(own), towers_of(trained[0]))
 
 
 @pytest.mark.parametrize(
