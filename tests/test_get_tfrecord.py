@@ -7,7 +7,7 @@ import hashlib
 import itertools
 import json
 import math
-import multiprocessing
+import multiprocessing.connection
 import os
 import re
 from pathlib import Path
@@ -538,9 +538,8 @@ def test_results_come_in_the_order_of_the_tasks_which_are_handed_out_as_they_are
     assert list(map_on_workers(abs, range(-40, 0), 2)) == list(range(40, 0, -1))
     for number_of_workers, few in ((2, [3]), (1, [3, 4]), (2, [])):  # they need no process: none could be sent a lambda
         assert list(map_files(lambda task: -task, few, "count", number_of_workers)) == [-task for task in few]
-    for worker in multiprocessing.active_children():  # none is left once all results are taken
-        worker.join(60)
-        assert worker.exitcode == 0
+    for worker in multiprocessing.active_children():  # each ends once all results are taken; the pool itself joins it
+        assert multiprocessing.connection.wait([worker.sentinel], 60)
 
 
 def test_a_worker_that_dies_ends_in_one_line_and_an_error_in_a_worker_is_raised_here():
