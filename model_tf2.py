@@ -498,8 +498,9 @@ class Mix(NamedTuple):
         towers, memory, habit = parts
         of_towers = 1 - self.memory_weight - self.habit_weight
         mixed = of_towers * towers + self.memory_weight * memory + self.habit_weight * habit
-        mixed *= np.where(clicked, max(self.clicked_factor, 1e-9), 1.0)  # above 0, so every score is finite
-        return mixed / mixed.sum(axis=1, keepdims=True)
+        mixed[clicked] *= max(self.clicked_factor, 1e-9)  # above 0, so every score is finite
+        mixed /= mixed.sum(axis=1, keepdims=True)
+        return mixed
 
 
 class Users(NamedTuple):
