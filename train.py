@@ -237,9 +237,13 @@ class MuonAdam:
         self.rest = [weight for weight in model.trainable_variables if all(weight is not table for table in tables)]
         self.schedule = schedule
         self.muon = keras.optimizers.Muon(
-            lambda: kernel_rate * schedule(self.step), adam_lr_ratio=1 / kernel_rate, rms_rate=None,
-            weight_decay=None, adam_weight_decay=None, exclude_layers=[r"^(?!.*kernel)"],
+            lambda: kernel_rate * schedule(self.step), adam_lr_ratio=1 / kernel_rate,
+            weight_decay=None, exclude_layers=[r"^(?!.*kernel)"],
         )  # fmt: skip
+        # Keras 3.12, that of Python 3.10, has no such arguments, and looks for a variable's moments by its path.
+        self.muon.rms_rate = self.muon.adam_weight_decay = None
+        for weight in self.rest:
+            weight.value.path = weight.path
         self.muon.build(self.rest)
         zeros = [tf.zeros_like(table) for table in self.tables]
         self.means, self.squares = ([tf.Variable(zero, trainable=False) for zero in zeros] for _ in range(2))
