@@ -253,9 +253,9 @@ def dense(units, **options):
 def training_loss(model, batch, kind=LOSS, ahead_decay=0.0, trends=None, replica=0, num_replicas=1):
     """Return the loss, a scalar, of a training batch of get_dataset.py: the mean over its targets.
 
-    Without a "seed" nothing is dropped out. trends are the table of a Trend. Of several replicas each gives the part of every num_replicas-th window, counted from
-    `replica`: the parts add up to the loss of one. A click after the next one is a target too, with a weight of ahead_decay
-    against the one before.
+    Without a "seed" nothing is dropped out. trends are the table of a Trend. Of several replicas each gives the part of
+    every num_replicas-th window, counted from `replica`: the parts add up to the loss of one. A click after the next one is
+    a target too, with a weight of ahead_decay against the one before.
     """
     windows = batch | {name: value[replica::num_replicas] for name, value in batch.items() if name in OF_WINDOWS}
     seed = batch["seed"] + tf.cast([0, replica], tf.int64) if "seed" in batch else None
