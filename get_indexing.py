@@ -340,42 +340,29 @@ def input_name(path):
 
 @contextlib.contextmanager
 def replacing(path, durable=True):
-    """Yield a temporary path; what is written there replaces `path` whole if the block ends well.
+    """Yield a temporary path; what is written there replaces `path` whole if the block ends well. An OSError names it.
 
     It is synced to disk, unless it is not `durable`: a file that is known by its hash, and made again where it is cut.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    temporary = path.with_name(f".tmp.{uuid.uuid4().hex}.{path.name}")  # Keras and numpy look at a name's ending
     try:
-        with write_errors_named(path):
-            yield temporary
-            if durable:
-                sync(temporary)
+        yield temporary
+        if durable:
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
         os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def write_errors_named(path):
-    """Name the file where an OSError, of a full disk say, does not."""
-    try:
-        yield
     except OSError as error:
         if error.filename:
             raise
         message = f"{path}: cannot be written ({error.strerror or error}); make room there and run again"
         raise OSError(message) from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
-def sync(path):
-    """Wait until a file is on disk."""
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-
-
-def remove_leftovers(folder, pattern=f".*.{'[0-9a-f]' * 32}.tmp", kept=()):
+def remove_leftovers(folder, pattern=f".tmp.{'[0-9a-f]' * 32}.*", kept=()):
     """Remove folder's files of a pattern, by default those of replacing() that a killed run left, but for names kept."""
     for path in Path(folder).glob(pattern):
         if path.name not in kept and path.is_file():

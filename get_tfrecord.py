@@ -592,9 +592,9 @@ def map_on_workers(function, tasks, num_workers):
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def slices(tasks, length):
-    """Yield the tasks in lists of that length, the last one perhaps shorter."""
-    return (tasks[start : start + length] for start in range(0, len(tasks), length))
+def slices(items, length):
+    """Yield the items, a list, in lists of that length, the last one perhaps shorter."""
+    return (items[start : start + length] for start in range(0, len(items), length))
 
 
 def start_worker(function):

@@ -33,8 +33,8 @@ from get_indexing import (
     only_one, packages_named, read_json, read_names, remove_leftovers, replacing, run_script, write_json,
 )  # fmt: skip
 from get_tfrecord import (
-    NUM_WORKERS, ClickEncoder, History, cut_files, draw_of, held_out_share, map_files, parse_history, split_click, stamp_of,
-    survey,
+    NUM_WORKERS, ClickEncoder, History, cut_files, draw_of, held_out_share, map_files, parse_history, slices, split_click,
+    stamp_of, survey,
 )  # fmt: skip
 
 with packages_named():
@@ -172,18 +172,17 @@ def join_parts(output, parts, made_of, clicks_dir):
 def rank_ranges(ranges, folder, work_dir, made_with, first=None):
     """Rank the users of byte ranges of click files; return the Part of each. With the `first` comes what there is one of."""
     ranker, parts = load_ranker(work_dir, made_with["model"], made_with["index"], made_with["now"]), []
-    at_once = max(1, min(BATCH_USERS, ranker.scores_at_once // len(ranker.cids)))  # users
     top_k, nobody = made_with["constants"]["TOP_K"], History("", [], [], 0)
     for path, start, end in ranges:
         records, example, of_first = Records(path, parse_history, start, end), nobody, None
-        file = folder / f".part.{fingerprint(input_name(path), start)[:32]}.tmp"  # a leftover until it is joined
+        file = folder / f".tmp.{fingerprint(input_name(path), start)[:32]}.part"  # a leftover until it is joined
         with (
             replacing(file, durable=False) as temporary,
             open(temporary, "wb") as raw,
             gzip.GzipFile("", "wb", GZIP_LEVEL, raw, mtime=0) as packed,
         ):
             histories = iter(records)
-            while block := list(itertools.islice(histories, at_once)):
+            while block := list(itertools.islice(histories, 8 * ranker.at_once)):
                 packed.write("".join(ranker.lines(block, top_k)).encode())
                 example = block[0] if example is nobody else example
         if (path, start, end) == first:
@@ -217,8 +216,7 @@ class Ranker:
         from model_tf2 import SCORES_AT_ONCE, Scorer, Users
         from train import load_model
 
-        self.index, self.supposed = load_index(work_dir), supposed
-        self.users, self.scores_at_once = Users, SCORES_AT_ONCE
+        self.index, self.supposed, self.users = load_index(work_dir), supposed, Users
         model, memory, self.mix, saved = load_model(work_dir, self.index)
         self.id, self.encoder = saved["id"], ClickEncoder(self.index)
         self.user_max_len = saved["records"]["constants"]["USER_MAX_LEN"]
@@ -226,6 +224,7 @@ class Ranker:
             raise InputError("no column holds a video: nothing to rank; run get_indexing.py on today's columns")
         self.scorer = Scorer(model, memory, self.index, saved["constants"]["ITEM_MAX_LEN"])
         self.cids = self.scorer.cids
+        self.at_once = max(1, min(BATCH_USERS, SCORES_AT_ONCE // len(self.cids)))  # users
 
     def rank(self, clicks, top_k=TOP_K, times=None, now=None):
         """Return [(cid, probability), ...] for a user's clicks, oldest first: the best column first, top_k of them or all.
@@ -259,9 +258,7 @@ class Ranker:
         """Return which shares of each current column's probability towers and memory give one user; None: popularity."""
         if not user.is_known()[0]:
             return [(None, None)] * len(self.cids)
-        memory, habit = self.mix.memory_weight, self.mix.habit_weight
-        parts = np.concatenate(self.scorer.parts(user, self.mix))
-        weighted = np.array([1 - memory - habit, memory, habit])[:, None] * parts
+        weighted = np.array(self.mix.weights())[:, None] * self.scorer.parts(user, self.mix)[:, 0]
         return (weighted / weighted.sum(axis=0))[:2].T.tolist()
 
     def encode(self, clicks, times=None, now=None, longest=None):
@@ -293,19 +290,22 @@ class Ranker:
         return self.users(*padded, np.where(clock > 0, clock, self.supposed), clock)
 
     def lines(self, histories, top_k=TOP_K):
-        """Yield the output line of each of the Historys, a list."""
-        users = self.padded([self.encode(clicks, times, now) for _, clicks, times, now in histories])
-        cids = np.array(self.cids, object)
-        for history, scores, is_known in zip(histories, self.scores(users), users.is_known(), strict=True):
-            best = best_first(scores, top_k)
-            line = {
-                "uid": history.uid,
-                "columns": cids[best].tolist(),
-                "scores": np.round(scores[best], DECIMALS).tolist(),
-                "source": "model" if is_known else "popular",
-                "clicks": len(history.clicks),
-            }
-            yield json.dumps(line, ensure_ascii=False) + "\n"
+        """Return the output line of each of the Historys, a list; those of like length are ranked at once: little is padding."""
+        lines, cids = [""] * len(histories), np.array(self.cids, object)
+        by_length = sorted(range(len(histories)), key=lambda place: len(histories[place].clicks))
+        for places in slices(by_length, self.at_once):
+            users = self.padded([self.encode(*histories[place][1:]) for place in places])
+            for place, scores, is_known in zip(places, self.scores(users), users.is_known(), strict=True):
+                history, best = histories[place], best_first(scores, top_k)
+                line = {
+                    "uid": history.uid,
+                    "columns": cids[best].tolist(),
+                    "scores": np.round(scores[best], DECIMALS).tolist(),
+                    "source": "model" if is_known else "popular",
+                    "clicks": len(history.clicks),
+                }
+                lines[place] = json.dumps(line, ensure_ascii=False) + "\n"
+        return lines
 
 
 class Reason(NamedTuple):

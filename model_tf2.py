@@ -8,6 +8,7 @@ structured semantic models for web search using clickthrough data").
     python model_tf2.py          prints a summary on random input; nothing is read or written
 """
 
+import functools
 import itertools
 from typing import Literal, NamedTuple
 
@@ -43,7 +44,7 @@ MEMORY_CLICKS: int = 30  # memory: last clicks of a user that it reads
 HABIT_DECAY: float = 0.95  # habit: weight of a user's column click against the next later one
 TEMPERATURE: float = 1.5  # of the towers' softmax in the mix
 COLUMNS_AT_ONCE: int = 8192  # columns whose vectors are computed at once
-SCORES_AT_ONCE: int = 1 << 18  # scores of users for columns in a block: bounds the memory, and fits a cache
+SCORES_AT_ONCE: int = 1 << 17  # scores of users for columns in a block: bounds the memory, and fits a cache
 
 OF_WINDOWS = ("user_feature", "user_column", "user_gap", "trend_row", "target_column", "target_item")  # in a batch
 NUM_TRENDS = len(TREND_REACHES)
@@ -383,8 +384,13 @@ class Memory:
         num_numbers = len(column_clicks)
         self.by_video = CountTable(by_video, len(video_clicks), num_numbers)  # what was clicked near it
         self.by_column = CountTable(by_column, num_numbers, num_numbers)
-        self.daily, self.trend = daily, Trend(daily, num_numbers - 1, **trend)
+        self.daily, self.trend_constants = daily, trend
         self.popularity = column_clicks[1:] / max(column_clicks.sum(), 1)
+
+    @functools.cached_property
+    def trend(self):
+        """The Trend of the days, made when it is first asked for: a memory that is only saved needs none."""
+        return Trend(self.daily, len(self.popularity), **self.trend_constants)
 
     @classmethod
     def of_counts(cls, counts, index, **trend):
@@ -493,12 +499,16 @@ class Mix(NamedTuple):
     memory_clicks: int = MEMORY_CLICKS
     habit_decay: float = HABIT_DECAY
 
+    def weights(self):
+        """Return the weights of towers, memory and habit."""
+        return [1 - self.memory_weight - self.habit_weight, self.memory_weight, self.habit_weight]
+
     def apply(self, parts, clicked):
-        """Return probabilities [n, columns] of those of towers, memory and habit, then the factor for columns clicked before."""
-        towers, memory, habit = parts
-        of_towers = 1 - self.memory_weight - self.habit_weight
-        mixed = of_towers * towers + self.memory_weight * memory + self.habit_weight * habit
-        mixed[clicked] *= max(self.clicked_factor, 1e-9)  # above 0, so every score is finite
+        """Parts [3, n, columns], as of Scorer, and which columns were clicked before [n, columns] -> probabilities."""
+        mixed = np.tensordot(self.weights(), parts, 1)
+        np.multiply(
+            mixed, max(self.clicked_factor, 1e-9), out=mixed, where=clicked
+        )  # above 0, so every score is finite
         mixed /= mixed.sum(axis=1, keepdims=True)
         return mixed
 
@@ -558,7 +568,7 @@ class Scorer:
         return self.cosines(*clicks, self.vectors).numpy() + self.trend_logits[self.memory.trend.rows(users.now)]
 
     def parts(self, users, mix, *others):
-        """Return what is mixed: the probabilities of the towers, of the memory and of habit, [n, current columns] each.
+        """Return what is mixed: the probabilities of the towers, of the memory and of habit, [3, n, current columns].
 
         Other Mixes add a part each: their habit. For a user without any known click all are popularity. What is counted
         shares out what the towers give the columns that have counts, or relatives with counts. Any other keeps what the
@@ -570,16 +580,14 @@ class Scorer:
         towers /= towers.sum(axis=1, keepdims=True)
         parts = [towers]
         habits = (self.memory.habit(users, of_mix) for of_mix in (mix, *others))
-        counted = self.memory.scores(users.videos, users.columns, mix), *habits
-        for scores in map(self.estimated, counted):
+        for scores in map(self.estimated, (self.memory.scores(users.videos, users.columns, mix), *habits)):
             scores = np.maximum(scores, 1e-9) * self.is_counted
             scores *= (towers @ self.is_counted / np.maximum(scores.sum(axis=1), 1e-12))[:, None]  # 0: it knows none
             parts.append(scores + towers * (1 - self.is_counted))
-        unknown = ~users.is_known()
+        parts, unknown = np.array(parts), ~users.is_known()
         if unknown.any():
             popular = self.estimated(self.memory.recent_popularity(users.now[unknown])) * self.clicks.sum() + 0.5
-            for part in parts:
-                part[unknown] = popular / popular.sum(axis=1, keepdims=True)
+            parts[:, unknown] = popular / popular.sum(axis=1, keepdims=True)
         return parts
 
     def probabilities(self, users, mix):

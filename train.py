@@ -38,8 +38,7 @@ from get_dataset import (
 from get_indexing import (
     DATA_DIR, FIRST_VIDEO, WORK_DIR,
     InputError, OrZero, check_same, constants_of, file_fingerprint, fingerprint, load_index, only_one, read_json,
-    remove_leftovers, replacing, run_script, sync, warn,
-    write_errors_named, write_json,
+    remove_leftovers, replacing, run_script, warn, write_json,
 )  # fmt: skip
 from get_tfrecord import MADE_WITH, digests, survey
 from model_tf2 import (
@@ -356,7 +355,7 @@ def rank_of(scores, places):
     """Return the rank, from 1, of column places[i] among scores[i]; of equal scores the first column wins."""
     own = np.take_along_axis(scores, places[:, None], axis=1)
     earlier = np.arange(scores.shape[1]) < places[:, None]
-    return 1 + ((scores > own) | ((scores == own) & earlier)).sum(axis=1)
+    return 1 + np.count_nonzero((scores > own) | ((scores == own) & earlier), axis=1)
 
 
 def metrics_of(ranks, num_columns):
@@ -417,14 +416,14 @@ def choose_mix(users, scorer, constants):
     kinds = [Mix(0.0, 0.0, 1.0, *habit) for habit in itertools.product(constants["HABIT_POPULARITIES"], hours)]
 
     def all_mixed(block):
-        clicked = scorer.clicked(block.columns)
-        towers, memory, *habits = scorer.parts(block, *kinds)
-        for kind, habit in zip(kinds, habits, strict=True):
+        clicked, parts = scorer.clicked(block.columns), scorer.parts(block, *kinds)
+        for place, kind in enumerate(kinds, start=2):
+            of_kind = parts[[0, 1, place]]
             for pair, factor in itertools.product(weights, constants["CLICKED_FACTORS"]):
                 if not pair[1] and kind is not kinds[0]:
                     continue  # without habit all its kinds are the same
                 mix = kind._replace(memory_weight=pair[0], habit_weight=pair[1], clicked_factor=factor)
-                yield mix, mix.apply((towers, memory, habit), clicked)
+                yield mix, mix.apply(of_kind, clicked)
 
     ranks = ranks_of(users, scorer, all_mixed)
     gains = {mix: metrics_of(of_mix, len(scorer.numbers))["NDCG@10"] for mix, of_mix in ranks.items()}
@@ -433,8 +432,7 @@ def choose_mix(users, scorer, constants):
     as_good = [mix for mix, lost in behind.items() if lost.mean() <= lost.std() / len(lost) ** 0.5]
 
     def from_equal_parts(mix):
-        weights = (1 - mix.memory_weight - mix.habit_weight, mix.memory_weight, mix.habit_weight)
-        return round(sum((weight - 1 / 3) ** 2 for weight in weights), 9)
+        return round(sum((weight - 1 / 3) ** 2 for weight in mix.weights()), 9)
 
     return min(as_good, key=lambda mix: (abs(1 - mix.clicked_factor), from_equal_parts(mix), behind[mix].mean()))
 
@@ -645,9 +643,8 @@ def publish(folder, model, memory, index, run, table, ranks, users):
     identity = uuid.uuid4().hex[:16]
     weights, memory_file = (folder / f"{identity}.{kind}" for kind in ("weights.h5", "memory.npz"))
     for path, save in ((weights, model.save_weights), (memory_file, memory.save)):
-        with write_errors_named(path):
-            save(path)
-            sync(path)
+        with replacing(path) as temporary:
+            save(temporary)
     files = dict(weights=weights, memory=memory_file)
     saved = dict(format=MODEL_FORMAT, id=identity, date=time.strftime("%Y-%m-%d %H:%M:%S"), arguments=model.arguments)
     saved |= {part: {"file": path.name, "sha256": file_fingerprint(path)} for part, path in files.items()}

@@ -102,7 +102,7 @@ def test_a_first_run_that_is_killed_between_its_files_is_made_good_by_the_second
 def test_only_leftovers_of_its_own_are_removed(tmp_path):
     """Those of a killed run are named by 32 random digits."""
     (tmp_path / "indexing").mkdir()
-    for name in (f".vid2idx.json.{'0a' * 16}.tmp", ".vid2idx.json.tmp", "notes.tmp"):
+    for name in (f".tmp.{'0a' * 16}.vid2idx.json", ".vid2idx.json.tmp", "notes.tmp"):
         (tmp_path / "indexing" / name).touch()
     get_indexing(_raw(tmp_path / "raw", columns=PAIR), tmp_path)
     names = [".vid2idx.json.tmp", "cid2vidx.json", "notes.tmp", "vid2idx.json"]

@@ -694,7 +694,7 @@ def test_a_run_that_stops_says_one_line_and_leaves_the_former_records_as_they_we
     (tmp_path / "raw/click_seq" / name).write_bytes(content)
     assert re.search(message, one_line(get_tfrecord, tmp_path / "raw", tmp_path / "work", **SHORT))
     after = folder_bytes(tmp_path / "work/tfrecord")
-    assert before.items() <= after.items() and not [name for name in after if name.endswith(".tmp")]
+    assert before.items() <= after.items() and not [name for name in after if ".tmp." in name]
 
 
 # ---------------------------------------------------------------- reruns
@@ -718,7 +718,7 @@ def test_whatever_others_put_beside_the_records_stays(tmp_path, records, rerun):
     for name in others:
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("mine")
-    stale = ["train-0123456789abcdef.tfrecord", "part-0123456789abcdef.json", f".part-1.json.{'a' * 32}.tmp"]
+    stale = ["train-0123456789abcdef.tfrecord", "part-0123456789abcdef.json", f".tmp.{'a' * 32}.part-1.json"]
     for name in stale:
         (folder / name).write_text("{}")
     rerun(MIN_HISTORY=2)

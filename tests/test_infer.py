@@ -486,7 +486,7 @@ def test_files_and_folders_of_others_stay_and_disturb_nothing(two):
     for name, data in notes.items():
         (two / "ranking" / name).parent.mkdir(exist_ok=True)
         (two / "ranking" / name).write_bytes(data)
-    for leftover in (f".one.json.gz.{'0' * 32}.tmp", f"..part.{'1' * 32}.tmp.{'f' * 32}.tmp"):  # of a killed run
+    for leftover in (f".tmp.{'0' * 32}.one.json.gz", f".tmp.{'1' * 32}..tmp.{'f' * 32}.part"):  # of a killed run
         (two / "ranking" / leftover).write_bytes(b"half")
     assert computed_again(two) == set() and computed_again(two, top_k=1) == BOTH
     assert {name: (two / "ranking" / name).read_bytes() for name in notes} == notes

@@ -30,7 +30,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
-from conftest import _clicks_like_real, _raw, draw, edit_json, flip_a_bit
+from conftest import _clicks_like_real, _raw, draw, edit_json, flip_a_bit, one_line_of_main
 
 USERS, HELD_OUT, SHARE = 150, 20, 1 / 4  # a half of them would be more than twice HELD_OUT
 SETTINGS = record_constants(HELD_OUT_USERS=HELD_OUT)
@@ -259,6 +259,12 @@ def test_the_chief_comes_before_the_workers(monkeypatch, kind, number, place):
     cluster = {"worker": ["a:1", "b:1"], "chief": ["c:1"]}
     monkeypatch.setenv("TF_CONFIG", json.dumps({"cluster": cluster, "task": {"type": kind, "index": number}}))
     assert cluster_worker() == (place, 3)
+
+
+@pytest.mark.parametrize("config", ["{", '{"cluster": {"worker": ["a:1"]}, "task": {"type": "worker", "index": 1}}'])
+def test_a_wrong_cluster_is_one_line(monkeypatch, tmp_path, config):
+    monkeypatch.setenv("TF_CONFIG", config)
+    assert one_line_of_main(monkeypatch, tmp_path, "train").startswith("TF_CONFIG names no chief or worker")
 
 
 def test_what_a_lost_worker_raises_is_one_line_in_a_cluster_alone(monkeypatch):
@@ -769,7 +775,7 @@ def test_files_and_folders_of_others_stay_and_only_files_of_its_own_pattern_go(o
     folder, zeros = own / "model", "0" * 16
     names = "notes.weights.h5", f"{zeros}.weights.h5.bak", f"{zeros}.memory.npz/a.memory.npz"
     notes = [folder / name for name in names]
-    left = [folder / f"{zeros}.weights.h5", folder / f"{zeros}.test.csv", folder / f".model.json.{zeros * 2}.tmp"]
+    left = [folder / f"{zeros}.weights.h5", folder / f"{zeros}.test.csv", folder / f".tmp.{zeros * 2}.model.json"]
     for path in notes + left:
         path.parent.mkdir(exist_ok=True)
         path.write_text("mine")

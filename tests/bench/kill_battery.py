@@ -36,10 +36,10 @@ from conftest import HOUSE, _clicks_like_real, _raw, edit
 CHAIN = ["get_indexing", "get_tfrecord", "get_dataset", "model_tf2", "train", "infer"]
 STAGES = {"get_indexing": "indexing", "get_tfrecord": "tfrecord", "train": "model", "infer": "ranking"}
 LEFTOVER = {
-    "get_indexing": ".vid2idx.json.{}.tmp",
-    "get_tfrecord": ".manifest.json.{}.tmp",
-    "train": ".checkpoint.npz.{}.tmp",
-    "infer": ".a.json.gz.{}.tmp",
+    "get_indexing": ".tmp.{}.vid2idx.json",
+    "get_tfrecord": ".tmp.{}.manifest.json",
+    "train": ".tmp.{}.checkpoint.npz",
+    "infer": ".tmp.{}.a.json.gz",
 }
 SMALL = {
     "get_tfrecord": dict(RANGE_BYTES=16_000, NUM_WORKERS=2),
