@@ -405,10 +405,10 @@ def choose_and_publish(scorer, standing, counts, run, manifest, index, work_dir,
 
 
 def choose_mix(users, scorer, constants):
-    """Return the Mix for users, by their NDCG@10.
+    """Return the Mix that is best for users, by their NDCG@10.
 
-    Of those that are less than a standard error behind the best (Breiman et al. 1984) it is the plainest: without a factor
-    for columns clicked before, then nearest to equal parts, then the best. The best of many is often there by luck.
+    A factor for columns clicked before must be worth more than a standard error (Breiman et al. 1984): it is often the best
+    by luck, and moves most of what a user sees.
     """
     pairs = itertools.product({0.0, *constants["MIX_WEIGHTS"]}, repeat=2)
     weights = sorted(pair for pair in pairs if sum(pair) < 1)
@@ -427,14 +427,11 @@ def choose_mix(users, scorer, constants):
 
     ranks = ranks_of(users, scorer, all_mixed)
     gains = {mix: metrics_of(of_mix, len(scorer.numbers))["NDCG@10"] for mix, of_mix in ranks.items()}
-    best = max(gains.values(), key=np.mean)
-    behind = {mix: best - of_mix for mix, of_mix in gains.items()}
+    best_first = sorted(gains, key=lambda mix: -gains[mix].mean())
+    best_of = {mix.clicked_factor: mix for mix in reversed(best_first)}  # for each factor the last one written stays
+    behind = {mix: gains[best_first[0]] - gains[mix] for mix in best_of.values()}
     as_good = [mix for mix, lost in behind.items() if lost.mean() <= lost.std() / len(lost) ** 0.5]
-
-    def from_equal_parts(mix):
-        return round(sum((weight - 1 / 3) ** 2 for weight in mix.weights()), 9)
-
-    return min(as_good, key=lambda mix: (abs(1 - mix.clicked_factor), from_equal_parts(mix), behind[mix].mean()))
+    return min(as_good, key=lambda mix: abs(1 - mix.clicked_factor))
 
 
 def all_rankings(scorer, counts, chosen, use_memory, standing, index):
