@@ -182,7 +182,7 @@ def rank_ranges(ranges, folder, work_dir, made_with, first=None):
             gzip.GzipFile("", "wb", GZIP_LEVEL, raw, mtime=0) as packed,
         ):
             histories = iter(records)
-            while block := list(itertools.islice(histories, 8 * ranker.at_once)):
+            while block := list(itertools.islice(histories, 8 * ranker.at_once)):  # enough to find some of like length
                 packed.write("".join(ranker.lines(block, top_k)).encode())
                 example = block[0] if example is nobody else example
         if (path, start, end) == first:

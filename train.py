@@ -443,7 +443,7 @@ def all_rankings(scorer, counts, chosen, use_memory, standing, index):
     chain = CountTable(counts.follows, num_numbers, num_numbers)
     nudge = 1e-6 * scorer.of_current(memory.popularity[None])  # of columns equal otherwise, the popular one first
     if standing:  # counted in the training records, as the new one
-        stood = Memory.of_counts(counts, index, **trend_constants(standing.saved))
+        stood = Memory.of_counts(counts, index, **standing.memory.trend_constants)
         stood = Scorer(standing.model, stood, index, standing.saved["constants"]["ITEM_MAX_LEN"])
     plain = chosen._replace(memory_weight=0.0, habit_weight=0.0, clicked_factor=1.0)
     rows = {"towers": plain}
@@ -574,13 +574,9 @@ def load_model(work_dir=WORK_DIR, index=None):
         shelves = shelves_table(index, saved["constants"]["VIDEO_COLUMNS"], saved["arguments"]["num_columns"])
         model = build_model(**saved["arguments"], shelves=shelves)
         model.load_weights(weights)
+    trend = {name: saved["constants"][f"TREND_{name.upper()}"] for name in ("reaches", "backoff", "size")}
     with damage_named(memory):
-        return Standing(model, Memory.load(memory, **trend_constants(saved)), Mix(**saved["mix"]), saved)
-
-
-def trend_constants(saved):
-    """Return the constants of a saved model's Trend."""
-    return {name: saved["constants"][f"TREND_{name.upper()}"] for name in ("reaches", "backoff", "size")}
+        return Standing(model, Memory.load(memory, **trend), Mix(**saved["mix"]), saved)
 
 
 @contextlib.contextmanager
