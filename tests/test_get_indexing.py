@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 import get_indexing as script
-from conftest import HOUSE, _raw, _write_lines, run_python
+from conftest import HOUSE, _raw, _write_lines, files_of, run_python
 from get_indexing import (
     InputError, Records, Tally, check_constants, constants_of, content_of, get_indexing, load_index, read_lines,
 )  # fmt: skip
@@ -29,10 +29,6 @@ COLUMNS = [{"cid": cid, "vids": vids} for cid, vids in MANY.items()]
 def written(work_dir):
     """Return the two files of the index as {name: object}, by nothing but json."""
     return {path.stem: json.loads(path.read_text("utf-8")) for path in sorted(Path(work_dir, "indexing").iterdir())}
-
-
-def index_bytes(work_dir):
-    return {path.name: path.read_bytes() for path in Path(work_dir, "indexing").iterdir()}
 
 
 # ---------------------------------------------------------------- numbers
@@ -69,7 +65,7 @@ def test_numbers_are_for_life(tmp_path):
 def test_an_index_of_which_a_half_is_gone_or_damaged_is_to_be_restored_and_not_numbered_anew(tmp_path, half):
     get_indexing(_raw(tmp_path / "raw", columns=PAIR, users=[]), tmp_path)
     get_indexing(_raw(tmp_path / "raw", columns={"new": []}), tmp_path)  # its lists are all empty now
-    path, before = tmp_path / "indexing" / half, index_bytes(tmp_path)
+    path, before = tmp_path / "indexing" / half, files_of(tmp_path / "indexing")
     path.write_bytes(before[half][:9])
     with pytest.raises(InputError, match=rf"{half}: damaged .*; restore it and run get_indexing\.py again"):
         get_indexing(tmp_path / "raw", tmp_path)
@@ -78,7 +74,7 @@ def test_an_index_of_which_a_half_is_gone_or_damaged_is_to_be_restored_and_not_n
         get_indexing(tmp_path / "raw", tmp_path)
     path.write_bytes(before[half])
     get_indexing(tmp_path / "raw", tmp_path)
-    assert index_bytes(tmp_path) == before
+    assert files_of(tmp_path / "indexing") == before
 
 
 @pytest.mark.parametrize("files", [1, 2])
@@ -96,7 +92,7 @@ def test_a_first_run_that_is_killed_between_its_files_is_made_good_by_the_second
     assert len(written_so_far) == files
     get_indexing(data_dir, tmp_path / "killed")
     get_indexing(data_dir, tmp_path / "whole")
-    assert index_bytes(tmp_path / "killed") == index_bytes(tmp_path / "whole")
+    assert files_of(tmp_path / "killed") == files_of(tmp_path / "whole")
 
 
 def test_only_leftovers_of_its_own_are_removed(tmp_path):
@@ -228,18 +224,9 @@ BAD = {
     "a number of a million digits": (b'{"cid": ' + b"9" * 1_000_000 + b', "vids": []}', "not JSON"),
     "not UTF-8": (b'{"cid": "\xff\xfe", "vids": ["v1"]}', "not UTF-8"),
     "half a character": (b'{"cid": "\\ud83d", "vids": ["v1"]}', "not UTF-8"),
-    "UTF-16": ('{"cid": "x", "vids": []}'.encode("utf-16-be"), "not JSON"),
-    "a pickle": (b"\x80\x04\x95cos mkdir (S'ran' tR.", "not UTF-8"),
     "a list": (b'["x", ["v1"]]', "wrong type of line"),
     "vids a number": (b'{"cid": "x", "vids": 5}', "wrong type of vids"),
-    "vids an object": (b'{"cid": "x", "vids": {"v1": 1}}', "wrong type of vids"),
-    "a vid that is a list": (b'{"cid": "x", "vids": [["v1"]]}', "wrong type of vids"),
-    "a vid that is null": (b'{"cid": "x", "vids": [null]}', "wrong type of vids"),
-    "a boolean cid": (b'{"cid": true, "vids": ["v1"]}', "wrong type of cid"),
-    "a boolean vid": (b'{"cid": "x", "vids": [false]}', "wrong type of vids"),
-    "a broken number as id": (b'{"cid": 1.5, "vids": ["v1"]}', "wrong type of cid"),
     "no vids": (b'{"cid": "x"}', "no vids"),
-    "no cid": (b'{"vids": ["v1"]}', "no cid"),
     "an empty id": (b'{"cid": "", "vids": ["v1"]}', "empty id"),
     "a long id": (b'{"cid": "' + b"x" * 1001 + b'", "vids": ["v1"]}', "id too long"),
 }
@@ -253,21 +240,14 @@ def test_a_bad_line_is_skipped_and_reported_with_file_line_and_reason(tmp_path, 
     assert capsys.readouterr().err == f"{path}: 1 of 121 lines are bad (line 61: {reason}): skipped\n"
 
 
-@pytest.mark.parametrize(
-    ("line", "reason"),
-    [
-        ({"vid": "x", "title": 5}, "wrong type of title"),
-        ({"vid": "x"}, "no title"),
-        ({"title": "X"}, "no vid"),
-        ({"vid": True, "title": "X"}, "wrong type of vid"),
-    ],
-)
-def test_a_bad_line_of_the_catalogue_is_reported_once_by_get_indexing_alone(tmp_path, capsys, line, reason):
+def test_a_bad_line_of_the_catalogue_is_reported_once_by_get_indexing_alone(tmp_path, capsys):
     _write_lines(tmp_path / "raw/cid2vids.json", [{"cid": "c1", "vids": "t0"}])
-    path = _write_lines(tmp_path / "raw/vid2title.json", [line, *({"vid": f"t{i}", "title": "T"} for i in range(120))])
+    path = _write_lines(
+        tmp_path / "raw/vid2title.json", [{"vid": "x"}, *({"vid": f"t{i}", "title": "T"} for i in range(120))]
+    )
     get_indexing(tmp_path / "raw", tmp_path)
     assert list(written(tmp_path)["vid2idx"]) == [f"t{i}" for i in range(120)]
-    assert capsys.readouterr().err == f"{path}: 1 of 121 lines are bad (line 1: {reason}): skipped\n"
+    assert capsys.readouterr().err == f"{path}: 1 of 121 lines are bad (line 1: no title): skipped\n"
     assert script.read_names(tmp_path / "raw", {"t119"}) == ({"t119": "T"}, {})
     assert capsys.readouterr() == ("", "")
 
@@ -287,11 +267,11 @@ def test_skipped_lines_are_counted_by_reason_and_the_first_three_named(tmp_path,
 
 def test_one_bad_line_in_a_hundred_passes_and_more_stop_the_run_leaving_the_former_index(tmp_path):
     get_indexing(_raw(tmp_path / "raw", columns=PAIR), tmp_path)
-    before = index_bytes(tmp_path)
+    before = files_of(tmp_path / "indexing")
     path = _write_lines(tmp_path / "raw/cid2vids.json", [*COLUMNS[:98], "{"])
     with pytest.raises(InputError, match=rf"{path}: 1 of 99 lines .*line 99: not JSON.*MAX_BAD_FRACTION = 0\.01"):
         get_indexing(tmp_path / "raw", tmp_path)
-    assert index_bytes(tmp_path) == before
+    assert files_of(tmp_path / "indexing") == before
     _write_lines(path, [*COLUMNS[:99], "{"])
     get_indexing(tmp_path / "raw", tmp_path)
     assert list(written(tmp_path)["cid2vidx"])[:3] == ["c1", "c2", "c0"]
@@ -305,7 +285,7 @@ def test_one_bad_line_in_a_hundred_passes_and_more_stop_the_run_leaving_the_form
 def test_a_damaged_file_is_named_and_the_former_index_left(tmp_path, file, damage):
     _raw(tmp_path / "raw", columns={**PAIR, **MANY}, titles={f"v{i}": f"{i**7}" for i in range(100)}, gzip=True)
     get_indexing(tmp_path / "raw", tmp_path)
-    before, path = index_bytes(tmp_path), tmp_path / "raw" / file
+    before, path = files_of(tmp_path / "indexing"), tmp_path / "raw" / file
     data = path.read_bytes()
     half = len(data) // 2
     flipped = data[:half] + bytes([data[half] ^ 0xFF]) + data[half + 1 :]
@@ -315,7 +295,7 @@ def test_a_damaged_file_is_named_and_the_former_index_left(tmp_path, file, damag
     with pytest.raises(InputError) as error:
         get_indexing(tmp_path / "raw", tmp_path)
     assert str(path) in str(error.value) and "\n" not in str(error.value)
-    assert index_bytes(tmp_path) == before
+    assert files_of(tmp_path / "indexing") == before
 
 
 @pytest.mark.parametrize("name", ["cid2vids-2.json", "vid2title.jsonl", "cid2vids-2.json.gz"])
@@ -496,25 +476,6 @@ def test_a_second_script_of_the_same_name_is_refused_and_one_of_another_is_not(t
 
 
 # ---------------------------------------------------------------- as a script
-
-
-FAULTS = {  # what is in DATA_DIR
-    "no columns": ("vid2title.json", b'{"vid": "v1", "title": "One"}'),
-    "bad lines": ("cid2vids.json", b"{"),
-    "cut gzip": ("cid2vids.json.gz", gzip.compress(b'{"cid": "c1", "vids": []}\n')[:-9]),
-    "empty": ("cid2vids.json", b""),
-    "damaged index": ("../work/indexing/vid2idx.json", b"{"),
-}
-
-
-@pytest.mark.parametrize(("name", "data"), FAULTS.values(), ids=FAULTS)
-def test_the_input_s_fault_ends_with_one_line_and_a_non_zero_exit(tmp_path, name, data):
-    path = _raw(tmp_path / "data/sample") / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data)
-    done = run_python(tmp_path, HOUSE / "get_indexing.py")
-    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
-    assert re.match(f"get_indexing\\.py: {re.escape(str(tmp_path))}/data/.+", done.stderr)
 
 
 SAY = """

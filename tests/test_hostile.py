@@ -9,15 +9,14 @@ import os
 import random
 import re
 import shutil
-from unittest import mock
 
 import get_dataset
 import get_indexing as get_indexing_module
-import train as train_module
 from get_indexing import InputError, Records, get_indexing, load_index, parse_column, parse_title
 from get_tfrecord import LAST_SECOND, History, get_tfrecord, parse_history
 from infer import Ranker, infer
-from train import load_model, train
+from model_tf2 import build_model
+from train import MuonAdam, load_model, restore_checkpoint, save_checkpoint, train
 
 import numpy as np
 import pytest
@@ -314,26 +313,14 @@ def test_a_memory_with_a_pickled_object_is_refused_and_not_run(trained, tmp_path
     assert (tmp_path / "ran").exists()
 
 
-def train_again(folder):
-    train(folder / "work", arguments={"emb_dim": 8}, WARM_EPOCHS=1, SEED=2)
-
-
-@pytest.fixture(scope="module")
-def stopped(trained, tmp_path_factory):
-    """A copy of that folder in which a second training was stopped after its last epoch."""
-    folder = shutil.copytree(trained, tmp_path_factory.mktemp("stopped") / "folder")
-    with mock.patch.object(train_module, "choose_and_publish", side_effect=InputError("stopped")):
-        assert one_line(train_again, folder) == "stopped"
-    return folder
-
-
 @pytest.mark.parametrize("damage", ["state", "best0000", b"", b"\x80\x04.", "cut"])
-def test_a_checkpoint_that_is_none_or_holds_a_pickled_object_is_refused_and_not_run(stopped, tmp_path, damage):
-    folder = shutil.copytree(stopped, tmp_path / "folder")
-    path = folder / "work/model/checkpoint.npz"
+def test_a_checkpoint_that_is_none_or_holds_a_pickled_object_is_refused_and_not_run(tmp_path, damage):
+    model = build_model(num_videos=3, num_columns=2, emb_dim=4)
+    optimizer, path = MuonAdam(model, lambda step: 0.1, 3.0), tmp_path / "checkpoint.npz"
+    save_checkpoint(tmp_path, model, optimizer, {"seed": 1}, "now", [{"epoch": 1}], model.get_weights())
     if type(damage) is bytes or damage == "cut":
         path.write_bytes(path.read_bytes()[:-999] if damage == "cut" else damage)
     else:
         put_payload(path, damage, tmp_path / "ran")
-    line = one_line(train_again, folder)
-    assert path.name in line and "run train.py again" in line and not (tmp_path / "ran").exists()
+    line = one_line(restore_checkpoint, tmp_path, model, optimizer, {"seed": 1})
+    assert str(path) in line and "run train.py again" in line and not (tmp_path / "ran").exists()
