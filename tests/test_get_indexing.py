@@ -95,16 +95,6 @@ def test_a_first_run_that_is_killed_between_its_files_is_made_good_by_the_second
     assert files_of(tmp_path / "killed") == files_of(tmp_path / "whole")
 
 
-def test_only_leftovers_of_its_own_are_removed(tmp_path):
-    """Those of a killed run are named by 32 random digits."""
-    (tmp_path / "indexing").mkdir()
-    for name in (f".tmp.{'0a' * 16}.vid2idx.json", ".vid2idx.json.tmp", "notes.tmp"):
-        (tmp_path / "indexing" / name).touch()
-    get_indexing(_raw(tmp_path / "raw", columns=PAIR), tmp_path)
-    names = [".vid2idx.json.tmp", "cid2vidx.json", "notes.tmp", "vid2idx.json"]
-    assert sorted(os.listdir(tmp_path / "indexing")) == names
-
-
 def test_a_grown_index_has_the_fingerprint_of_what_it_grew_from(tmp_path):
     old = get_indexing(_raw(tmp_path / "raw", columns=PAIR, users=[]), tmp_path)
     new = get_indexing(_raw(tmp_path / "raw", columns={**PAIR, "c3": ["v9"]}), tmp_path)
@@ -347,15 +337,6 @@ def test_a_damaged_former_index_is_refused_and_not_written_over(tmp_path, name, 
         assert (tmp_path / "indexing" / name).read_text(encoding="latin-1") == text
 
 
-@pytest.mark.parametrize("name", ["vid2idx.json", "cid2vidx.json"])
-def test_a_missing_index_names_the_path_and_the_script_to_run(tmp_path, monkeypatch, name):
-    monkeypatch.chdir(tmp_path)
-    get_indexing(_raw(tmp_path / "raw", columns=PAIR), "w")
-    Path("w/indexing", name).unlink()  # as where the first get_indexing.py was killed between its two files
-    with pytest.raises(FileNotFoundError, match=rf"{tmp_path}/w/indexing/{name}.*run get_indexing\.py first"):
-        load_index("w")
-
-
 # ---------------------------------------------------------------- byte ranges
 
 
@@ -439,13 +420,6 @@ def test_the_constants_that_shape_a_result_are_all_but_those_that_only_concern_r
     assert (constants["USER_MAX_LEN"], constants["MAX_ID_CHARS"]) == (7, 1000)
 
 
-@pytest.mark.parametrize("name", ["NO_SUCH_NAME", "user_max_len", "NUM_WORKERS", "EPOCHS"])
-def test_a_name_of_no_constant_that_shapes_a_result_is_refused(scripts, name):
-    """NUM_WORKERS only concerns running, and EPOCHS is that of another script."""
-    with pytest.raises(TypeError, match=f"no constants that shape a result: {name}$"):
-        constants_of("get_indexing", "get_tfrecord", **{name: 7})
-
-
 # ---------------------------------------------------------------- writing, and one at a time
 
 
@@ -506,13 +480,6 @@ def test_a_fault_of_the_input_and_a_signal_end_a_script_with_one_line(tmp_path, 
     assert (done.returncode, done.stdout, done.stderr) == (1, "\\xfc \\u89c6\n", f"\\xf6\n{ENDS[fault]}\n")
 
 
-def test_an_error_of_the_code_keeps_its_traceback(tmp_path):
-    (tmp_path / "say.py").write_text("import get_indexing\ndef main(): raise ValueError('a bug')\n"
-                                     "if __name__ == '__main__': get_indexing.run_script(__file__)")  # fmt: skip
-    done = run_python(tmp_path, tmp_path / "say.py")
-    assert done.returncode == 1 and "Traceback" in done.stderr and done.stderr.endswith("ValueError: a bug\n")
-
-
 def test_a_constant_edited_to_what_it_cannot_be_ends_the_script_with_one_line_before_all_else(tmp_path):
     _raw(tmp_path / "data/sample", columns=PAIR)
     source = (HOUSE / "get_indexing.py").read_text("utf-8").replace("MAX_ID_CHARS: int = 1000", "MAX_ID_CHARS: int = 0")
@@ -521,14 +488,3 @@ def test_a_constant_edited_to_what_it_cannot_be_ends_the_script_with_one_line_be
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
     assert done.stderr.startswith("get_indexing.py: MAX_ID_CHARS = 0 in get_indexing.py: it must be int: ")
     assert os.listdir(tmp_path / "data") == ["sample"]
-
-
-def test_file_names_that_are_not_utf_8_are_read_and_named_with_escapes(tmp_path):
-    """stdout and stderr know ASCII alone."""
-    data = _raw(tmp_path / "data/sample")
-    _write_lines(data / os.fsdecode(b"cid2vids-\xff.json"), [*COLUMNS, "{"])
-    (data / os.fsdecode(b"cid2vids-\xfd.csv")).touch()
-    done = run_python(tmp_path, HOUSE / "get_indexing.py", PYTHONIOENCODING="ascii:strict")
-    unread, bad = done.stderr.splitlines()
-    assert done.returncode == 0 and done.stdout.startswith("120 videos (120 new)")
-    assert "1 not read (cid2vids-\\udcfd.csv)" in unread and "cid2vids-\\udcff.json: 1 of 121 lines are bad" in bad

@@ -421,12 +421,10 @@ def test_events_that_are_logged_twice_are_said_with_their_share(records, capsys,
 @pytest.mark.parametrize(
     ("written", "shown", "catalogue"),
     [
-        ("\uff0c".join, r"'t0a-0\uff0ct0a-1\uff0ct0a-2\uff0ct0a-3\uff0ct0a-4'", False),
-        (";".join, "'t0a-0;t0a-1;t0a-2;t0a-3;t0a-4'", True),
+        (";".join, "'t0a-0;t0a-1;t0a-2;t0a-3;t0a-4'", False),
         (lambda vids: [f"{vid}\u200b" for vid in vids], r"'t0a-0\u200b'", True),
-        (lambda vids: [f"{vid} " for vid in vids], "'t0a-0 '", False),
     ],
-    ids=["full-width comma", "semicolon", "zero-width space", "blank"],
+    ids=["semicolon", "zero-width space"],
 )
 def test_shelves_whose_videos_nobody_clicks_are_said_with_the_odd_characters_written_out(
     tmp_path, capsys, written, shown, catalogue

@@ -20,8 +20,8 @@ from train import MuonAdam, load_model, restore_checkpoint, save_checkpoint, tra
 
 import numpy as np
 import pytest
-import tensorflow as tf
 from conftest import _clicks_like_real, _raw, _write_lines, edit_json, files_of, one_line, run_python
+from test_get_tfrecord import decoded
 
 READ_CASES, CHAIN_CASES, RANK_CASES = 600, 20, 40  # files read, folders through two scripts, blocks of users ranked
 LONGEST = 200_000  # bytes of a line in this file: MAX_LINE_BYTES, as a user would edit it
@@ -178,18 +178,6 @@ def test_a_gzip_bomb_is_one_line_too_long_and_takes_little_memory(tmp_path):
 # ---------------------------------------------------------------- numbering and records
 
 
-def shard_counts(work_dir):
-    """Return ({split: uids}, {split: targets}) decoded from the shards by tensorflow alone."""
-    uids, targets = collections.defaultdict(set), collections.Counter()
-    for path in (work_dir / "tfrecord").glob("*.tfrecord"):
-        split = path.name.split("-")[0]
-        for record in tf.data.TFRecordDataset(str(path)).as_numpy_iterator():
-            example = tf.train.SequenceExample.FromString(record)
-            uids[split].add(example.context.feature["uid"].bytes_list.value[0].decode())
-            targets[split] += sum(example.feature_lists.feature_list["label"].feature[0].float_list.value)
-    return uids, targets
-
-
 def test_hostile_folders_go_through_numbering_and_records_with_every_line_counted(tmp_path):
     """A user has 10,000 clicks and another one comes 20 times; whoever is held out is in one of validation and test."""
     rng, real = random.Random(7), _clicks_like_real(60, seed=61)
@@ -206,7 +194,10 @@ def test_hostile_folders_go_through_numbering_and_records_with_every_line_counte
         manifest = get_tfrecord(data_dir, folder / "work", num_workers=1)
         assert {path: of for path, of in files_of(folder).items() if path.split("/")[0] != "work"} == before
         users = real["users"] + [(uid, clicks) for uid, clicks, *_ in files["click_seq"][2]]
-        report, (uids, labels) = manifest["report"], shard_counts(folder / "work")
+        report, uids, labels = manifest["report"], collections.defaultdict(set), collections.Counter()
+        for window in decoded(folder / "work/tfrecord"):
+            uids[window["split"]].add(window["uid"])
+            labels[window["split"]] += sum(window["label"])
         assert report["lines"] == len(real["users"]) + files["click_seq"][1]
         assert report["lines"] - sum(report["skipped"].values()) == len(users)
         assert report["users"] == len({uid for uid, _ in users})
@@ -234,7 +225,7 @@ def trained(tmp_path_factory):
     _write_lines(folder / "raw/click_seq/hostile.json", lines)
     get_indexing(folder / "raw", folder / "work")
     get_tfrecord(folder / "raw", folder / "work", num_workers=1)
-    train(folder / "work", arguments={"emb_dim": 8}, EPOCHS=1)
+    train(folder / "work", arguments={"emb_dim": 8, "user_blocks": 1}, EPOCHS=1)
     return folder
 
 
@@ -261,7 +252,7 @@ def test_users_in_are_lines_out_for_every_ranking_file_and_nothing_is_written_el
     folder = shutil.copytree(trained, tmp_path / "own")
     rng, clicks, expected = random.Random(10), folder / "raw/click_seq", {}
     names = ["a b", "-rf", "manifest", "default", "ünï", "new\nline", "%s", "$(touch x)", "x.tmp", "a.json.gz", "*",
-             "a.made_of", os.fsdecode(b"\xff")]  # fmt: skip
+             "a.made_of", os.fsdecode(b"\xff"), "\u2028", 65 * "视"]  # fmt: skip
     for hidden in (".hidden.json", "...json"):
         (clicks / hidden).write_bytes(b"not read")
     for name in names:
