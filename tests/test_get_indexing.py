@@ -15,7 +15,7 @@ from pathlib import Path
 import get_indexing as script
 from conftest import HOUSE, _raw, _write_lines, files_of, run_python
 from get_indexing import (
-    InputError, Records, Tally, check_constants, constants_of, content_of, get_indexing, load_index, read_lines,
+    InputError, Records, Tally, check_constants, content_of, get_indexing, load_index, read_lines,
 )  # fmt: skip
 
 import pytest
@@ -144,14 +144,6 @@ def test_a_byte_order_mark_and_line_ends_of_windows_are_no_bad_lines(tmp_path, c
     _write_lines(tmp_path / "cid2vids-2.json", [b"\xef\xbb\xbf", {"cid": "c3", "vids": "v3"}])
     assert script.read_columns(tmp_path) == {"c1": ["v1"], "c2": ["v2"], "c3": ["v3"]}
     assert capsys.readouterr().err == ""
-
-
-@pytest.mark.parametrize("cut", [False, True])
-def test_a_byte_order_mark_inside_a_file_is_no_json_wherever_the_file_is_cut(tmp_path, cut):
-    path = _write_lines(tmp_path / "cid2vids.json", [{"cid": "a", "vids": []}, b'\xef\xbb\xbf{"cid": "b", "vids": []}'])
-    start = path.read_bytes().index(b"\xef")
-    records, tally = read_cut(path, start if cut else 1000)
-    assert [cid for cid, *_ in records] == ["a"] and tally.skipped == {"not JSON": 1}
 
 
 @pytest.mark.parametrize("ending", [".json", ".jsonl", ".json.gz", ".jsonl.gz"])
@@ -407,17 +399,6 @@ def test_a_constant_that_its_annotation_does_not_fit_is_refused_by_name(scripts,
         assert "\n" not in str(error.value)
     monkeypatch.setattr(scripts[module], name, RIGHT[name])
     check_constants()
-
-
-def test_the_constants_that_shape_a_result_are_all_but_those_that_only_concern_running(scripts):
-    texts = {name: (HOUSE / f"{name}.py").read_text("utf-8") for name in scripts}
-    source = {name: re.findall(r"^([A-Z_0-9]+): ", text, re.MULTILINE) for name, text in texts.items()}
-    shaping = set().union(*source.values()) - script.RUNNING
-    assert constants_of(*scripts).keys() == shaping and len(shaping) > 50
-    assert set().union(*source.values()) > script.RUNNING  # no name of a constant that went
-    constants = constants_of("get_indexing", "get_tfrecord", USER_MAX_LEN=7)
-    assert constants.keys() == shaping & {*source["get_indexing"], *source["get_tfrecord"]}
-    assert (constants["USER_MAX_LEN"], constants["MAX_ID_CHARS"]) == (7, 1000)
 
 
 # ---------------------------------------------------------------- writing, and one at a time

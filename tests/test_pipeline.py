@@ -2,7 +2,6 @@
 
 import ast
 import contextlib
-import csv
 import gzip
 import io
 import itertools
@@ -106,8 +105,7 @@ def test_the_dataset_and_the_model_print_what_they_are(done):
 def test_training_leaves_a_model_its_history_and_its_metrics(done):
     folder, printed = done
     assert (folder / "data/work/model" / read(folder, "model/model.json")["weights"]["file"]).exists()
-    with open(folder / "data/work/model/history.csv", newline="") as file:
-        assert [row["epoch"] for row in csv.DictReader(file)] == ["1"]
+    assert (folder / "data/work/model/history.csv").read_text().count("\n") == 2
     test = read(folder, "model/metrics.json")["test"]
     assert test["mix"]["NDCG@10"] > test["popularity"]["NDCG@10"]
     assert "test users" in printed["train"] and "popularity" in printed["train"]
