@@ -36,7 +36,7 @@ from bench.kill_battery import comparable, end, standing, start, wait_for, worke
 from conftest import _raw, edit_json, flip_a_bit, one_line, one_line_of_main, run_python
 
 
-WORKERS_START = 5  # seconds, about
+WORKERS_START = 5  # seconds, about, until workers have imported TensorFlow
 CALLS = {  # what the scripts do, here without workers
     "get_indexing": get_indexing,
     "get_tfrecord": functools.partial(get_tfrecord, num_workers=1),
@@ -49,7 +49,10 @@ class BatteryHere(Battery):
     """Does in this process, where TensorFlow is imported already, all that is not to be killed."""
 
     def run(self, folder, script):
-        """Do what a script does; of the last training, `published` is what it gave to publish()."""
+        """Do what a script does and return how many seconds it takes as a process, about.
+
+        Of the last training, self.published is what it gave to publish().
+        """
 
         def keep_and_publish(*given):
             self.published = given[1:]
