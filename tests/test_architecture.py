@@ -91,20 +91,25 @@ def test_a_script_that_writes_lets_no_second_one_of_it_work_each_worker_of_a_tra
     assert with_lock == ([lock] if lock else []) and (isinstance(main.body[-1], ast.With) or not lock)
 
 
-def test_importing_the_scripts_prints_creates_and_seeds_nothing(tmp_path):
+def test_importing_the_scripts_prints_creates_and_seeds_nothing_whatever_the_kerasjson_of_the_user_says(tmp_path):
+    """And a model is made of 32 bits, by TensorFlow."""
+    (tmp_path / "keras.json").write_text('{"floatx": "float64", "backend": "torch"}')
     code = (
         "import random, sys, numpy, tensorflow\n"
         "random.seed(5); numpy.random.seed(5)\n"
         "before = random.getstate(), str(numpy.random.get_state())\n"
         f"import {', '.join(CHAIN)}\n"
         "assert (random.getstate(), str(numpy.random.get_state())) == before\n"
+        "weights = model_tf2.build_model(num_videos=3, num_columns=2).weights\n"
+        "assert {(type(w.value).__module__.split('.')[0], w.dtype) for w in weights} == {('tensorflow', 'float32')}\n"
     )
-    done = run_python(tmp_path, "-c", code, PYTHONPATH=str(ROOT), PYTHONDONTWRITEBYTECODE="1")
+    quiet = dict(PYTHONPATH=str(ROOT), PYTHONDONTWRITEBYTECODE="1", KERAS_HOME=str(tmp_path))
+    done = run_python(tmp_path, "-c", code, **quiet)
     assert (done.returncode, done.stdout) == (0, "")
     # what tensorflow itself says at its own import is not ours to silence
     ours = [line for line in done.stderr.splitlines() if any(f"{script}.py" in line for script in CHAIN)]
     assert ours == []
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["keras.json"]
 
 
 def test_numbering_starts_without_tensorflow_and_prints_and_creates_nothing(tmp_path):

@@ -186,8 +186,8 @@ def test_an_epoch_has_every_training_window_once_in_the_order_of_its_seed(tmp_pa
         assert len(dataset) == len(batches) > 1
         return batches
 
-    first, again, other, plain, plain_again = map(epoch, (1, 1, 2, None, None))
-    for one, two in zip(first + plain, again + plain_again, strict=True):
+    first, again, other, plain = map(epoch, (1, 1, 2, None))
+    for one, two in zip(first, again, strict=True):
         assert_equal(one, two)
     orders = [windows_in(batches) for batches in (first, other, plain)]
     assert orders[0] != orders[1] != orders[2] != orders[0]
@@ -285,25 +285,14 @@ def test_a_column_not_clicked_in_the_training_records_is_no_candidate(tmp_path, 
     assert seen - {0} == set(range(2, 14))  # of 1 to 14
 
 
-def test_every_column_is_drawn_as_often_as_its_log_prob_says_and_the_sum_over_them_is_right(monkeypatch):
-    """The sum over the candidates is that over all columns, also where users repeat columns."""
+def test_every_column_is_drawn_as_often_as_its_log_prob_says(monkeypatch):
+    """In test_model_tf2.py the loss over such draws is that over all columns in expectation."""
     monkeypatch.setattr(script, "MAX_CANDIDATES", 30)
     monkeypatch.setattr(script, "NUM_NEGATIVES", 6)
-    batches, targets = drawn_batches(4000)
+    batches, _ = drawn_batches(4000)
     times = sum(np.bincount(batch["item_column"][-6:], minlength=41) for batch in batches)[CLICKED]
     expected = 4000 * np.exp(batches[0]["item_log_prob"][0])
     assert (abs(times - expected) < 5 * np.sqrt(expected * (1 - 6 / 38))).all()
-    x = np.exp(np.random.default_rng(2).normal(size=41))
-    x[[0, 7, 40]], x[1:3] = 0, 5.0  # popular columns have high scores
-    estimates = {1: [], 2: [], 3: []}  # of targets in the two popular columns and in others
-    for batch, of_batch in zip(batches, targets, strict=True):
-        candidates, log_prob = batch["item_column"][-6:], batch["item_log_prob"]
-        for own in of_batch[:, 0, 0].tolist():
-            estimates[min(own, 3)].append(x[own] + (x[candidates] / np.exp(log_prob))[candidates != own].sum())
-    for of_target in estimates.values():
-        # The six targets of a batch share its candidates, so only one in six is independent of the others for sure.
-        error = np.std(of_target) / np.sqrt(len(of_target) / 6)
-        assert error < 0.015 * x.sum() and abs(np.mean(of_target) - x.sum()) < 4 * error
 
 
 @pytest.mark.parametrize(("sample", "positions"), [(4, 17), (9, 17), (4, 18)])
@@ -417,16 +406,3 @@ def test_records_of_another_format_or_other_constants_are_refused_naming_values_
     monkeypatch.setattr(script, "FORMAT", 99)
     with pytest.raises(InputError, match=r"made with format = \d+, now it is 99; run get_tfrecord\.py again"):
         load_manifest(tmp_path, CONSTANTS)
-
-
-def test_run_by_itself_it_shows_the_shapes_and_a_user_in_words(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    users = [(f"u{i}", ["a", "b_c1", "what", "a_c1"]) for i in range(20)]  # the last of each is held out
-    names = dict(titles={"a": "First film", "b": "Second film"}, names={"c1": "Evening"})
-    _raw(tmp_path / "data/sample", columns={"c1": ["a", "b"]}, users=users, **names)
-    get_indexing()
-    get_tfrecord(num_workers=1)
-    script.main()
-    out = capsys.readouterr().out
-    assert all(f"\n{name} " in out for name in FEATURES)
-    assert out.endswith("  First film  -> then:\n  Second film  in Evening\n  an unknown video\n")

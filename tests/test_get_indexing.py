@@ -13,9 +13,9 @@ import sys
 from pathlib import Path
 
 import get_indexing as script
-from conftest import HOUSE, _raw, _write_lines, run_python
+from conftest import HOUSE, _raw, _write_lines, files_of, run_python
 from get_indexing import (
-    InputError, Records, Tally, check_constants, constants_of, content_of, get_indexing, load_index, read_lines,
+    InputError, Records, Tally, check_constants, content_of, get_indexing, load_index, read_lines,
 )  # fmt: skip
 
 import pytest
@@ -29,10 +29,6 @@ COLUMNS = [{"cid": cid, "vids": vids} for cid, vids in MANY.items()]
 def written(work_dir):
     """Return the two files of the index as {name: object}, by nothing but json."""
     return {path.stem: json.loads(path.read_text("utf-8")) for path in sorted(Path(work_dir, "indexing").iterdir())}
-
-
-def index_bytes(work_dir):
-    return {path.name: path.read_bytes() for path in Path(work_dir, "indexing").iterdir()}
 
 
 # ---------------------------------------------------------------- numbers
@@ -69,7 +65,7 @@ def test_numbers_are_for_life(tmp_path):
 def test_an_index_of_which_a_half_is_gone_or_damaged_is_to_be_restored_and_not_numbered_anew(tmp_path, half):
     get_indexing(_raw(tmp_path / "raw", columns=PAIR, users=[]), tmp_path)
     get_indexing(_raw(tmp_path / "raw", columns={"new": []}), tmp_path)  # its lists are all empty now
-    path, before = tmp_path / "indexing" / half, index_bytes(tmp_path)
+    path, before = tmp_path / "indexing" / half, files_of(tmp_path / "indexing")
     path.write_bytes(before[half][:9])
     with pytest.raises(InputError, match=rf"{half}: damaged .*; restore it and run get_indexing\.py again"):
         get_indexing(tmp_path / "raw", tmp_path)
@@ -78,7 +74,7 @@ def test_an_index_of_which_a_half_is_gone_or_damaged_is_to_be_restored_and_not_n
         get_indexing(tmp_path / "raw", tmp_path)
     path.write_bytes(before[half])
     get_indexing(tmp_path / "raw", tmp_path)
-    assert index_bytes(tmp_path) == before
+    assert files_of(tmp_path / "indexing") == before
 
 
 @pytest.mark.parametrize("files", [1, 2])
@@ -96,17 +92,7 @@ def test_a_first_run_that_is_killed_between_its_files_is_made_good_by_the_second
     assert len(written_so_far) == files
     get_indexing(data_dir, tmp_path / "killed")
     get_indexing(data_dir, tmp_path / "whole")
-    assert index_bytes(tmp_path / "killed") == index_bytes(tmp_path / "whole")
-
-
-def test_only_leftovers_of_its_own_are_removed(tmp_path):
-    """Those of a killed run are named by 32 random digits."""
-    (tmp_path / "indexing").mkdir()
-    for name in (f".tmp.{'0a' * 16}.vid2idx.json", ".vid2idx.json.tmp", "notes.tmp"):
-        (tmp_path / "indexing" / name).touch()
-    get_indexing(_raw(tmp_path / "raw", columns=PAIR), tmp_path)
-    names = [".vid2idx.json.tmp", "cid2vidx.json", "notes.tmp", "vid2idx.json"]
-    assert sorted(os.listdir(tmp_path / "indexing")) == names
+    assert files_of(tmp_path / "killed") == files_of(tmp_path / "whole")
 
 
 def test_a_grown_index_has_the_fingerprint_of_what_it_grew_from(tmp_path):
@@ -158,14 +144,6 @@ def test_a_byte_order_mark_and_line_ends_of_windows_are_no_bad_lines(tmp_path, c
     _write_lines(tmp_path / "cid2vids-2.json", [b"\xef\xbb\xbf", {"cid": "c3", "vids": "v3"}])
     assert script.read_columns(tmp_path) == {"c1": ["v1"], "c2": ["v2"], "c3": ["v3"]}
     assert capsys.readouterr().err == ""
-
-
-@pytest.mark.parametrize("cut", [False, True])
-def test_a_byte_order_mark_inside_a_file_is_no_json_wherever_the_file_is_cut(tmp_path, cut):
-    path = _write_lines(tmp_path / "cid2vids.json", [{"cid": "a", "vids": []}, b'\xef\xbb\xbf{"cid": "b", "vids": []}'])
-    start = path.read_bytes().index(b"\xef")
-    records, tally = read_cut(path, start if cut else 1000)
-    assert [cid for cid, *_ in records] == ["a"] and tally.skipped == {"not JSON": 1}
 
 
 @pytest.mark.parametrize("ending", [".json", ".jsonl", ".json.gz", ".jsonl.gz"])
@@ -228,18 +206,9 @@ BAD = {
     "a number of a million digits": (b'{"cid": ' + b"9" * 1_000_000 + b', "vids": []}', "not JSON"),
     "not UTF-8": (b'{"cid": "\xff\xfe", "vids": ["v1"]}', "not UTF-8"),
     "half a character": (b'{"cid": "\\ud83d", "vids": ["v1"]}', "not UTF-8"),
-    "UTF-16": ('{"cid": "x", "vids": []}'.encode("utf-16-be"), "not JSON"),
-    "a pickle": (b"\x80\x04\x95cos mkdir (S'ran' tR.", "not UTF-8"),
     "a list": (b'["x", ["v1"]]', "wrong type of line"),
     "vids a number": (b'{"cid": "x", "vids": 5}', "wrong type of vids"),
-    "vids an object": (b'{"cid": "x", "vids": {"v1": 1}}', "wrong type of vids"),
-    "a vid that is a list": (b'{"cid": "x", "vids": [["v1"]]}', "wrong type of vids"),
-    "a vid that is null": (b'{"cid": "x", "vids": [null]}', "wrong type of vids"),
-    "a boolean cid": (b'{"cid": true, "vids": ["v1"]}', "wrong type of cid"),
-    "a boolean vid": (b'{"cid": "x", "vids": [false]}', "wrong type of vids"),
-    "a broken number as id": (b'{"cid": 1.5, "vids": ["v1"]}', "wrong type of cid"),
     "no vids": (b'{"cid": "x"}', "no vids"),
-    "no cid": (b'{"vids": ["v1"]}', "no cid"),
     "an empty id": (b'{"cid": "", "vids": ["v1"]}', "empty id"),
     "a long id": (b'{"cid": "' + b"x" * 1001 + b'", "vids": ["v1"]}', "id too long"),
 }
@@ -253,21 +222,14 @@ def test_a_bad_line_is_skipped_and_reported_with_file_line_and_reason(tmp_path, 
     assert capsys.readouterr().err == f"{path}: 1 of 121 lines are bad (line 61: {reason}): skipped\n"
 
 
-@pytest.mark.parametrize(
-    ("line", "reason"),
-    [
-        ({"vid": "x", "title": 5}, "wrong type of title"),
-        ({"vid": "x"}, "no title"),
-        ({"title": "X"}, "no vid"),
-        ({"vid": True, "title": "X"}, "wrong type of vid"),
-    ],
-)
-def test_a_bad_line_of_the_catalogue_is_reported_once_by_get_indexing_alone(tmp_path, capsys, line, reason):
+def test_a_bad_line_of_the_catalogue_is_reported_once_by_get_indexing_alone(tmp_path, capsys):
     _write_lines(tmp_path / "raw/cid2vids.json", [{"cid": "c1", "vids": "t0"}])
-    path = _write_lines(tmp_path / "raw/vid2title.json", [line, *({"vid": f"t{i}", "title": "T"} for i in range(120))])
+    path = _write_lines(
+        tmp_path / "raw/vid2title.json", [{"vid": "x"}, *({"vid": f"t{i}", "title": "T"} for i in range(120))]
+    )
     get_indexing(tmp_path / "raw", tmp_path)
     assert list(written(tmp_path)["vid2idx"]) == [f"t{i}" for i in range(120)]
-    assert capsys.readouterr().err == f"{path}: 1 of 121 lines are bad (line 1: {reason}): skipped\n"
+    assert capsys.readouterr().err == f"{path}: 1 of 121 lines are bad (line 1: no title): skipped\n"
     assert script.read_names(tmp_path / "raw", {"t119"}) == ({"t119": "T"}, {})
     assert capsys.readouterr() == ("", "")
 
@@ -287,11 +249,11 @@ def test_skipped_lines_are_counted_by_reason_and_the_first_three_named(tmp_path,
 
 def test_one_bad_line_in_a_hundred_passes_and_more_stop_the_run_leaving_the_former_index(tmp_path):
     get_indexing(_raw(tmp_path / "raw", columns=PAIR), tmp_path)
-    before = index_bytes(tmp_path)
+    before = files_of(tmp_path / "indexing")
     path = _write_lines(tmp_path / "raw/cid2vids.json", [*COLUMNS[:98], "{"])
     with pytest.raises(InputError, match=rf"{path}: 1 of 99 lines .*line 99: not JSON.*MAX_BAD_FRACTION = 0\.01"):
         get_indexing(tmp_path / "raw", tmp_path)
-    assert index_bytes(tmp_path) == before
+    assert files_of(tmp_path / "indexing") == before
     _write_lines(path, [*COLUMNS[:99], "{"])
     get_indexing(tmp_path / "raw", tmp_path)
     assert list(written(tmp_path)["cid2vidx"])[:3] == ["c1", "c2", "c0"]
@@ -305,7 +267,7 @@ def test_one_bad_line_in_a_hundred_passes_and_more_stop_the_run_leaving_the_form
 def test_a_damaged_file_is_named_and_the_former_index_left(tmp_path, file, damage):
     _raw(tmp_path / "raw", columns={**PAIR, **MANY}, titles={f"v{i}": f"{i**7}" for i in range(100)}, gzip=True)
     get_indexing(tmp_path / "raw", tmp_path)
-    before, path = index_bytes(tmp_path), tmp_path / "raw" / file
+    before, path = files_of(tmp_path / "indexing"), tmp_path / "raw" / file
     data = path.read_bytes()
     half = len(data) // 2
     flipped = data[:half] + bytes([data[half] ^ 0xFF]) + data[half + 1 :]
@@ -315,7 +277,7 @@ def test_a_damaged_file_is_named_and_the_former_index_left(tmp_path, file, damag
     with pytest.raises(InputError) as error:
         get_indexing(tmp_path / "raw", tmp_path)
     assert str(path) in str(error.value) and "\n" not in str(error.value)
-    assert index_bytes(tmp_path) == before
+    assert files_of(tmp_path / "indexing") == before
 
 
 @pytest.mark.parametrize("name", ["cid2vids-2.json", "vid2title.jsonl", "cid2vids-2.json.gz"])
@@ -365,15 +327,6 @@ def test_a_damaged_former_index_is_refused_and_not_written_over(tmp_path, name, 
         with pytest.raises(InputError, match=str(tmp_path / "indexing" / name)):
             get_indexing(tmp_path / "raw", tmp_path)
         assert (tmp_path / "indexing" / name).read_text(encoding="latin-1") == text
-
-
-@pytest.mark.parametrize("name", ["vid2idx.json", "cid2vidx.json"])
-def test_a_missing_index_names_the_path_and_the_script_to_run(tmp_path, monkeypatch, name):
-    monkeypatch.chdir(tmp_path)
-    get_indexing(_raw(tmp_path / "raw", columns=PAIR), "w")
-    Path("w/indexing", name).unlink()  # as where the first get_indexing.py was killed between its two files
-    with pytest.raises(FileNotFoundError, match=rf"{tmp_path}/w/indexing/{name}.*run get_indexing\.py first"):
-        load_index("w")
 
 
 # ---------------------------------------------------------------- byte ranges
@@ -448,24 +401,6 @@ def test_a_constant_that_its_annotation_does_not_fit_is_refused_by_name(scripts,
     check_constants()
 
 
-def test_the_constants_that_shape_a_result_are_all_but_those_that_only_concern_running(scripts):
-    texts = {name: (HOUSE / f"{name}.py").read_text("utf-8") for name in scripts}
-    source = {name: re.findall(r"^([A-Z_0-9]+): ", text, re.MULTILINE) for name, text in texts.items()}
-    shaping = set().union(*source.values()) - script.RUNNING
-    assert constants_of(*scripts).keys() == shaping and len(shaping) > 50
-    assert set().union(*source.values()) > script.RUNNING  # no name of a constant that went
-    constants = constants_of("get_indexing", "get_tfrecord", USER_MAX_LEN=7)
-    assert constants.keys() == shaping & {*source["get_indexing"], *source["get_tfrecord"]}
-    assert (constants["USER_MAX_LEN"], constants["MAX_ID_CHARS"]) == (7, 1000)
-
-
-@pytest.mark.parametrize("name", ["NO_SUCH_NAME", "user_max_len", "NUM_WORKERS", "EPOCHS"])
-def test_a_name_of_no_constant_that_shapes_a_result_is_refused(scripts, name):
-    """NUM_WORKERS only concerns running, and EPOCHS is that of another script."""
-    with pytest.raises(TypeError, match=f"no constants that shape a result: {name}$"):
-        constants_of("get_indexing", "get_tfrecord", **{name: 7})
-
-
 # ---------------------------------------------------------------- writing, and one at a time
 
 
@@ -498,25 +433,6 @@ def test_a_second_script_of_the_same_name_is_refused_and_one_of_another_is_not(t
 # ---------------------------------------------------------------- as a script
 
 
-FAULTS = {  # what is in DATA_DIR
-    "no columns": ("vid2title.json", b'{"vid": "v1", "title": "One"}'),
-    "bad lines": ("cid2vids.json", b"{"),
-    "cut gzip": ("cid2vids.json.gz", gzip.compress(b'{"cid": "c1", "vids": []}\n')[:-9]),
-    "empty": ("cid2vids.json", b""),
-    "damaged index": ("../work/indexing/vid2idx.json", b"{"),
-}
-
-
-@pytest.mark.parametrize(("name", "data"), FAULTS.values(), ids=FAULTS)
-def test_the_input_s_fault_ends_with_one_line_and_a_non_zero_exit(tmp_path, name, data):
-    path = _raw(tmp_path / "data/sample") / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data)
-    done = run_python(tmp_path, HOUSE / "get_indexing.py")
-    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
-    assert re.match(f"get_indexing\\.py: {re.escape(str(tmp_path))}/data/.+", done.stderr)
-
-
 SAY = """
 import os, signal, sys
 from get_indexing import InputError, run_script
@@ -545,13 +461,6 @@ def test_a_fault_of_the_input_and_a_signal_end_a_script_with_one_line(tmp_path, 
     assert (done.returncode, done.stdout, done.stderr) == (1, "\\xfc \\u89c6\n", f"\\xf6\n{ENDS[fault]}\n")
 
 
-def test_an_error_of_the_code_keeps_its_traceback(tmp_path):
-    (tmp_path / "say.py").write_text("import get_indexing\ndef main(): raise ValueError('a bug')\n"
-                                     "if __name__ == '__main__': get_indexing.run_script(__file__)")  # fmt: skip
-    done = run_python(tmp_path, tmp_path / "say.py")
-    assert done.returncode == 1 and "Traceback" in done.stderr and done.stderr.endswith("ValueError: a bug\n")
-
-
 def test_a_constant_edited_to_what_it_cannot_be_ends_the_script_with_one_line_before_all_else(tmp_path):
     _raw(tmp_path / "data/sample", columns=PAIR)
     source = (HOUSE / "get_indexing.py").read_text("utf-8").replace("MAX_ID_CHARS: int = 1000", "MAX_ID_CHARS: int = 0")
@@ -560,14 +469,3 @@ def test_a_constant_edited_to_what_it_cannot_be_ends_the_script_with_one_line_be
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
     assert done.stderr.startswith("get_indexing.py: MAX_ID_CHARS = 0 in get_indexing.py: it must be int: ")
     assert os.listdir(tmp_path / "data") == ["sample"]
-
-
-def test_file_names_that_are_not_utf_8_are_read_and_named_with_escapes(tmp_path):
-    """stdout and stderr know ASCII alone."""
-    data = _raw(tmp_path / "data/sample")
-    _write_lines(data / os.fsdecode(b"cid2vids-\xff.json"), [*COLUMNS, "{"])
-    (data / os.fsdecode(b"cid2vids-\xfd.csv")).touch()
-    done = run_python(tmp_path, HOUSE / "get_indexing.py", PYTHONIOENCODING="ascii:strict")
-    unread, bad = done.stderr.splitlines()
-    assert done.returncode == 0 and done.stdout.startswith("120 videos (120 new)")
-    assert "1 not read (cid2vids-\\udcfd.csv)" in unread and "cid2vids-\\udcff.json: 1 of 121 lines are bad" in bad

@@ -483,14 +483,6 @@ def memory(world):
     return Memory.of_counts(world[1], world[0])
 
 
-def test_the_memory_counts_clicks_on_known_videos_and_in_columns_and_each_videos_column(world, memory):
-    clicks = world[2]
-    assert memory.video_clicks.tolist() == [0, 0, *clicks[2:].sum(axis=1)]
-    assert memory.column_clicks.tolist() == [0, *clicks[:, 1:].sum(axis=0)]
-    assert memory.video_column.tolist() == world[4].tolist() and 5 in world[4]
-    assert close(memory.popularity, clicks[:, 1:].sum(axis=0) / clicks[:, 1:].sum(), 1e-12)
-
-
 @pytest.fixture
 def histories_seen():
     """Numbers of videos and columns [n, 40], padded at the end: known, unknown, short, long and empty ones."""
@@ -650,22 +642,6 @@ def test_a_column_without_clicks_counts_as_the_mean_of_the_columns_in_which_its_
         assert close(part[:, 18], part[:, 3], 1e-12)
 
 
-def test_no_weight_moves_a_column_that_is_newer_than_the_memory_or_was_never_clicked(given):
-    """What is counted shares out what the towers give the others; here the last five of twenty, then the last of three."""
-    towers, none = tf.nn.softmax(given[0].astype(float) / BY.temperature).numpy(), np.zeros([50, 20], bool)
-    parts = parts_of(*given, clicks=[7] * 15 + [0] * 5)
-    equal = parts_of(np.zeros([1, 3]), *2 * [np.array([[0.7, 0.7, 0.0]])], clicks=[9, 9, 0])
-    assert close(parts[0], towers, 1e-9)
-    for part, scores in zip(parts[1:], given[1:], strict=True):
-        shares = np.maximum(scores[:, :15], 1e-9)
-        shares *= towers[:, :15].sum(axis=1, keepdims=True) / shares.sum(axis=1, keepdims=True)
-        assert close(part, np.concatenate([shares, towers[:, 15:]], axis=1), 1e-9)
-    for weights in ((0.3, 0.0), (0.0, 0.5), (0.3, 0.3), (0.5, 0.5)):
-        mixed = Mix(*weights, 1.0, 0.1).apply(parts, none)
-        assert close(mixed[:, 15:], towers[:, 15:], 1e-9) and close(mixed.sum(axis=1), 1, 1e-9)
-        assert close(Mix(*weights, 1.0, 0.1).apply(equal, none[:1, :3]), 1 / 3, 1e-12)
-
-
 def test_probabilities_are_above_zero_where_the_towers_are_far_apart_and_what_is_counted_is_zero_or_below(given):
     """Also where it knows no column; the towers alone rank by their logits all the same."""
     logits, remembered, habit = given
@@ -687,8 +663,9 @@ CURRENT = [1, 3, 4, 6, 7, 8]  # 2 is retired today, 5 was before; 6 was clicked 
 
 
 @pytest.fixture
-def scorer(memory, world):
+def scorer(memory, world, monkeypatch):
     """Of today's index: column 2 is retired, columns 7 and 8 are newer than memory and model, and so is video 22."""
+    monkeypatch.setattr(model_tf2, "COLUMNS_AT_ONCE", 4)
     videos, columns = world[0]
     grown = Index(videos | {"newest": 22}, columns | {"c1": [], "late": [22, 2, 3], "later": [21]})
     return Scorer(shaken(num_videos=20), memory, grown, item_max_len=3)
@@ -753,16 +730,3 @@ def test_probabilities_are_the_mix_of_towers_memory_and_habit_and_padding_change
     assert close(probabilities, expected, 1e-6) and close(probabilities.sum(axis=1), 1, 1e-9)
     longer = Users(*(after(numbers, 20) for numbers in seen_today[:3]), *seen_today[3:])
     assert close(scorer.probabilities(longer, mix), probabilities, 1e-6)
-
-
-def test_refresh_takes_the_columns_and_the_trends_from_the_model_as_it_is_now(scorer, seen_today, monkeypatch):
-    as_it_was = scorer.towers(seen_today)
-    for variable, changed in ((scorer.model.column_embedding, [0, 1, 2]), (scorer.model.trend_weights, [0, 1, 3])):
-        variable.assign(-variable.numpy())
-        scorer.refresh()
-        anew = scorer.towers(seen_today)
-        assert np.abs(anew - as_it_was).max(axis=1)[changed].min() > 1e-2
-        as_it_was = anew
-    monkeypatch.setattr(model_tf2, "COLUMNS_AT_ONCE", 2)
-    scorer.refresh()
-    assert scorer.vectors.shape == (6, DIM) and close(scorer.towers(seen_today), anew, 1e-4)

@@ -9,14 +9,18 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import get_dataset
 from get_indexing import get_indexing
+from get_tfrecord import get_tfrecord
+from train import train
 
 import pytest
 from conftest import run_python
+from test_architecture import CHAIN, constants_of, tree_of
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-SCRIPTS = ["get_indexing.py", "get_tfrecord.py", "get_dataset.py", "model_tf2.py", "train.py", "infer.py"]
+SCRIPTS = [f"{script}.py" for script in CHAIN]
 EVERY_DAY = [script for script in SCRIPTS if script not in ("get_dataset.py", "model_tf2.py")]
 
 # One process for all, since tensorflow takes seconds to import; each snippet has names and a folder of its own.
@@ -66,15 +70,14 @@ def names(cell):
 
 @pytest.fixture(scope="module")
 def sample_work(tmp_path_factory):
-    """WORK_DIR of the chain on the sample, trained for one epoch."""
-    code = "from get_indexing import *; from get_tfrecord import *; from train import *\n"
-    code += "get_indexing(); get_tfrecord(num_workers=1); train(EPOCHS=1)"
+    """WORK_DIR of the chain on the sample, with a small model of few steps."""
     folder = tmp_path_factory.mktemp("sample")
-    (folder / "data").mkdir()
-    (folder / "data/sample").symlink_to(ROOT / "data/sample")
-    done = run_python(folder, "-c", code)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return folder / "data/work"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(get_dataset, "MIN_STEPS", 1)
+        get_indexing(ROOT / "data/sample", folder)
+        get_tfrecord(ROOT / "data/sample", folder, num_workers=1)
+        train(folder, arguments={"emb_dim": 8, "user_blocks": 1}, EPOCHS=1, HABIT_HOURS=(0.0,), CLICKED_FACTORS=(1.0,))
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -217,11 +220,8 @@ def test_a_model_that_was_kept_can_be_put_back(tmp_path):
     assert model.read_text() == "yesterday"
 
 
-def test_chain_table_lists_the_scripts_in_order():
+def test_the_chain_table_has_the_scripts_in_order_and_every_file_of_it_exists_or_is_written():
     assert [names(script) for script, *_ in table("script", "The chain")] == [[name] for name in SCRIPTS]
-
-
-def test_every_file_of_the_chain_table_exists_or_is_written():
     written, wrong = set(), []
     for script, reads, writes in table("script", "The chain"):
         source = (ROOT / names(script)[0]).read_text(encoding="utf-8")
@@ -243,20 +243,12 @@ def test_every_file_of_the_chain_table_exists_or_is_written():
     assert not wrong
 
 
-def assigned_names(script):
-    """Return the upper-case names that a script assigns at its top level."""
-    tree = ast.parse((ROOT / script).read_text(encoding="utf-8"))
-    targets = [target for node in tree.body if isinstance(node, ast.Assign) for target in node.targets]
-    targets += [node.target for node in tree.body if isinstance(node, ast.AnnAssign)]
-    return {target.id for target in targets if isinstance(target, ast.Name) and target.id.isupper()}
-
-
 def test_every_constant_of_the_table_exists_in_its_home():
     rows = table("name", "Constants")
     constants, homes = [names(name) for name, *_ in rows], [names(home) for _, home, *_ in rows]
     listed = [name for of_row in constants for name in of_row]
     assert len(set(listed)) == len(listed) > 30
-    made = {script: assigned_names(script) for script in SCRIPTS}
+    made = {f"{script}.py": set(constants_of(tree_of(script))) for script in CHAIN}
     for of_row, of_home in zip(constants, homes, strict=True):
         assert len(of_home) in (1, len(of_row))
         for name, home in zip(of_row, of_home * len(of_row), strict=False):
@@ -273,33 +265,14 @@ def test_what_to_run_again_is_the_home_or_the_first_script_that_follows_and_writ
 
 def test_constants_named_in_the_text_exist():
     mentioned = set(re.findall(r"`([A-Z][A-Z_]{3,})(?: = [^`]*)?`", README))
-    made = set().union(*map(assigned_names, SCRIPTS))
+    made = {name for script in CHAIN for name in constants_of(tree_of(script))}
     assert mentioned - made <= {"BST_DSSM", "TF_CONFIG", "PYSPARK_PYTHON"}
 
 
 def test_sample_lines_shown_are_in_the_sample():
-    sample = {
-        line
-        for path in (ROOT / "data/sample").rglob("*.json")
-        for line in path.read_text(encoding="utf-8").splitlines()
-    }
+    sample = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "data/sample").rglob("*.json"))
     shown = [line for _, text in blocks("json") for line in text.splitlines()]
-    assert len(shown) == 3
-    assert set(shown) <= sample
-
-
-def test_what_shapes_the_held_out_users_and_the_test_file_is_said_as_the_scripts_have_it():
-    """The columns of test.csv and the entries of manifest.json and model.json that the README lists."""
-    source = {script: (ROOT / script).read_text(encoding="utf-8") for script in SCRIPTS}
-    columns = re.search(r"`test\.csv` holds(.*?)\.", section("Reading the results"), re.DOTALL)[1]
-    assert '["uid", "history", "target", "clicked_before", *ranks]' in source["train.py"]
-    assert {"uid", "history", "target", "clicked_before"} <= set(names(columns))
-    for name, script in (("tfrecord/manifest.json", "get_tfrecord.py"), ("model/model.json", "train.py")):
-        entries = re.search(rf"^{name} +(.*)$", README, re.MULTILINE)[1]
-        entries = re.sub(r"\([^)]*\)", "", entries)
-        assert not [
-            name for name in map(str.strip, entries.split(",")) if not re.search(rf'"{name}"|\b{name}=', source[script])
-        ]
+    assert len(shown) == 3 and all(f"{line}\n" in sample for line in shown)
 
 
 def test_every_row_of_the_printed_table_is_explained():

@@ -34,7 +34,7 @@ from conftest import _clicks_like_real, _raw, draw, edit_json, flip_a_bit, one_l
 
 USERS, HELD_OUT, SHARE = 150, 20, 1 / 4  # a half of them would be more than twice HELD_OUT
 SETTINGS = record_constants(HELD_OUT_USERS=HELD_OUT)
-TINY = dict(record_constants=SETTINGS, arguments={"emb_dim": 8, "user_blocks": 1}, EPOCHS=3, WARM_EPOCHS=2)
+TINY = dict(record_constants=SETTINGS, arguments={"emb_dim": 8, "user_blocks": 1}, EPOCHS=2, WARM_EPOCHS=1)
 BASELINES = ["random", "popularity", "own columns", "chain"]
 PARTS = ["towers", "memory", "habit", "mix"]
 
@@ -88,7 +88,7 @@ def train_and_listen(*arguments, **options):
 
 @pytest.fixture(scope="module")
 def trained(records, tmp_path_factory):
-    """(work folder after three epochs of train(), what it returned, what it printed)."""
+    """(work folder after two epochs of train(), what it returned, what it printed)."""
     work_dir = shutil.copytree(records, tmp_path_factory.mktemp("trained") / "work")
     return work_dir, *train_and_listen(work_dir, **TINY)
 
@@ -373,7 +373,7 @@ def test_a_run_publishes_weights_memory_model_tables_and_history(trained):
     number = sum(split_of(f"user{n}") == "test" for n in range(USERS))
     assert len(slices) == 4 and sum(slices[:2]) == sum(slices[2:]) == number
     rows = history_of(work_dir)  # a line for each epoch, of which the best one is the model
-    assert [row["epoch"] for row in rows] == ["1", "2", "3"] and float(rows[2]["loss"]) < float(rows[0]["loss"])
+    assert [row["epoch"] for row in rows] == ["1", "2"] and float(rows[1]["loss"]) < float(rows[0]["loss"])
     best = max(float(row["NDCG@10"]) for row in rows)
     assert saved_in(work_dir)["validation"]["towers"]["NDCG@10"] == pytest.approx(best)
 
@@ -408,7 +408,7 @@ def test_the_model_file_vouches_for_its_files_and_names_every_constant_and_its_v
         assert list(folder.glob(f"*.{end}")) == [path]
     assert saved["arguments"].items() >= {"emb_dim": 8, "num_videos": 60, "num_columns": 12}.items()
     assert {"tensorflow", "keras", "numpy", "python"} <= set(saved["versions"])
-    expected = {"EPOCHS": 3, "WARM_EPOCHS": 2}
+    expected = {"EPOCHS": 2, "WARM_EPOCHS": 1}
     for module in (get_dataset, model_tf2, train_module):
         names = module.__annotations__.keys() - toolbox.RUNNING - expected.keys()
         expected |= {name: getattr(module, name) for name in names}
@@ -440,7 +440,7 @@ def test_a_run_over_the_same_records_with_the_same_constants_does_nothing(own, t
     assert published(own) == published(trained[0]) and history_of(own) == history_of(trained[0])
 
 
-def test_records_older_than_the_index_are_refused_and_those_made_anew_trained_on_once(own, trained, tmp_path):
+def test_records_older_than_the_index_are_refused_and_those_made_anew_trained_on(own, trained, monkeypatch, tmp_path):
     """With one column more, though the clicks are the same."""
     first = _clicks_like_real(USERS, seed=21)
     raw = _raw(tmp_path / "raw", **first | {"columns": first["columns"] | {"late": ["t1a-0"]}})
@@ -450,10 +450,7 @@ def test_records_older_than_the_index_are_refused_and_those_made_anew_trained_on
         train(own, **TINY)
     assert published(own) == published(trained[0])
     make_records(raw, own)
-    for again in (False, True):
-        _, printed = train_and_listen(own, **TINY | {"WARM_EPOCHS": 1})
-        assert ("nothing to train" in printed) == again
-        assert ("from the weights of the model of" in printed) != again
+    assert "training starts from the weights of the model of" in start_of(own, monkeypatch)[0]
 
 
 def scripted(monkeypatch, *values):
@@ -543,15 +540,7 @@ def test_tensorboard_shows_the_curves_and_the_table_of_the_models_folder(trained
     assert table.replace("\n    ", "\n").strip() == trained[2][trained[2].index("\ntest users") :].strip()
 
 
-# ---------------------------------------------------------------- moments, and columns that nobody clicked
-
-
-def test_clicks_whose_times_are_all_0_train_the_same_model_to_the_bit_as_clicks_without_times(trained, tmp_path):
-    data = _clicks_like_real(USERS, seed=21)
-    users = [(uid, clicks, [0] * len(clicks)) for uid, clicks in data["users"]]
-    work_dir = make_records(_raw(tmp_path / "raw", columns=data["columns"], users=users), tmp_path / "work")
-    assert train_and_listen(work_dir, **TINY)[0] == trained[1]
-    assert same(towers_of(work_dir), towers_of(trained[0])) and ranks_in(work_dir) == ranks_in(trained[0])
+# ---------------------------------------------------------------- moments
 
 
 def test_a_day_is_known_by_the_days_before_it_and_by_neither_itself_nor_those_after(tmp_path):
@@ -578,28 +567,14 @@ def test_a_day_is_known_by_the_days_before_it_and_by_neither_itself_nor_those_af
         assert np.mean(told[1]) > 0.8, row
 
 
-def test_a_column_that_nobody_clicked_is_not_pushed_away(tmp_path):
-    """Its videos are those of another one, so all that can be known of it is what is known of that one."""
-    data = _clicks_like_real(80, seed=35)
-    raw = _raw(tmp_path / "raw", **data | {"columns": data["columns"] | {"twin": data["columns"]["t0a"]}})
-    work_dir = make_records(raw, tmp_path / "work")
-    train_and_listen(work_dir, LEARNING_RATE=0.03, **TINY | {"EPOCHS": 6})
-    model, _, mix, _ = load_model(work_dir)
-    scorer, _, manifest, _ = training_scorer(work_dir, model)
-    users = as_users(rankable(held_out(manifest, "test", work_dir), scorer))
-    own, twin = (scorer.cids.index(cid) for cid in ("t0a", "twin"))
-    logs = np.log(scorer.parts(users, mix)[0]).mean(axis=0)
-    assert abs(logs[twin] - logs[own]) < 0.15  # -0.27 where it is a candidate
-
-
 # ---------------------------------------------------------------- starting from what stands
 
 
 def test_a_warm_run_starts_from_what_stands_in_its_own_number_of_epochs_and_is_never_worse_on_validation(warm, trained):
-    assert "training starts from nothing: no model stands; 3 epochs at most" in trained[2]
+    assert "training starts from nothing: no model stands; 2 epochs at most" in trained[2]
     date, rows = saved_in(trained[0])["date"], history_of(warm[0])
-    assert f"training starts from the weights of the model of {date}; 2 epochs at most" in warm[2]
-    assert [row["epoch"] for row in rows] == ["0", "1", "2"] and rows[0]["loss"] == ""
+    assert f"training starts from the weights of the model of {date}; 1 epochs at most" in warm[2]
+    assert [row["epoch"] for row in rows] == ["0", "1"] and rows[0]["loss"] == ""
     assert list(warm[1]) == [*BASELINES, "standing", *PARTS]
     best = max(float(row["NDCG@10"]) for row in rows)
     assert saved_in(warm[0])["validation"]["towers"]["NDCG@10"] == pytest.approx(best)
@@ -607,7 +582,7 @@ def test_a_warm_run_starts_from_what_stands_in_its_own_number_of_epochs_and_is_n
 
 def test_where_no_epoch_is_better_the_weights_that_stand_stay(own, trained, monkeypatch):
     scripted(monkeypatch, 0.9, 0.1)
-    test, printed = train_and_listen(own, SEED=2, **TINY | {"WARM_EPOCHS": 1})
+    test, printed = train_and_listen(own, SEED=2, **TINY)
     assert same(towers_of(own), towers_of(trained[0]))
     assert test["standing"] == test["mix"] and "'standing' is within the noise of 'mix'" in printed
     assert [test[row]["NDCG@10"] for row in trained[1]] == [trained[1][row]["NDCG@10"] for row in trained[1]]
@@ -643,10 +618,10 @@ def stopped(value=None):
 def test_a_run_that_cannot_be_warm_starts_from_nothing_and_says_why(own, monkeypatch):
     path, saved = own / "model/model.json", saved_in(own)
     printed, model = start_of(own, monkeypatch, arguments={"emb_dim": 4})
-    assert "training starts from nothing: the model that stands has emb_dim = 8, now it is 4; 3 epochs" in printed
+    assert "training starts from nothing: the model that stands has emb_dim = 8, now it is 4; 2 epochs" in printed
     assert model.video_embedding.shape == (62, 4)
     printed, cold = start_of(own, monkeypatch, WARM_START=False, SEED=2)
-    assert "from nothing: WARM_START is False; 3 epochs" in printed
+    assert "from nothing: WARM_START is False; 2 epochs" in printed
     assert not same(cold.get_weights(), towers_of(own))
     printed, stands = start_of(own, monkeypatch, SEED=2)
     assert "from the weights of the model of" in printed and same(stands.get_weights(), towers_of(own))
@@ -670,13 +645,6 @@ def test_uids_hashed_anew_end_the_warm_start_and_the_row_of_the_standing_model(o
     assert "from nothing: the users are others than those of the model" in start_of(own, monkeypatch)[0]
     test, _ = train_without_fitting(own, monkeypatch)
     assert "standing" not in test
-
-
-def test_a_user_fewer_or_more_keeps_the_share_held_out_and_the_warm_start(own, monkeypatch, tmp_path):
-    data = _clicks_like_real(USERS + 1, seed=21)
-    for number in (USERS - 1, USERS + 1):
-        make_records(_raw(tmp_path / "raw", **data | {"users": data["users"][:number]}), own)
-        assert "training starts from the weights of the model of" in start_of(own, monkeypatch)[0]
 
 
 def test_new_videos_get_the_mean_of_the_old_ones_new_columns_zeros_and_all_else_is_as_it_was():
@@ -712,7 +680,7 @@ def kill_at(monkeypatch, place, call, work_dir):
 
 
 def test_a_first_run_killed_leaves_nothing_that_ranks_and_goes_on_to_the_same_weights(fresh, trained, monkeypatch):
-    kill_at(monkeypatch, "save_checkpoint", 2, fresh)
+    kill_at(monkeypatch, "train_epoch", 2, fresh)
     assert published(fresh) == {}
     with pytest.raises(FileNotFoundError, match=r"/model/model\.json: no such file; run train\.py first"):
         load_model(fresh)
@@ -722,14 +690,14 @@ def test_a_first_run_killed_leaves_nothing_that_ranks_and_goes_on_to_the_same_we
     assert kinds_of(published(fresh)) == kinds_of(published(trained[0]))
 
 
-def test_a_warm_run_killed_anywhere_leaves_what_stood_and_goes_on_to_the_same(today, trained, warm, monkeypatch):
-    """Killed in its second epoch, then right before model.json is written, then right after it.
+def test_a_warm_run_killed_when_it_publishes_leaves_what_stood_and_goes_on_to_the_same(
+    today, trained, warm, monkeypatch
+):
+    """Killed right before model.json is written, then right after it.
 
     In test_faults.py the disk is full at each write before.
     """
     stood = published(trained[0])
-    kill_at(monkeypatch, "train_epoch", 2, today)
-    assert published(today) == stood and (today / "model/checkpoint.npz").exists()
     kill_at(monkeypatch, "write_json", 2, today)
     assert published(today).items() >= stood.items() and len(published(today)) > len(stood)
     assert same(towers_of(today), towers_of(trained[0]))

@@ -94,13 +94,6 @@ def end(process):
     return process.returncode, out, err
 
 
-def run(folder, script, **how):
-    """Run a script to its good end and return what it printed."""
-    status, out, err = end(start(folder, script, **how))
-    assert status == 0, f"{script}.py: exit status {status}\n{out}\n{err}"
-    return out
-
-
 def wait_for(condition, otherwise):
     """Poll until condition() holds and return what it gave; give up with AssertionError(otherwise)."""
     stop = time.monotonic() + PATIENCE
@@ -262,20 +255,24 @@ class Battery:
         chain = fresh_folder(folder / "chain")
         former_data(chain)
         for script in STAGES:
-            run(chain, script)
+            self.run(chain, script)
         changed_data(chain)
         for script in STAGES:
             self.ready[script] = shutil.copytree(chain, folder / f"ready-{script}")
             self.former[script] = standing(chain)
-            lock_of(chain, script).unlink()
-            process = start(chain, script)
-            at_work(chain, script, process)
-            began = time.monotonic()
-            status, _, err = end(process)
-            assert status == 0, err
-            self.seconds[script] = time.monotonic() - began
+            self.seconds[script] = self.run(chain, script)
             self.new[script] = standing(chain)
         self.done = chain
+
+    def run(self, folder, script):
+        """Run a script to its good end and return how many seconds it was at work."""
+        lock_of(folder, script).unlink(missing_ok=True)
+        process = start(folder, script)
+        at_work(folder, script, process)
+        began = time.monotonic()
+        status, out, err = end(process)
+        assert status == 0, f"{script}.py: exit status {status}\n{out}\n{err}"
+        return time.monotonic() - began
 
     def ready_folder(self, script):
         """Return a new folder in which a script is about to run over changed data."""
@@ -295,14 +292,14 @@ class Battery:
                 self.check_ranking(folder)
         leftover = folder / "data/work" / STAGES[script] / LEFTOVER[script].format("0" * 32)
         leftover.write_bytes(b"half")
-        run(folder, script)
+        self.run(folder, script)
         self.check_same(folder, script)
         shutil.rmtree(folder)
 
     def rank(self, folder):
         """Return the rankings that infer.py gives in a copy of a folder."""
         copy = shutil.copytree(folder, self.folder / "ranked")
-        run(copy, "infer")
+        self.run(copy, "infer")
         ranked = rankings_of(standing(copy, "infer"))
         shutil.rmtree(copy)
         return ranked
