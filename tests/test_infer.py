@@ -578,7 +578,8 @@ def test_what_is_no_list_of_ids_is_refused_and_times_of_another_number(ranker, c
 
 
 @pytest.mark.parametrize("clicks", [["t0a-1_t0a", "nobody knows", "t0b-2", "t1a-1_t1a"], ["nobody knows"], []])
-def test_what_a_click_does_is_what_ranking_without_it_changes(ranker, clicks):
+def test_what_a_click_does_is_what_ranking_without_it_changes(ranker, clicks, monkeypatch):
+    monkeypatch.setattr(ranker, "mix", ranker.mix._replace(memory_weight=0.3, habit_weight=0.3))
     reasons, ranked, weights = ranker.why(clicks, top_k=3), dict(ranker.rank(clicks)), (0.4, 0.3, 0.3)
     parts = ranker.scorer.parts(ranker.padded([ranker.encode(clicks)]), ranker.mix)
     assert [reason.cid for reason in reasons] == list(ranked)[:3]
