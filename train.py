@@ -63,7 +63,7 @@ MEMORY: bool = True  # False leaves the plain two towers
 MIX_WEIGHTS: tuple[float, ...] = (0.0, 0.2, 0.4, 0.6, 0.8)  # of memory, and of habit, to choose from on validation
 HABIT_POPULARITIES: tuple[float, ...] = (0.1, 0.6, 0.9)  # shares of recent popularity in habit, to choose from
 HABIT_HOURS: tuple[float, ...] = (0.0, 3.0)  # how near in the hour of the day clicks count in habit, to choose from
-CLICKED_FACTORS: tuple[float, ...] = (1.0, 0.5, 0.001)  # for columns that the user clicked before, to choose from
+CLICKED_FACTORS: tuple[float, ...] = (1.0, 0.001)  # for columns that the user clicked before, to choose from
 CLUSTER_TIMEOUT: int = 600  # seconds that a worker waits for the others
 
 MODEL_FORMAT = 6  # of model.json
