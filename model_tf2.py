@@ -506,9 +506,8 @@ class Mix(NamedTuple):
     def apply(self, parts, clicked):
         """Parts [3, n, columns], as of Scorer, and which columns were clicked before [n, columns] -> probabilities."""
         mixed = np.tensordot(self.weights(), parts, 1)
-        np.multiply(
-            mixed, max(self.clicked_factor, 1e-9), out=mixed, where=clicked
-        )  # above 0, so every score is finite
+        factor = max(self.clicked_factor, 1e-9)  # above 0, so every score is finite
+        np.multiply(mixed, factor, out=mixed, where=clicked)
         mixed /= mixed.sum(axis=1, keepdims=True)
         return mixed
 
