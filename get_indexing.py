@@ -161,11 +161,6 @@ class Index(NamedTuple):
         videos, columns = list(self.videos)[:num_videos], list(self.columns)[:num_columns]
         return {"videos": len(videos), "columns": len(columns), "sha256": fingerprint(videos, columns)}
 
-    def check(self, made_with, path, script):
-        """Refuse the file at path, made with the index of that fingerprint, unless this index is that one, grown perhaps."""
-        now = self.fingerprint(made_with["videos"], made_with["columns"])
-        check_same(path, {"indexing/vid2idx.json": made_with}, {"indexing/vid2idx.json": now}, script)
-
 
 def load_index(work_dir=WORK_DIR, new=False):
     """Return the Index under work_dir; a file that is missing is an error, or empty where the index may be new."""
@@ -282,16 +277,6 @@ def skip_line(file, end):
     """Read on to the end of the line under way, or past `end`."""
     while file.tell() < end and (part := file.readline(1 << 20)) and not part.endswith(b"\n"):
         pass
-
-
-def content_of(path):
-    """Return (SHA-256 of a file's bytes, how many lines they hold), unpacked."""
-    digest, lines = hashlib.sha256(), 0
-    with open_unpacked(path) as file:
-        while part := file.read(1 << 20):
-            digest.update(part)
-            lines += part.count(b"\n")
-    return digest.hexdigest(), lines
 
 
 @contextlib.contextmanager

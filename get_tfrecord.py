@@ -30,8 +30,8 @@ from typing import NamedTuple
 
 from get_indexing import (
     DATA_DIR, FIRST_VIDEO, MAX_ID_CHARS, UNKNOWN, WORK_DIR,
-    BadLine, InputError, Records, Tally, constants_of, content_of, file_fingerprint, find_files, fingerprint, load_index,
-    name_unread, only_one, read_json, remove_leftovers, replacing, run_script, text_id, warn, write_json,
+    BadLine, InputError, Records, Tally, constants_of, file_fingerprint, find_files, fingerprint, load_index, name_unread,
+    only_one, open_unpacked, read_json, remove_leftovers, replacing, run_script, text_id, warn, write_json,
 )  # fmt: skip
 
 USER_MAX_LEN: int = 50  # clicks in a window, and the most that the user tower reads
@@ -112,6 +112,16 @@ def survey(folder, num_workers=NUM_WORKERS):
     stamps = list(map(stamp_of, paths))
     contents = map_files(content_of, paths, "read clicks", num_workers)
     return {path: Content(*content, stamp) for path, content, stamp in zip(paths, contents, stamps, strict=True)}
+
+
+def content_of(path):
+    """Return (SHA-256 of a file's bytes, how many lines they hold), unpacked."""
+    digest, lines = hashlib.sha256(), 0
+    with open_unpacked(path) as file:
+        while part := file.read(1 << 20):
+            digest.update(part)
+            lines += part.count(b"\n")
+    return digest.hexdigest(), lines
 
 
 def stamp_of(path):

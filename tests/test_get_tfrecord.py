@@ -669,6 +669,13 @@ def test_a_run_that_stops_says_one_line_and_leaves_the_former_records_as_they_we
 # ---------------------------------------------------------------- reruns
 
 
+def test_the_content_of_a_file_is_that_of_its_bytes_and_the_same_when_packed(tmp_path):
+    lines = [{"cid": "ü", "vids": []}, "", "x" * 3_000_000]
+    plain, packed = (_write_lines(tmp_path / f"x{ending}", lines) for ending in (".json", ".json.gz"))
+    digest = hashlib.sha256(plain.read_bytes()).hexdigest()
+    assert script.content_of(str(plain)) == script.content_of(str(packed)) == (digest, 3)
+
+
 def test_a_rerun_with_nothing_to_do_keeps_every_shard_and_does_not_import_tensorflow(tmp_path, records):
     records(RANGE_BYTES=800)
     before = stamps(tmp_path / "work/tfrecord")
