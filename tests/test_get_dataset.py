@@ -364,7 +364,7 @@ def test_what_overlapping_windows_count_is_what_the_histories_hold_once_however_
     splits, histories = (["train", "val", "test"], whole) if "COUNT_BLOCK" in cut else (["train"], trained_on)
     expected = brute_counts(histories)
     assert all(len(sums) > 5 for sums in expected)
-    counts = count_windows(manifest, splits, index, folder, num_workers=2 if "COUNT_BYTES" in cut else 1)
+    counts = count_windows(manifest, splits, index, folder, num_workers=1)
     assert as_sums(counts) == list(map(pytest.approx, expected))
 
 
