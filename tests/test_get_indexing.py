@@ -13,9 +13,7 @@ from pathlib import Path
 
 import get_indexing as script
 from conftest import HOUSE, _raw, _write_lines, files_of, run_python
-from get_indexing import (
-    InputError, Records, Tally, check_constants, get_indexing, load_index, read_lines,
-)  # fmt: skip
+from get_indexing import InputError, Records, Tally, check_constants, get_indexing, load_index, read_lines
 
 import pytest
 

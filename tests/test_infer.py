@@ -13,7 +13,7 @@ from collections import Counter
 
 import get_dataset
 import infer as infer_module
-from get_dataset import count_windows, load_manifest
+from get_dataset import column_table, count_windows, dataset_from_clicks, load_manifest
 from get_indexing import InputError, get_indexing, load_index
 from get_tfrecord import History, cut_files, get_tfrecord
 from infer import NOW_AFTER, Ranker, Reason, infer, print_example
@@ -225,6 +225,25 @@ def test_where_every_column_is_empty_it_says_so(own):
 
 
 # ---------------------------------------------------------------- serving is what was evaluated
+
+
+def test_serving_gives_the_towers_logits_of_the_training_side(trained, ranker):
+    """The last click of a user is asked for, of those before, at its time: one window holds all their clicks."""
+    index, constants, scorer = ranker.index, load_manifest(trained / "work")[0]["constants"], ranker.scorer
+    model, trend, videos = scorer.model, scorer.memory.trend, column_table(index, scorer.memory.video_clicks)
+    columns, expected, asked = model.column_vectors(videos[1:], np.arange(1, len(videos))), {}, REAL["users"][:60]
+    histories = [History(uid, clicks, TIMES[uid], 0) for uid, clicks in asked]
+    for batch in dataset_from_clicks(histories, index, constants).map(trend.add_rows):
+        vectors = model.user_vectors(batch["user_feature"], batch["user_column"], batch["user_gap"])
+        of_batch = (batch[name].numpy() for name in ("uid", "user_feature", "trend_row"))
+        for uid, clicked, row, of_user in zip(*of_batch, vectors, strict=True):
+            at = np.count_nonzero(clicked) - 2
+            of_trend = model.trend_logits(trend.table[row[at], 1:])
+            expected[uid.decode()] = (model.scaled_cosines(of_user[at : at + 1], columns)[0] + of_trend).numpy()
+    assert expected.keys() == dict(asked).keys()
+    for uid, clicks in asked:
+        users = ranker.padded([ranker.encode(clicks[:-1], TIMES[uid][:-1], TIMES[uid][-1])])
+        assert users.now[0] > 0 and np.allclose(scorer.towers(users)[0], expected[uid], atol=1e-4)
 
 
 def test_the_ranks_in_test_csv_are_those_that_serving_gives_with_what_the_training_records_count(trained):

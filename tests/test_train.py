@@ -344,9 +344,7 @@ def test_the_chosen_mix_is_the_best_on_validation_of_those_with_its_factor(train
 
 
 @pytest.mark.parametrize(("gaining", "losing", "taken"), [(0, 0, False), (20, 18, False), (20, 8, True)])
-def test_a_factor_for_columns_clicked_before_must_be_worth_more_than_a_standard_error(
-    monkeypatch, gaining, losing, taken
-):
+def test_a_factor_for_clicked_columns_must_be_worth_more_than_a_standard_error(monkeypatch, gaining, losing, taken):
     """Of 400 users it ranks the target of some first, of others 11th, where all else ranks them third: best by nothing, by a
     third of a standard error or by more than two. Of those without a factor the best one wins by a single user."""
     ranks, best, ahead = {mix: np.full(400, 3) for mix in ALL_MIXES}, Mix(0.2, 0.6, 1.0, 0.6), Mix(0.2, 0.4, 0.001, 0.1)
