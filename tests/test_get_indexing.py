@@ -17,7 +17,6 @@ from get_indexing import InputError, Records, Tally, check_constants, get_indexi
 
 import pytest
 
-
 PAIR = {"c1": ["v1", "v2"], "c2": ["v2", "v3"]}
 MANY = {f"c{i}": [f"v{i}"] for i in range(120)}  # enough that one bad line is under one in a hundred
 COLUMNS = [{"cid": cid, "vids": vids} for cid, vids in MANY.items()]
