@@ -287,32 +287,37 @@ def shelves_table(index, max_len=VIDEO_COLUMNS, num_columns=None):
 
 
 class Pairs(NamedTuple):
-    """A sparse table of sums: rising keys row * num_numbers + column number [n], and their values, float [n].
+    """A sparse table of sums in the order of rows and columns, each pair once: int32 [n], int32 [n] and float [n].
 
-    num_numbers is the number of columns + 1: column 0 is no column, or the sum of what a row lost where it was cut.
+    Column 0 is no column, or the sum of what a row lost where it was cut.
     """
 
-    keys: np.ndarray
+    rows: np.ndarray
+    columns: np.ndarray
     values: np.ndarray
 
-    def strongest(self, num_numbers, width):
+    def strongest(self, width):
         """Return the table with the `width` largest columns of each row; what the others held goes to column 0."""
-        rows, columns = np.divmod(self.keys, num_numbers)
-        order = np.lexsort((-np.where(columns > 0, self.values, 0), rows))
-        lost = np.zeros(len(rows), bool)
-        lost[order] = np.arange(len(rows)) - np.searchsorted(rows, rows) >= width  # the place within the row
-        return add_pairs(Pairs(np.where(lost, self.keys - columns, self.keys), self.values))
+        order = np.lexsort((-np.where(self.columns > 0, self.values, 0), self.rows))
+        place = np.arange(len(order)) - np.searchsorted(self.rows, self.rows)  # within the row
+        columns = self.columns.copy()
+        columns[order[place >= width]] = 0
+        return sum_pairs(self.rows, columns, self.values)
+
+
+NO_PAIRS = Pairs(np.zeros(0, np.int32), np.zeros(0, np.int32), np.zeros(0))
+
+
+def sum_pairs(rows, columns, values=None):
+    """Return the Pairs of numbers and values [n], which may come in any order; without values each counts 1."""
+    keys, place = np.unique(rows.astype(np.int64) << 32 | columns, return_inverse=True)
+    sums = np.bincount(place, values, len(keys)).astype(float)
+    return Pairs((keys >> 32).astype(np.int32), (keys & 0xFFFFFFFF).astype(np.int32), sums)
 
 
 def add_pairs(*tables):
-    """Return the sum of Pairs, whose keys may come in any order and more than once."""
-    keys, place = np.unique(np.concatenate([table.keys for table in tables]), return_inverse=True)
-    return Pairs(keys, np.bincount(place, np.concatenate([table.values for table in tables]), len(keys)))
-
-
-def ones(keys):
-    """Return Pairs that count each key once."""
-    return Pairs(keys, np.ones(len(keys)))
+    """Return the sum of Pairs."""
+    return sum_pairs(*map(np.concatenate, zip(*tables, strict=True)))
 
 
 class Counts(NamedTuple):
@@ -324,59 +329,54 @@ class Counts(NamedTuple):
     daily: Pairs  # of each day since 1970 and each column clicked then
 
 
-def add_counts(*counts, num_numbers):
-    """Return the sum; of more than MAX_PAIRS near pairs each video's strongest, many more than a memory keeps."""
-    total = Counts(*(add_pairs(*tables) for tables in zip(*counts, strict=True)))
-    if len(total.near.keys) <= MAX_PAIRS:
-        return total
-    return total._replace(near=total.near.strongest(num_numbers, MAX_WIDTH))
-
-
-def count_windows(manifest, splits, index, work_dir=WORK_DIR, num_workers=NUM_WORKERS):
+def count_windows(manifest, splits, work_dir=WORK_DIR, num_workers=NUM_WORKERS):
     """Return the Counts of the windows of splits, computed by map_files()."""
     paths = [path for split in splits for path in shards_of(manifest, split, work_dir)]
     tasks = put_together(((path, os.path.getsize(path)) for path in paths), COUNT_BYTES)
-    num_numbers, max_lag = 1 + len(index.columns), min(MAX_LAG, manifest["constants"]["WINDOW_OVERLAP"])
-    count_task = functools.partial(count_shards, max_lag=max_lag, num_numbers=num_numbers)
-    return sum_counts(map_files(count_task, tasks, "count", num_workers), num_numbers)
+    count_task = functools.partial(count_shards, max_lag=min(MAX_LAG, manifest["constants"]["WINDOW_OVERLAP"]))
+    return sum_counts(map_files(count_task, tasks, "count", num_workers))
 
 
-def count_shards(paths, max_lag, num_numbers):
+def count_shards(paths, max_lag):
     """Return the Counts of the windows of shards, of pairs up to max_lag clicks apart."""
-    blocks = (count_block(block, max_lag, num_numbers) for block in read_windows(paths, COUNT_BLOCK))
-    return sum_counts(blocks, num_numbers)
+    return sum_counts(count_block(block, max_lag) for block in read_windows(paths, COUNT_BLOCK))
 
 
-def sum_counts(counts, num_numbers):
+def sum_counts(counts):
     """Return the sum of many Counts, taken as they come; those of like size are added first, so each a few times only."""
-    sums = [Counts(*(Pairs(np.zeros(0, np.int64), np.zeros(0)) for _ in Counts._fields))]
+    sums = [Counts(*[NO_PAIRS] * len(Counts._fields))]
     for more in counts:
         sums.append(more)
-        while len(sums) > 1 and len(sums[-2].near.keys) < 2 * len(sums[-1].near.keys):
-            sums[-2:] = [add_counts(*sums[-2:], num_numbers=num_numbers)]
-    return add_counts(*sums, num_numbers=num_numbers)
+        while len(sums) > 1 and len(sums[-2].near.rows) < 2 * len(sums[-1].near.rows):
+            sums[-2:] = [add_counts(*sums[-2:])]
+    return add_counts(*sums)
 
 
-def count_block(block, max_lag, num_numbers):
+def add_counts(*counts):
+    """Return the sum; of more than MAX_PAIRS near pairs each video's strongest, many more than a memory keeps."""
+    total = Counts(*(add_pairs(*tables) for tables in zip(*counts, strict=True)))
+    return total if len(total.near.rows) <= MAX_PAIRS else total._replace(near=total.near.strongest(MAX_WIDTH))
+
+
+def count_block(block, max_lag):
     """Return the Counts of windows; a pair counts in the window in which its later click is new, so once."""
-    videos, columns = block["user_feature"].astype(np.int64), block["user_column"].astype(np.int64)
+    videos, columns = block["user_feature"], block["user_column"]
     is_new = (np.arange(videos.shape[1]) >= block["repeated"][:, None]) & (videos != PAD)
-    near = [Pairs(np.zeros(0, np.int64), np.zeros(0))]
+    near = [NO_PAIRS]
     for lag in range(1, min(videos.shape[1], 1 + max_lag)):
         earlier, later = np.s_[:, :-lag], np.s_[:, lag:]
         for video, column, weight in ((earlier, later, 1.0), (later, earlier, BACKWARD)):
             counted = is_new[later] & (columns[column] > 0) & (videos[video] >= FIRST_VIDEO)
-            keys = videos[video][counted] * num_numbers + columns[column][counted]
-            near.append(Pairs(keys, np.full(len(keys), weight * NEAR_DECAY ** (lag - 1))))
+            weights = np.full(np.count_nonzero(counted), weight * NEAR_DECAY ** (lag - 1))
+            near.append(Pairs(videos[video][counted], columns[column][counted], weights))
     rows, places = np.nonzero(columns)  # of the column clicks
-    clicked, new = columns[rows, places], is_new[rows, places]
-    follows = (rows[1:] == rows[:-1]) & new[1:]
-    days = block["user_time"][rows, places] // DAY
+    clicked, new, days = columns[rows, places], is_new[rows, places], block["user_time"][rows, places] // DAY
+    follows, dated = (rows[1:] == rows[:-1]) & new[1:], new & (days > 0)
     return Counts(
-        clicks=add_pairs(ones((videos * num_numbers + columns)[is_new])),
+        clicks=sum_pairs(videos[is_new], columns[is_new]),
         near=add_pairs(*near),
-        follows=add_pairs(ones((clicked[:-1] * num_numbers + clicked[1:])[follows])),
-        daily=add_pairs(ones((days * num_numbers + clicked)[new & (days > 0)])),
+        follows=sum_pairs(clicked[:-1][follows], clicked[1:][follows]),
+        daily=sum_pairs(days[dated], clicked[dated]),
     )
 
 

@@ -56,14 +56,8 @@ def infer(clicks_dir=CLICKS_DIR, work_dir=WORK_DIR, ranking_dir=RANKING_DIR, top
     """Write the ranking of each click file as soon as it is whole, unless it stands still; return the paths of all."""
     clicks_dir, folder, work_dir = (Path(path).absolute() for path in (clicks_dir, ranking_dir, work_dir))
     check_ranking_dir(clicks_dir, folder)
-    index, model = load_index(work_dir), read_json(work_dir / "model/model.json", "train.py")
-    contents = survey(clicks_dir, num_workers)
-    newest = max(map_files(newest_click, cut_files(contents, RANK_BYTES), "read times", num_workers))
-    constants = dict(TOP_K=top_k, DECIMALS=DECIMALS, MAX_LINE_BYTES=MAX_LINE_BYTES, MAX_ID_CHARS=MAX_ID_CHARS)
-    made_with = dict(model=model.get("id"), index=fingerprint(index.videos, index.columns), constants=constants)
-    made_with["now"] = newest and newest + NOW_AFTER
-    if newest:
-        print(f'ranked for {moment(made_with["now"])}, NOW_AFTER the newest click, where a line has no "now"')
+    index, contents = load_index(work_dir), survey(clicks_dir, num_workers)
+    made_with = describe_run(work_dir, index, contents, top_k, num_workers)
     folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder)
     outputs = {path: folder / f"{input_name(path)}.json.gz" for path in contents}
@@ -99,6 +93,17 @@ def infer(clicks_dir=CLICKS_DIR, work_dir=WORK_DIR, ranking_dir=RANKING_DIR, top
         what = "changed while it was ranked, so the former ranking stays"
         raise InputError(f"{', '.join(changed)}: {what}; run infer.py again")
     return list(outputs.values())
+
+
+def describe_run(work_dir, index, contents, top_k, num_workers):
+    """Return what shapes the rankings of a run beside the clicks, and say for which moment they are where a line has none."""
+    model, tasks = read_json(work_dir / "model/model.json", "train.py"), cut_files(contents, RANK_BYTES)
+    newest = max(map_files(newest_click, tasks, "read times", num_workers))
+    now = newest and newest + NOW_AFTER
+    if now:
+        print(f'ranked for {moment(now)}, NOW_AFTER the newest click, where a line has no "now"')
+    constants = dict(TOP_K=top_k, DECIMALS=DECIMALS, MAX_LINE_BYTES=MAX_LINE_BYTES, MAX_ID_CHARS=MAX_ID_CHARS)
+    return dict(model=model.get("id"), index=fingerprint(index.videos, index.columns), constants=constants, now=now)
 
 
 def check_ranking_dir(clicks_dir, ranking_dir):

@@ -9,10 +9,9 @@ structured semantic models for web search using clickthrough data").
 """
 
 import functools
-import itertools
 from typing import Literal, NamedTuple
 
-from get_dataset import DAY, ITEM_MAX_LEN, Pairs, add_pairs, column_table, gap_buckets
+from get_dataset import DAY, ITEM_MAX_LEN, Pairs, column_table, gap_buckets, sum_pairs
 from get_indexing import FIRST_VIDEO, PAD, UNKNOWN, InputError, OrZero, run_script
 from get_tfrecord import USER_MAX_LEN
 
@@ -31,6 +30,8 @@ INIT_STDDEV: float = 0.02  # of embeddings and kernels; Glorot trained slower an
 INIT_SCALE: float = 20.0  # of the cosine, learned from there: a bare cosine is too flat for a softmax
 AHEAD_DECAY: float | None = None  # weight of each next click as a target against the one before; None: by_rarity()
 LOSS: Literal["softmax", "bce"] = "softmax"  # over the candidates; or binary cross-entropy of each candidate
+AUX_WEIGHT: float = 1.0  # of the auxiliary loss: the video clicked next; it helps most where users are few
+AUX_VIDEOS: int = 256  # of a batch, among which that video is
 TREND_REACHES: tuple[float, ...] = (0.3, 0.9, 0.98)  # weight of a day's clicks against the next later day's
 TREND_BACKOFF: float = 20.0  # clicks by which the share of all clicks before counts in that of the last days
 TREND_SIZE: int = 1 << 24  # numbers in the table of trends: with many columns it holds fewer days
@@ -251,20 +252,38 @@ def dense(units, **options):
     return layers.Dense(units, kernel_initializer=small_normal(), use_bias=False, **options)
 
 
-def training_loss(model, batch, kind=LOSS, ahead_decay=0.0, trends=None, replica=0, num_replicas=1):
-    """Return the loss, a scalar, of a training batch of get_dataset.py: the mean over its targets.
+def training_loss(
+    model, batch, kind=LOSS, ahead_decay=0.0, trends=None, aux_weight=AUX_WEIGHT, replica=0, num_replicas=1
+):
+    """Return the loss, a scalar, of a training batch of get_dataset.py: the mean over its targets, and the auxiliary loss.
 
     Without a "seed" nothing is dropped out. trends are the table of a Trend. Of several replicas each gives the part of
-    every num_replicas-th window, counted from `replica`: the parts add up to the loss of one. A click after the next one is
-    a target too, with a weight of ahead_decay against the one before.
+    every num_replicas-th window, counted from `replica`: the parts add up to the loss of one. Where each column is a single
+    video, the auxiliary loss would say the same again and is left out.
     """
     windows = batch | {name: value[replica::num_replicas] for name, value in batch.items() if name in OF_WINDOWS}
     seed = batch["seed"] + tf.cast([0, replica], tf.int64) if "seed" in batch else None
-    user_seed, column_seed = split_seed(seed, 2)
+    user_seed, column_seed, video_seed = split_seed(seed, 3)
+    users = model.user_vectors(windows["user_feature"], windows["user_column"], windows["user_gap"], user_seed)
+    loss = column_loss(model, users, windows, kind, ahead_decay, trends, column_seed)
+    loss = tf.math.divide_no_nan(loss, tf.math.count_nonzero(batch["target_column"][..., 0], dtype=tf.float32))
+    if not aux_weight or batch["item_feature"].shape[1] == 1:
+        return loss
+    following = batch["user_feature"][:, 1:]
+    videos = tf.unique(tf.boolean_mask(following, following >= FIRST_VIDEO))[0][:AUX_VIDEOS]
+    number = tf.math.count_nonzero(following[..., None] == videos, dtype=tf.float32)
+    auxiliary = video_loss(model, users, windows["user_feature"], videos, video_seed)
+    return loss + aux_weight * tf.math.divide_no_nan(auxiliary, number)
+
+
+def column_loss(model, users, windows, kind, ahead_decay, trends, seed):
+    """Return the summed loss, a scalar, of the columns clicked next among the candidates, of user vectors [batch, len, dim].
+
+    A click after the next one is a target too, with a weight of ahead_decay against the one before.
+    """
     targets = tf.where(windows["target_column"][..., 0] > 0)  # [n, 2]: window, place
     wanted, items = (tf.gather_nd(windows[name], targets) for name in ("target_column", "target_item"))  # [n, ahead]
-    users = model.user_vectors(windows["user_feature"], windows["user_column"], windows["user_gap"], user_seed)
-    vectors = model.column_vectors(windows["item_feature"], windows["item_column"], column_seed)
+    vectors = model.column_vectors(windows["item_feature"], windows["item_column"], seed)
     logits = model.scaled_cosines(tf.gather_nd(users, targets), vectors)  # [n, items]
     if trends is not None:
         days, day = tf.unique(tf.gather_nd(windows["trend_row"], targets))
@@ -274,8 +293,20 @@ def training_loss(model, batch, kind=LOSS, ahead_decay=0.0, trends=None, replica
     own, candidates = tf.gather(logits, items, batch_dims=1), windows["item_column"][-number:]
     others = tf.where(wanted[:, :1] == candidates, -1e9, logits[:, -number:])
     weights = tf.where(wanted > 0, ahead_decay ** tf.range(wanted.shape[1], dtype=tf.float32), 0.0)
-    loss = candidate_loss(own, weights, others, windows["item_log_prob"][0], kind)
-    return tf.math.divide_no_nan(loss, tf.math.count_nonzero(batch["target_column"][..., 0], dtype=tf.float32))
+    return candidate_loss(own, weights, others, windows["item_log_prob"][0], kind)
+
+
+def video_loss(model, users, clicked, videos, seed):
+    """Return the summed auxiliary loss, a scalar: which of the videos [n] is clicked next, each as a column of its own.
+
+    users [batch, len, dim] are user vectors, clicked [batch, len] the videos that they clicked; a click on another than the
+    n is no target. So both towers learn from every click, in a column or not, as in DIEN (Zhou et al. 2019, "Deep interest
+    evolution network for click-through rate prediction").
+    """
+    targets = tf.where(clicked[:, 1:, None] == videos)  # [n, 3]: window, place, video
+    vectors = model.column_vectors(videos[:, None], tf.zeros_like(videos), seed)
+    logits = model.scaled_cosines(tf.gather_nd(users, targets[:, :2]), vectors)
+    return tf.reduce_sum(tf.nn.sparse_softmax_cross_entropy_with_logits(targets[:, 2], logits))
 
 
 def candidate_loss(own, weights, others, log_prob, kind=LOSS):
@@ -313,31 +344,27 @@ class Trend:
     """
 
     def __init__(self, daily, num_columns, reaches=TREND_REACHES, backoff=TREND_BACKOFF, size=TREND_SIZE):
-        days, columns = np.divmod(daily.keys, num_columns + 1)
-        self.first, last = 0, -2
+        days, columns, clicks = daily
+        first, last = 0, -2
         if len(days):  # a few clicks of wrong clocks, years after all others, are no days
-            most = days[np.searchsorted(np.cumsum(daily.values), 0.999 * daily.values.sum())]
-            self.first, last = days[0], days[np.searchsorted(days, most + 366) - 1]
-        self.first = max(self.first, last + 1 - size // ((num_columns + 1) * len(reaches)))
-        old = days < self.first  # no rows of their own, but clicks before all others
-        age = np.maximum(self.first - 1.0 - days, 0)  # days
-        weights = (np.where(old, daily.values * reach**age, 0) for reach in (1, *reaches))
-        ever, *recent = (np.bincount(columns, of, num_columns + 1).astype(float)[:, None] for of in weights)
-        recent = np.concatenate(recent, axis=1)
-        self.table = np.zeros([last - self.first + 3, *recent.shape], np.float32)
+            most = days[np.searchsorted(np.cumsum(clicks), 0.999 * clicks.sum())]
+            first, last = int(days[0]), int(days[np.searchsorted(days, most + 366) - 1])
+        self.first = max(first, last + 1 - size // ((num_columns + 1) * len(reaches)))  # days before it have no row
+        self.table = np.zeros([last - self.first + 3, num_columns + 1, len(reaches)], np.float32)
         self.shares = np.zeros(self.table.shape[:2], np.float32)
-        since = np.where(ever > 0, recent[:, :1].sum(), 0.0)  # clicks in all columns since each one's first
-        for day, row, shares in zip(itertools.count(self.first), self.table[1:], self.shares[1:], strict=False):
-            if ever.any():
-                share = ever / ever.sum()
+        ever, recent = np.zeros([num_columns + 1, 1]), np.zeros([num_columns + 1, len(reaches)])
+        since = np.zeros([num_columns + 1, 1])  # recent clicks in all columns since each one's first
+        for day in range(first, last + 2):
+            if ever.any() and day >= self.first:
+                share, row = ever / ever.sum(), day - self.first + 1
                 lately = (recent + backoff * share) / (recent.sum(axis=0) + backoff)
-                row[:] = np.log(np.divide(lately, share, where=ever > 0, out=np.ones_like(lately)))
-                shares[:] = ((recent[:, :1] + backoff * share) / (since + backoff))[:, 0]
-            begin, end = np.searchsorted(days, [day, day + 1])
+                self.table[row] = np.log(np.divide(lately, share, where=ever > 0, out=np.ones_like(lately)))
+                self.shares[row] = ((recent[:, :1] + backoff * share) / (since + backoff))[:, 0]
+            of_day = slice(*np.searchsorted(days, [day, day + 1]))
             recent, since = recent * reaches, since * reaches[0]
-            for clicks in (recent, ever):
-                clicks[columns[begin:end]] += daily.values[begin:end, None]
-            since[ever > 0] += daily.values[begin:end].sum()
+            for sums in (ever, recent):
+                sums[columns[of_day]] += clicks[of_day, None]
+            since[ever > 0] += clicks[of_day].sum()
 
     def add_rows(self, batch):
         """Add "trend_row" to a batch of get_dataset.py: the row of each moment that is asked for."""
@@ -355,8 +382,8 @@ class CountTable:
 
     def __init__(self, pairs, num_rows, num_numbers):
         self.pairs, self.num_numbers = pairs, num_numbers
-        self.offsets = np.searchsorted(pairs.keys, num_numbers * np.arange(num_rows + 1))
-        self.totals = np.bincount(pairs.keys // num_numbers, pairs.values, num_rows)
+        self.offsets = np.searchsorted(pairs.rows, np.arange(num_rows + 1))
+        self.totals = np.bincount(pairs.rows, pairs.values, num_rows)
 
     def weighted_rows(self, rows, weights):
         """Return sum_j weights[i, j] * row(rows[i, j]) without column 0, float64 [n, columns], of rows and weights [n, h]."""
@@ -365,7 +392,7 @@ class CountTable:
         click = np.repeat(np.arange(rows.size), lengths)  # whose row each entry that is added is of
         entry = np.arange(len(click)) + (starts - np.cumsum(lengths) + lengths)[click]
         values = self.pairs.values[entry] * weights.ravel()[click]
-        places = click // rows.shape[1] * self.num_numbers + self.pairs.keys[entry] % self.num_numbers
+        places = click // rows.shape[1] * self.num_numbers + self.pairs.columns[entry]
         sums = np.bincount(places, values, len(rows) * self.num_numbers).astype(float)  # without values it counts
         return sums.reshape(-1, self.num_numbers)[:, 1:]
 
@@ -396,24 +423,22 @@ class Memory:
     def of_counts(cls, counts, index, **trend):
         """Return the Memory of Counts, with a Trend of those constants."""
         num_videos, num_numbers = FIRST_VIDEO + len(index.videos), 1 + len(index.columns)
-        videos, columns = np.divmod(counts.clicks.keys, num_numbers)
-        video_clicks = np.bincount(videos, counts.clicks.values, num_videos)
-        column_clicks = np.bincount(columns, counts.clicks.values, num_numbers)
+        videos, columns, clicks = counts.clicks
+        video_clicks = np.bincount(videos, clicks, num_videos)
+        column_clicks = np.bincount(columns, clicks, num_numbers)
         video_clicks[:FIRST_VIDEO] = column_clicks[0] = 0
 
         video_column = np.zeros(num_videos, int)
         for number, shelf in reversed(list(enumerate(index.columns.values(), start=1))):
             video_column[shelf] = number  # of a video never clicked in a column, the first that shows it
         (main,) = np.nonzero((columns > 0) & (videos >= FIRST_VIDEO))
-        main = main[np.lexsort((-columns[main], counts.clicks.values[main]))]  # the last one written stays
+        main = main[np.lexsort((-columns[main], clicks[main]))]  # the last one written stays
         video_column[videos[main]] = columns[main]
 
-        rows, columns = np.divmod(counts.near.keys, num_numbers)
-        has_column = video_column[rows] > 0
-        keys, values = (video_column[rows] * num_numbers + columns)[has_column], counts.near.values[has_column]
-        by_column = add_pairs(Pairs(keys, values)).strongest(num_numbers, COLUMN_WIDTH)
-        by_video = counts.near.strongest(num_numbers, MEMORY_WIDTH)
-        return cls(video_clicks, column_clicks, video_column, by_video, by_column, counts.daily, **trend)
+        column_of = video_column[counts.near.rows]
+        by_column = sum_pairs(*(part[column_of > 0] for part in counts.near._replace(rows=column_of)))
+        tables = counts.near.strongest(MEMORY_WIDTH), by_column.strongest(COLUMN_WIDTH), counts.daily
+        return cls(video_clicks, column_clicks, video_column, *tables, **trend)
 
     def scores(self, videos, columns, mix):
         """Return float64 [n, columns] for histories [n, len] of videos and columns, padded at the end, by a Mix."""
@@ -455,7 +480,7 @@ class Memory:
         arrays = dict(video_clicks=self.video_clicks, column_clicks=self.column_clicks, video_column=self.video_column)
         tables = {"by_video": self.by_video.pairs, "by_column": self.by_column.pairs, "daily": self.daily}
         for name, pairs in tables.items():
-            arrays |= {f"{name}.keys": pairs.keys, f"{name}.values": pairs.values}
+            arrays |= {f"{name}.{part}": numbers for part, numbers in pairs._asdict().items()}
         np.savez(path, **arrays)
 
     @classmethod
@@ -464,7 +489,8 @@ class Memory:
         with np.load(path) as saved:
             arrays = [saved[name] for name in ("video_clicks", "column_clicks", "video_column")]
             tables = ("by_video", "by_column", "daily")
-            return cls(*arrays, *(Pairs(saved[f"{table}.keys"], saved[f"{table}.values"]) for table in tables), **trend)
+            pairs = (Pairs(*(saved[f"{table}.{part}"] for part in Pairs._fields)) for table in tables)
+            return cls(*arrays, *pairs, **trend)
 
 
 def recency(in_column, decay):

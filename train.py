@@ -66,7 +66,7 @@ HABIT_HOURS: tuple[float, ...] = (0.0, 3.0)  # how near in the hour of the day c
 CLICKED_FACTORS: tuple[float, ...] = (1.0, 0.001)  # for columns that the user clicked before, to choose from
 CLUSTER_TIMEOUT: int = 600  # seconds that a worker waits for the others
 
-MODEL_FORMAT = 6  # of model.json
+MODEL_FORMAT = 7  # of model.json
 NO_LOSS = {"loss": None, "targets": None}  # of epoch 0
 NOT_FINITE = "the model that stands is kept; lower LEARNING_RATE and run train.py again"
 GAPS = {"within an hour": 3600, "within a day": 86_400, "within a week": 604_800, "later": np.inf}  # slices, in seconds
@@ -96,7 +96,7 @@ def train(work_dir=WORK_DIR, record_constants=None, loss=LOSS, arguments=None, *
         (folder / "checkpoint.npz").unlink(missing_ok=True)
         return standing.saved["test"]
     with tensorflow_errors_named(work_dir):
-        counts = count_windows(manifest, ["train"], index, work_dir)
+        counts = count_windows(manifest, ["train"], work_dir)
         scorer, ahead_decay = make_scorer(strategy, Memory.of_counts(counts, index), index, run["shape"])
         why_cold = why_cold or other_shape(standing.saved["arguments"], scorer.model.arguments)
         if why_cold:
@@ -392,8 +392,8 @@ def choose_and_publish(scorer, standing, counts, run, manifest, index, work_dir,
         "validation": {row: means(metrics_of(of_row, num_columns)) for row, of_row in of_validation.items()},
         "mix": chosen._asdict(),
     }
-    held_out_counts = count_windows(manifest, ["val", "test"], index, work_dir)
-    memory = Memory.of_counts(add_counts(counts, held_out_counts, num_numbers=1 + len(index.columns)), index)
+    held_out_counts = count_windows(manifest, ["val", "test"], work_dir)
+    memory = Memory.of_counts(add_counts(counts, held_out_counts), index)
     publish(Path(work_dir, "model"), scorer.model, memory, index, run, table, ranks, test)
     lines = table_lines(table, chosen)
     print(*lines, sep="\n")

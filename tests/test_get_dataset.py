@@ -278,7 +278,7 @@ def test_a_column_not_clicked_in_the_training_records_is_no_candidate(tmp_path, 
     data["users"] = [(uid, [*clicks, *["t0a-1_held"] * (split == "test")]) for uid, clicks, _, split, *_ in cut]
     manifest, index = chain(tmp_path, data)
     assert manifest["held_out_share"] > 0.1 and 14 in held_out(manifest, "test", tmp_path)["target_column"]
-    memory = Memory.of_counts(count_windows(manifest, ["train"], index, tmp_path, 1), index)
+    memory = Memory.of_counts(count_windows(manifest, ["train"], tmp_path, 1), index)
     batches = list(epoch_batches(manifest, index, tmp_path, memory, 1, 1).as_numpy_iterator())
     assert len(batches) > 20 and all(len(batch["item_log_prob"]) == number for batch in batches)
     seen = set(np.concatenate([batch["item_column"] for batch in batches]).tolist())
@@ -350,29 +350,30 @@ def brute_counts(histories):
 
 
 def as_sums(counts):
-    """Counts of 6 columns -> [{(row, column): sum}], whose keys rise."""
-    assert all((np.diff(pairs.keys) > 0).all() for pairs in counts)
-    return [dict(zip(zip(*np.divmod(pairs.keys, 7), strict=True), pairs.values, strict=True)) for pairs in counts]
+    """Counts -> [{(row, column): sum}], in the order of rows and columns."""
+    sums = [{(row, column): value for row, column, value in zip(*pairs, strict=True)} for pairs in counts]
+    assert all(list(of) == sorted(of) and len(of) == len(pairs.rows) for of, pairs in zip(sums, counts, strict=True))
+    return sums
 
 
 @pytest.mark.parametrize("cut", [{}, dict(COUNT_BLOCK=7, MAX_PAIRS=40), dict(COUNT_BYTES=1, MAX_PAIRS=1)])
 def test_what_overlapping_windows_count_is_what_the_histories_hold_once_however_it_is_cut(counted, monkeypatch, cut):
     """Of all splits it is every click of everybody. There is room for all columns of a video, however often tables merge."""
-    manifest, index, folder, whole, trained_on = counted
+    manifest, _, folder, whole, trained_on = counted
     for name, value in cut.items():
         monkeypatch.setattr(script, name, value)
     splits, histories = (["train", "val", "test"], whole) if "COUNT_BLOCK" in cut else (["train"], trained_on)
     expected = brute_counts(histories)
     assert all(len(sums) > 5 for sums in expected)
-    counts = count_windows(manifest, splits, index, folder, num_workers=1)
+    counts = count_windows(manifest, splits, folder, num_workers=1)
     assert as_sums(counts) == list(map(pytest.approx, expected))
 
 
 def test_a_bounded_table_keeps_totals_exact_and_the_strongest_columns(counted, monkeypatch):
-    manifest, index, folder, _, trained_on = counted
+    manifest, _, folder, _, trained_on = counted
     monkeypatch.setattr(script, "MAX_WIDTH", 2)
     monkeypatch.setattr(script, "MAX_PAIRS", 50)
-    clicks, near, *others = as_sums(count_windows(manifest, ["train"], index, folder, 1))
+    clicks, near, *others = as_sums(count_windows(manifest, ["train"], folder, 1))
     expected = brute_counts(trained_on)
     assert [clicks, *others] == [expected[0], *expected[2:]] and len(near) < len(expected[1])
     for video in {video for video, _ in expected[1]}:

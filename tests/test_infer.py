@@ -250,7 +250,7 @@ def test_the_ranks_in_test_csv_are_those_that_serving_gives_with_what_the_traini
     """Each test user's raw clicks before the last one in a column are ranked for at its time, as infer.py does."""
     work, users, order = trained / "work", dict(REAL["users"]), list(REAL["columns"])
     (manifest, index), ranker = load_manifest(work), Ranker(work)
-    memory = Memory.of_counts(count_windows(manifest, ["train"], index, work, num_workers=1), index)
+    memory = Memory.of_counts(count_windows(manifest, ["train"], work, num_workers=1), index)
     ranker.scorer = Scorer(ranker.scorer.model, memory, index)
     with open(work / "model/test.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))

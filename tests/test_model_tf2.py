@@ -4,7 +4,7 @@ import itertools
 from types import SimpleNamespace
 
 import model_tf2
-from get_dataset import DAY, Counts, Pairs
+from get_dataset import DAY, NO_PAIRS, Counts, Pairs
 from get_indexing import FIRST_VIDEO, PAD, UNKNOWN, Index, InputError
 from model_tf2 import (
     NUM_GAPS, TREND_BACKOFF, TREND_REACHES,
@@ -228,10 +228,10 @@ TRENDS[0] = 0  # no known day
 
 
 def loss_of(model, batch, kind="softmax", training=True, **options):
-    """training_loss() with trends, in which each click after the next counts half of the one before."""
+    """training_loss() with trends, in which each click after the next counts half of the one before; of the columns alone."""
     if not training:
         batch = {name: value for name, value in batch.items() if name != "seed"}
-    return training_loss(model, batch, kind, **dict(ahead_decay=0.5, trends=TRENDS) | options)
+    return training_loss(model, batch, kind, **dict(ahead_decay=0.5, trends=TRENDS, aux_weight=0.0) | options)
 
 
 @pytest.fixture
@@ -302,6 +302,26 @@ def test_the_loss_is_that_of_the_logits_served_and_the_trend_of_each_targets_day
     assert float(losses[0]) == pytest.approx(float(losses[1]), rel=1e-6)
 
 
+def test_the_auxiliary_loss_is_of_the_video_clicked_next_among_a_few_of_the_batch_as_a_column_of_its_own(
+    model, batch, monkeypatch
+):
+    """In a column or not, but no unknown one; where each column is one video there is none."""
+    monkeypatch.setattr(model_tf2, "AUX_VIDEOS", 5)
+    batch["user_feature"] = tf.tensor_scatter_nd_update(batch["user_feature"], [[0, 1]], [UNKNOWN])
+    following = batch["user_feature"].numpy()[:, 1:]
+    videos = np.array(list(dict.fromkeys(following[following >= FIRST_VIDEO].tolist()))[:5])
+    losses = []
+    for row, place in np.argwhere(np.isin(following, videos)):
+        cut = [batch[name].numpy()[row : row + 1, : place + 1] for name in HISTORY]
+        logits = model(inputs_of(cut, (videos[:, None], np.zeros(5, int))))[0].numpy()
+        losses.append(np.log(np.exp(logits).sum()) - logits[videos == following[row, place]].item())
+    assert 5 <= len(losses) < np.count_nonzero(following)
+    with_it, without = (float(loss_of(model, batch, training=False, aux_weight=weight)) for weight in (3.0, 0.0))
+    assert with_it - without == pytest.approx(3 * np.mean(losses), rel=1e-4)
+    single = batch | {"item_feature": batch["item_feature"][:, :1]}
+    assert loss_of(model, single, training=False, aux_weight=3.0) == loss_of(model, single, training=False)
+
+
 def test_no_target_sees_its_own_click_or_a_later_one_nor_the_trend_of_another_moment(model, batch):
     """Of one target at a time: what is changed after it leaves its loss as it is, what is changed at it does not."""
     other = {"user_feature": 2 + batch["user_feature"] % 20, "user_column": 1 + batch["user_column"] % 6,
@@ -359,9 +379,10 @@ def test_the_parts_of_replicas_add_up_to_the_loss_and_the_gradients_of_one(model
     """Also of more replicas than windows, some of which have none."""
     if len(candidates) < NUM_COLUMNS:
         batch = with_candidates(batch, candidates, np.log(4 / 6))
-    loss, gradients = gradients_of(model, batch, kind, training=False)
+    options = dict(training=False, aux_weight=0.5)
+    loss, gradients = gradients_of(model, batch, kind, **options)
     for replicas in (2, 5):
-        parts = [gradients_of(model, batch, kind, training=False, replica=replica, num_replicas=replicas)
+        parts = [gradients_of(model, batch, kind, **options, replica=replica, num_replicas=replicas)
                  for replica in range(replicas)]  # fmt: skip
         assert sum(of_part for of_part, _ in parts) == pytest.approx(loss, abs=1e-4)
         for path, gradient in gradients.items():
@@ -395,13 +416,12 @@ def test_dropout_and_the_share_of_later_clicks_go_by_clicks_per_clicked_video_un
 # ---------------------------------------------------------------- trend
 
 FIRST_DAY = 20_000
-NOTHING = Pairs(np.zeros(0, np.int64), np.zeros(0))
 
 
 def pairs_of(array, first=0):
     """Pairs of an array [rows, columns + 1] of counts, whose first row has the number `first`."""
     rows, columns = np.nonzero(array)
-    return Pairs((first + rows) * array.shape[1] + columns, array[rows, columns].astype(float))
+    return Pairs(first + rows, columns, array[rows, columns].astype(float))
 
 
 def noon(day):
@@ -439,7 +459,7 @@ def test_the_trend_of_a_moment_is_that_of_the_days_before_its_own(daily):
         assert close(trend.table[row], 0 if day is None else trend_by_hand(daily, day)) and (row == 0) == (day is None)
     assert not trend.table[rows[2]].any() and trend.table[rows[4], 1:3].all()
     assert (trend.table[:, 4] == 0).all() and (trend.table[: rows[9], 3] == 0).all() and trend.table[-1, 3].all()
-    without = Trend(NOTHING, num_columns=4)
+    without = Trend(NO_PAIRS, num_columns=4)
     assert without.table.shape == (1, 5, 3) and not without.table.any() and not without.rows(moments).any()
 
 
@@ -472,7 +492,7 @@ def world():
     clicks[6, 5], clicks[0] = 9, 0
     clicks[8] = clicks[:, 6] = clicks[20:, 1:] = near[:2] = near[:, 6] = 0
     daily = rng.integers(0, 9, [5, 7]) * [0, 1, 1, 1, 1, 1, 0]
-    counts = Counts(pairs_of(clicks), pairs_of(near), NOTHING, pairs_of(daily, FIRST_DAY))
+    counts = Counts(pairs_of(clicks), pairs_of(near), NO_PAIRS, pairs_of(daily, FIRST_DAY))
     most = 1 + np.argmax(clicks[:, 1:], axis=1)  # of equal ones the first
     most[[0, 1, 8, 20, 21]] = 0, 0, 2, 1, 0  # the first column that shows it, if any
     return index, counts, clicks, near, most
@@ -548,7 +568,7 @@ def seen(columns, times=0, now=0):
 
 def timed_memory(daily):
     """A Memory of clicks [days, columns + 1] that all have a time."""
-    return Memory(np.zeros(2), daily.sum(axis=0), np.zeros(2, int), NOTHING, NOTHING, pairs_of(daily, FIRST_DAY))
+    return Memory(np.zeros(2), daily.sum(axis=0), np.zeros(2, int), NO_PAIRS, NO_PAIRS, pairs_of(daily, FIRST_DAY))
 
 
 def test_habit_is_the_users_own_columns_late_ones_weighing_more_and_a_share_of_popularity():

@@ -282,7 +282,7 @@ def test_what_a_lost_worker_raises_is_one_line_in_a_cluster_alone(monkeypatch):
 def training_scorer(work_dir, model=None):
     """(Scorer of the model, or of towers that learned nothing, with the training clicks' memory; Counts; manifest; index)."""
     manifest, index = load_manifest(work_dir, SETTINGS)
-    counts = count_windows(manifest, ["train"], index, work_dir, num_workers=1)
+    counts = count_windows(manifest, ["train"], work_dir, num_workers=1)
     model = model or build_model(num_videos=len(index.videos), num_columns=len(index.columns), emb_dim=8)
     return Scorer(model, Memory.of_counts(counts, index), index), counts, manifest, index
 
@@ -764,7 +764,7 @@ def test_an_index_with_other_numbers_is_refused(own, name):
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [("{", "damaged .*"), ('{"format": 99}', "made with format = 99, now it is 6")]
+    ("content", "message"), [("{", "damaged .*"), ('{"format": 99}', "made with format = 99, now it is 7")]
 )
 def test_a_model_file_that_is_damaged_or_of_another_format_is_refused(records, tmp_path, content, message):
     (tmp_path / "model").mkdir()
