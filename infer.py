@@ -341,7 +341,7 @@ def print_example(history, reasons, index, data_dir=DATA_DIR):
     for reason in reasons:
         shares = "popular"
         if reason.of_towers is not None:
-            habit = 1 - reason.of_towers - reason.of_memory
+            habit = max(0.0, 1 - reason.of_towers - reason.of_memory)
             shares = f"towers {reason.of_towers:.0%}, memory {reason.of_memory:.0%}, habit {habit:.0%}"
         print(f"  {reason.probability:6.1%}  {names.get(reason.cid, reason.cid)}  ({shares})")
         for effect, click in sorted(zip(reason.effects[-len(named) :], named, strict=True), reverse=True):

@@ -563,7 +563,7 @@ class Scorer:
         self.column_videos = column_table(index, memory.video_clicks, item_max_len)[self.numbers]
         self.unclicked = np.flatnonzero(self.clicks == 0)
         self.relatives = self.relatives_of(self.column_videos[self.unclicked])
-        self.is_counted = np.ones(len(self.numbers))
+        self.is_counted = np.ones(len(self.numbers))  # 1 of a column that has clicks, or relatives
         self.is_counted[self.unclicked] = self.relatives.any(axis=1)
         self.refresh()
 
@@ -592,28 +592,31 @@ class Scorer:
         clicks = np.int32(users.videos), np.int32(users.columns), np.int64(users.times), np.int64(asked)
         return self.cosines(*clicks, self.vectors).numpy() + self.trend_logits[self.memory.trend.rows(users.now)]
 
-    def parts(self, users, mix, *others):
-        """Return what is mixed: the probabilities of the towers, of the memory and of habit, [3, n, current columns].
+    def parts(self, users, *mixes):
+        """Return what is mixed, the probabilities of towers, memory and the habit of each Mix: [2 + mixes, n, current columns].
 
-        Other Mixes add a part each: their habit. For a user without any known click all are popularity. What is counted
-        shares out what the towers give the columns that have counts, or relatives with counts. Any other keeps what the
-        towers give it, so no weight pushes it down.
+        The Mixes differ in habit alone. For a user without any known click all parts are popularity.
         """
         logits = self.towers(users)
-        logits = np.subtract(logits, logits.max(axis=1, keepdims=True), dtype=float) / mix.temperature
+        logits = np.subtract(logits, logits.max(axis=1, keepdims=True), dtype=float) / mixes[0].temperature
         towers = np.exp(np.maximum(logits, -700))  # above 0, so every score is finite
         towers /= towers.sum(axis=1, keepdims=True)
-        parts = [towers]
-        habits = (self.memory.habit(users, of_mix) for of_mix in (mix, *others))
-        for scores in map(self.estimated, (self.memory.scores(users.videos, users.columns, mix), *habits)):
-            scores = np.maximum(scores, 1e-9) * self.is_counted
-            scores *= (towers @ self.is_counted / np.maximum(scores.sum(axis=1), 1e-12))[:, None]  # 0: it knows none
-            parts.append(scores + towers * (1 - self.is_counted))
-        parts, unknown = np.array(parts), ~users.is_known()
+        counted = [self.memory.scores(users.videos, users.columns, mixes[0])]
+        counted += [self.memory.habit(users, mix) for mix in mixes]
+        parts, unknown = np.array([towers, *(self.share_out(scores, towers) for scores in counted)]), ~users.is_known()
         if unknown.any():
             popular = self.estimated(self.memory.recent_popularity(users.now[unknown])) * self.clicks.sum() + 0.5
             parts[:, unknown] = popular / popular.sum(axis=1, keepdims=True)
         return parts
+
+    def share_out(self, scores, towers):
+        """Return counted scores as probabilities: they share out what the towers give the columns that are counted.
+
+        Any other column keeps what the towers give it, so no weight of the mix pushes it down.
+        """
+        scores = np.maximum(self.estimated(scores), 1e-9) * self.is_counted
+        scores *= (towers @ self.is_counted / np.maximum(scores.sum(axis=1), 1e-12))[:, None]  # 0: none is counted
+        return scores + towers * (1 - self.is_counted)
 
     def probabilities(self, users, mix):
         """Return probabilities [n, current columns] by a Mix: those of the rankings."""
