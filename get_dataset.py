@@ -320,6 +320,26 @@ def add_pairs(*tables):
     return sum_pairs(*map(np.concatenate, zip(*tables, strict=True)))
 
 
+class CountTable:
+    """A sparse matrix of counts [rows, columns], of Pairs: those of a row begin at offsets[row]; totals [rows] count all."""
+
+    def __init__(self, pairs, num_rows, num_numbers):
+        self.pairs, self.num_numbers = pairs, num_numbers
+        self.offsets = np.searchsorted(pairs.rows, np.arange(num_rows + 1))
+        self.totals = np.bincount(pairs.rows, pairs.values, num_rows)
+
+    def weighted_rows(self, rows, weights):
+        """Return sum_j weights[i, j] * row(rows[i, j]) without column 0, float64 [n, columns], of rows and weights [n, h]."""
+        starts = self.offsets[rows].ravel()
+        lengths = ((self.offsets[rows + 1] - self.offsets[rows]) * (weights != 0)).ravel()
+        click = np.repeat(np.arange(rows.size), lengths)  # whose row each entry that is added is of
+        entry = np.arange(len(click)) + (starts - np.cumsum(lengths) + lengths)[click]
+        values = self.pairs.values[entry] * weights.ravel()[click]
+        places = click // rows.shape[1] * self.num_numbers + self.pairs.columns[entry]
+        sums = np.bincount(places, values, len(rows) * self.num_numbers).astype(float)  # without values it counts
+        return sums.reshape(-1, self.num_numbers)[:, 1:]
+
+
 class Counts(NamedTuple):
     """Tables of all that is counted; their columns are column numbers."""
 

@@ -295,8 +295,7 @@ def find_files(folder, prefix=""):
     """Return the paths of folder's files that are read, by name: of that prefix, and ending in ENDINGS."""
     folder, paths = Path(folder), {}
     if not folder.is_dir():
-        place = folder.absolute()
-        raise InputError(f"{place}: no such folder; put the raw data there or edit the constant that names it")
+        raise InputError(f"{folder.absolute()}: no such folder; put raw data there or edit the constant that names it")
     for path in sorted(folder.glob("[!.]*")):
         if path.name.startswith(prefix) and path.name.endswith(ENDINGS) and not path.is_dir():
             if (name := input_name(path)) in paths:

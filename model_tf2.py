@@ -11,7 +11,7 @@ structured semantic models for web search using clickthrough data").
 import functools
 from typing import Literal, NamedTuple
 
-from get_dataset import DAY, ITEM_MAX_LEN, Pairs, column_table, gap_buckets, sum_pairs
+from get_dataset import DAY, ITEM_MAX_LEN, CountTable, Pairs, column_table, gap_buckets, sum_pairs
 from get_indexing import FIRST_VIDEO, PAD, UNKNOWN, InputError, OrZero, run_script
 from get_tfrecord import USER_MAX_LEN
 
@@ -375,26 +375,6 @@ class Trend:
         """Return the row of each moment's day; 0 where it is not known, or before all days."""
         rows = np.clip(times // DAY - self.first + 1, 0, len(self.table) - 1)
         return np.where(times > 0, rows, 0)
-
-
-class CountTable:
-    """A sparse matrix of counts [rows, columns], of Pairs: those of a row begin at offsets[row]; totals [rows] count all."""
-
-    def __init__(self, pairs, num_rows, num_numbers):
-        self.pairs, self.num_numbers = pairs, num_numbers
-        self.offsets = np.searchsorted(pairs.rows, np.arange(num_rows + 1))
-        self.totals = np.bincount(pairs.rows, pairs.values, num_rows)
-
-    def weighted_rows(self, rows, weights):
-        """Return sum_j weights[i, j] * row(rows[i, j]) without column 0, float64 [n, columns], of rows and weights [n, h]."""
-        starts = self.offsets[rows].ravel()
-        lengths = ((self.offsets[rows + 1] - self.offsets[rows]) * (weights != 0)).ravel()
-        click = np.repeat(np.arange(rows.size), lengths)  # whose row each entry that is added is of
-        entry = np.arange(len(click)) + (starts - np.cumsum(lengths) + lengths)[click]
-        values = self.pairs.values[entry] * weights.ravel()[click]
-        places = click // rows.shape[1] * self.num_numbers + self.pairs.columns[entry]
-        sums = np.bincount(places, values, len(rows) * self.num_numbers).astype(float)  # without values it counts
-        return sums.reshape(-1, self.num_numbers)[:, 1:]
 
 
 class Memory:

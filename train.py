@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from get_dataset import (
-    add_candidates, add_counts, cluster_worker, column_table, count_windows, held_out, load_manifest,
+    CountTable, add_candidates, add_counts, cluster_worker, column_table, count_windows, held_out, load_manifest,
     make_dataset, shelves_table, tensorflow_errors_named,
 )  # fmt: skip
 from get_indexing import (
@@ -43,7 +43,7 @@ from get_indexing import (
 from get_tfrecord import MADE_WITH, digests, survey
 from model_tf2 import (
     LOSS, SCORES_AT_ONCE,
-    CountTable, Memory, Mix, Scorer, Users, build_model, by_rarity, recency, sum_by_number, training_loss,
+    Memory, Mix, Scorer, Users, build_model, by_rarity, recency, sum_by_number, training_loss,
 )  # fmt: skip
 
 import keras
