@@ -37,7 +37,7 @@ from get_indexing import (
     InputError, check_same, file_fingerprint, load_index, packages_named, read_json, read_names, run_script,
 )  # fmt: skip
 from get_tfrecord import (
-    FORMAT, NUM_WORKERS, ClickEncoder, map_files, put_together, record_constants, split_windows,
+    FORMAT, NUM_WORKERS, ClickEncoder, describe_index, map_files, put_together, record_constants, split_windows,
 )  # fmt: skip
 
 with packages_named():
@@ -76,7 +76,7 @@ def load_manifest(work_dir=WORK_DIR, constants=None):
     manifest = read_json(path, "get_tfrecord.py")
     check_same(path, manifest, {"format": FORMAT}, "get_tfrecord.py")
     check_same(path, manifest["constants"], constants or record_constants(), "get_tfrecord.py")
-    check_same(path, manifest, {"index": index.fingerprint()}, "get_tfrecord.py")
+    check_same(path, manifest, {"index": describe_index(index)}, "get_tfrecord.py")
     for name, shard in manifest["shards"].items():
         if not (path.parent / name).exists() or (path.parent / name).stat().st_size != shard["bytes"]:
             raise InputError(f"{path.parent / name}: not as {path.name} says; run get_tfrecord.py again")

@@ -45,13 +45,12 @@ TASKS_AHEAD: int = 8  # tasks for each worker that are handed out at a time, who
 
 SPLITS = ("train", "val", "test")
 LISTS = ("user_feature", "user_column", "user_time", "label")  # of a record
-FORMAT = 5  # of records and manifest
-# What identifies records, in the manifest
-MADE_WITH = ("format", "index", "current_columns", "constants", "held_out_share", "input", "held_out", "timed")
-COUNTED = ("clicks", "histories", "days", "held_out", "users", "targets", *(f"{split} windows" for split in SPLITS))
+FORMAT = 6  # of records and manifest
+MADE_WITH = ("format", "index", "constants", "held_out_share", "input", "held_out")  # identify records, in the manifest
+COUNTED = ("clicks", "histories", "days", "held_out", "timed", "users", "targets", *(f"{of} windows" for of in SPLITS))
 LAST_SECOND = 10**11  # of times: beyond are milliseconds
 UNPACKS_TO = 8  # bytes that one of a gzip file holds, or so
-SKETCH = 100  # held-out users by whose draws records are known to be of the same users
+SKETCH = 100  # held-out users by whose draws and times records are known to hold out the same clicks
 
 
 def get_tfrecord(data_dir=DATA_DIR, work_dir=WORK_DIR, num_workers=NUM_WORKERS, **constants):
@@ -64,8 +63,7 @@ def get_tfrecord(data_dir=DATA_DIR, work_dir=WORK_DIR, num_workers=NUM_WORKERS, 
     lines = sum(content.lines for content in contents.values())
     made_with = {
         "format": FORMAT,
-        "index": index.fingerprint(),
-        "current_columns": fingerprint([cid for cid, videos in index.columns.items() if videos]),  # these are held out
+        "index": describe_index(index),
         "constants": settings,
         "held_out_share": held_out_share(lines, settings["HELD_OUT_USERS"], former.get("held_out_share", 0)),
     }
@@ -87,6 +85,11 @@ def read_former(folder):
         former = read_json(folder / "manifest.json", "get_tfrecord.py")
         return former if former.get("format") == FORMAT else {}
     return {}
+
+
+def describe_index(index):
+    """Return what of the index records depend on: its numbers, and the current columns, in which clicks are held out."""
+    return index.fingerprint() | {"current": fingerprint([cid for cid, videos in index.columns.items() if videos])}
 
 
 def record_constants(**constants):
@@ -116,11 +119,14 @@ def survey(folder, num_workers=NUM_WORKERS):
 
 def content_of(path):
     """Return (SHA-256 of a file's bytes, how many lines they hold), unpacked."""
-    digest, lines = hashlib.sha256(), 0
+    digest, lines, blank = hashlib.sha256(), 0, True
     with open_unpacked(path) as file:
         while part := file.read(1 << 20):
             digest.update(part)
             lines += part.count(b"\n")
+            blank = blank and part.isspace()
+    if blank:
+        raise InputError(f"{path}: nothing but blanks; copy it again, or remove it")
     return digest.hexdigest(), lines
 
 
@@ -278,7 +284,9 @@ def write_windows(task, shards, encoder, made_with, contents):
                 part["histories"][str(len(clicks))] += 1
                 part["clicks"].update(count_clicks(videos, columns, times, settings["VISIT_GAP"]))
                 part["days"].update(str(second // 86_400) for second in (*times[:1], *times[-1:]) if second)
-                part["held_out"][uid] += split_of(uid, share) != "train"
+                if split_of(uid, share) != "train":
+                    part["held_out"][uid] += 1
+                    part["timed"][uid] += any(times)
                 of_splits = split_windows(uid, videos, columns, times, encoder.current, share, settings)
                 for split, windows in of_splits.items():
                     part["users"][split] += bool(windows)
@@ -290,7 +298,7 @@ def write_windows(task, shards, encoder, made_with, contents):
             if stamp_of(path)[1:] != contents[path].stamp[1:]:  # another machine may number its files otherwise
                 raise InputError(f"{path}: changed while it was read; run get_tfrecord.py again")
     part["clicks"]["unknown_columns"] = encoder.unknown_columns
-    return part | {"held_out": +part["held_out"], "unknown_video": encoder.unknown_video, "clicked": sorted(clicked)}
+    return part | {"unknown_video": encoder.unknown_video, "clicked": sorted(clicked)}
 
 
 def count_clicks(videos, columns, times, visit_gap):
@@ -430,8 +438,8 @@ def add_parts(parts, share, contents, index):
         split: {name: sums[name][split] for name in ("users", "targets")} | {"windows": sums[f"{split} windows"]}
         for split in SPLITS
     }
-    held_out = sorted(map(draw_of, uids))[-SKETCH:]
-    return {"shards": shards, "splits": splits, "held_out": held_out, "timed": bool(days), "report": report}
+    held_out = sorted([draw_of(uid), sums["timed"][uid] > 0] for uid in uids)[-SKETCH:]
+    return {"shards": shards, "splits": splits, "held_out": held_out, "report": report}
 
 
 def count_shelved(index, clicked, unknown_video):
@@ -442,7 +450,7 @@ def count_shelved(index, clicked, unknown_video):
         "shelved_videos": len(shelved),
         "never_clicked": len(never),
         "shelved_example": vids[min(never, default=FIRST_VIDEO) - FIRST_VIDEO],
-        "clicked_example": vids[min(elsewhere) - FIRST_VIDEO] if elsewhere else unknown_video,
+        "clicked_example": unknown_video or vids[min(elsewhere or clicked, default=FIRST_VIDEO) - FIRST_VIDEO],
     }
 
 
@@ -459,8 +467,6 @@ def quantile(counts, share):
 def check_enough(manifest):
     """Refuse records that cannot train: no click in any column, or no target for training, validation or the test."""
     report, splits = manifest["report"], manifest["splits"]
-    if report["lines"] == report["skipped"].total():
-        raise InputError("no line of the click files holds clicks; write one line for each user")
     if report["history"]["max"] == 1:
         raise InputError("every history is of one click; write one line for each user: all their clicks, oldest first")
     if not report["column_clicks"]:
@@ -525,7 +531,7 @@ def oddities(report, former):
     if repeated > 0.2:
         yield (f"{repeated:.0%} of the clicks repeat the one before, same video and column: where the log holds events twice, "
                "write each once; else all figures are too good, since the next click is known")  # fmt: skip
-    if lines >= 1000 and longest > clicks / 100:
+    if longest > clicks * max(0.01, 10 / lines):
         yield f"one user has {longest:,} of the {clicks:,} clicks, perhaps a machine: leave such users out"
 
 

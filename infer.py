@@ -62,9 +62,9 @@ def infer(clicks_dir=CLICKS_DIR, work_dir=WORK_DIR, ranking_dir=RANKING_DIR, top
     remove_leftovers(folder)
     outputs = {path: folder / f"{input_name(path)}.json.gz" for path in contents}
     former = {path: read_made_of(output) for path, output in outputs.items()}
-    for path, output in outputs.items():
-        check_folder(output, former[path], clicks_dir)
     made_of = {path: made_with | {"input": content.sha256} for path, content in contents.items()}
+    for path, output in outputs.items():
+        check_folder(output, former[path], made_of[path], clicks_dir)
     stands = (folder / "default.json").exists()
     todo = [path for path in contents if not (stands and made_of[path].items() <= former[path].items())]
     served = [(path, outputs[path], former[path]["model"]) for path in todo if former[path]]
@@ -96,9 +96,18 @@ def infer(clicks_dir=CLICKS_DIR, work_dir=WORK_DIR, ranking_dir=RANKING_DIR, top
 
 
 def describe_run(work_dir, index, contents, top_k, num_workers):
-    """Return what shapes the rankings of a run beside the clicks, and say for which moment they are where a line has none."""
+    """Return what shapes the rankings of a run beside the clicks, and say for which moment they are where a line has none.
+
+    Bad lines are reported; too many of them in a file are refused, before anything is replaced.
+    """
     model, tasks = read_json(work_dir / "model/model.json", "train.py"), cut_files(contents, RANK_BYTES)
-    newest = max(map_files(newest_click, tasks, "read times", num_workers))
+    newest, tallies = 0, {path: Tally(path) for path in contents}
+    for newest_of_task, of_task in map_files(read_ranges, tasks, "read clicks", num_workers):
+        newest = max(newest, newest_of_task)
+        for tally in of_task:
+            tallies[tally.path] += tally
+    for tally in tallies.values():
+        tally.check()
     now = newest and newest + NOW_AFTER
     if now:
         print(f'ranked for {moment(now)}, NOW_AFTER the newest click, where a line has no "now"')
@@ -112,10 +121,14 @@ def check_ranking_dir(clicks_dir, ranking_dir):
         raise InputError(f"{ranking_dir}: RANKING_DIR is the folder of the clicks; name another one in infer.py")
 
 
-def newest_click(ranges):
-    """Return the newest time of the clicks in byte ranges of click files, 0 where none is known."""
-    records = itertools.chain.from_iterable(Records(path, parse_history, start, end) for path, start, end in ranges)
-    return max((history.times[-1] for history in records if history.times), default=0)
+def read_ranges(ranges):
+    """Return (the newest time of the clicks in byte ranges of click files, 0 where none is known; the Tally of each range)."""
+    newest, tallies = 0, []
+    for path, start, end in ranges:
+        records = Records(path, parse_history, start, end)
+        newest = max(newest, max((history.times[-1] for history in records if history.times), default=0))
+        tallies.append(records.tally)
+    return newest, tallies
 
 
 def moment(now):
@@ -140,10 +153,12 @@ def read_made_of(output):
     return {}
 
 
-def check_folder(output, former, clicks_dir):
+def check_folder(output, former, made_of, clicks_dir):
     """Refuse to write over the ranking of another folder's file of the same name; all may have been moved, or a part."""
+    if not former or former["input"] == made_of["input"]:
+        return
     relative = os.path.relpath(clicks_dir, output.parent)
-    if former and former["clicks"]["absolute"] != str(clicks_dir) and former["clicks"]["relative"] != relative:
+    if former["clicks"]["absolute"] != str(clicks_dir) and former["clicks"]["relative"] != relative:
         raise InputError(
             f"{output} is the ranking of a file in {former['clicks']['absolute']}, not in {clicks_dir}; give this folder a "
             "RANKING_DIR of its own in infer.py"
@@ -155,14 +170,12 @@ class Part(NamedTuple):
 
     path: str  # of the click file
     file: Path  # with the ranking
-    tally: Tally
+    users: int
     first: tuple | None  # of the first range: (line for users in no file, History and [Reason, ...] of its first user)
 
 
 def join_parts(output, parts, made_of, clicks_dir):
     """Write a ranking from its Parts, and before it what it was made of; return how many users there are."""
-    tally = functools.reduce(lambda one, other: one + other, (part.tally for part in parts))
-    tally.check()
     with replacing(output, durable=False) as temporary:
         with open(temporary, "wb") as whole:
             for part in parts:  # gzip files in a row are one gzip file
@@ -171,7 +184,7 @@ def join_parts(output, parts, made_of, clicks_dir):
                 part.file.unlink()
         places = {"absolute": str(clicks_dir), "relative": os.path.relpath(clicks_dir, output.parent)}
         write_json(made_of_file(output), made_of | {"clicks": places, "sha256": file_fingerprint(temporary)})
-    return tally.lines - tally.skipped.total()
+    return sum(part.users for part in parts)
 
 
 def rank_ranges(ranges, folder, work_dir, made_with, first=None):
@@ -179,22 +192,23 @@ def rank_ranges(ranges, folder, work_dir, made_with, first=None):
     ranker, parts = load_ranker(work_dir, made_with["model"], made_with["index"], made_with["now"]), []
     top_k, nobody = made_with["constants"]["TOP_K"], History("", [], [], 0)
     for path, start, end in ranges:
-        records, example, of_first = Records(path, parse_history, start, end), nobody, None
+        users, example, of_first = 0, nobody, None
         file = folder / f".tmp.{fingerprint(input_name(path), start)[:32]}.part"  # a leftover until it is joined
         with (
             replacing(file, durable=False) as temporary,
             open(temporary, "wb") as raw,
             gzip.GzipFile("", "wb", GZIP_LEVEL, raw, mtime=0) as packed,
         ):
-            histories = iter(records)
+            histories = iter(Records(path, parse_history, start, end))
             while block := list(itertools.islice(histories, 8 * ranker.at_once)):  # enough to find some of like length
                 packed.write("".join(ranker.lines(block, top_k)).encode())
+                users += len(block)
                 example = block[0] if example is nobody else example
         if (path, start, end) == first:
             (default,), (_, clicks, times, now) = ranker.lines([nobody], top_k), example
             shown = example._replace(now=now or made_with["now"])
             of_first = default, shown, ranker.why(clicks, EXAMPLE, times, now)
-        parts.append(Part(path, file, records.tally, of_first))
+        parts.append(Part(path, file, users, of_first))
     return parts
 
 
@@ -387,7 +401,6 @@ def judge_file(served, index, share, popular):
     """Return [(rank, rank by own columns, rank by popularity), ...] of what users of one click file clicked since."""
     clicks_path, output, _ = served
     encoder, cids, ranks, former = ClickEncoder(index), ["", *index.columns], [], {}
-    place = {cid: number for number, cid in enumerate(cids)}
     with gzip.open(output, "rt", encoding="utf-8") as lines:
         for line in lines:
             uid = json.loads(line.partition(', "columns"')[0] + "}")["uid"]
@@ -405,9 +418,8 @@ def judge_file(served, index, share, popular):
         own = {}
         for age, cid in enumerate(cid for cid in reversed(clicked[:number]) if cid):
             own[cid] = own.get(cid, 0) + 0.8**age
-        last = len(popular)
-        by_own = sorted(columns, key=lambda cid: (-own.get(cid, 0), popular.get(cid, last), place[cid]))
-        by_popularity = sorted(columns, key=lambda cid: (popular.get(cid, last), place[cid]))
+        by_popularity = sorted(sorted(columns), key=lambda cid: popular.get(cid, len(popular)))  # ties not by the model
+        by_own = sorted(by_popularity, key=lambda cid: -own.get(cid, 0))
         ranks.append([1 + order.index(target) for order in (columns, by_own, by_popularity)])
     return ranks
 

@@ -184,7 +184,7 @@ def fit(strategy, scorer, ahead_decay, manifest, index, work_dir, run):
     trends = tf.constant(memory.trend.table) if len(memory.trend.table) > 1 else None
     loss = functools.partial(training_loss, model, kind=constants["LOSS"], ahead_decay=ahead_decay, trends=trends)
     train_step = make_train_step(strategy, loss, optimizer, any_epoch.element_spec)
-    validation = rankable(held_out(manifest, "val", work_dir), scorer)
+    validation = held_out(manifest, "val", work_dir)
     log_name, history, best = restore_checkpoint(folder, model, optimizer, run)
     print("epoch      loss   targets | validation HR@10   NDCG@10       MRR      GAUC | seconds")
     next_epoch = history[-1]["epoch"] + 1 if history else int(not run["from"])
@@ -325,29 +325,21 @@ def best_epoch(history):
 # ---------------------------------------------------------------- evaluation: every current column is ranked for every user
 
 
-def rankable(users, scorer):
-    """Return the held-out users whose target is a current column, with its "target_place" among the current columns."""
-    kept = np.isin(users["target_column"], scorer.numbers)
-    if not kept.any():
-        raise InputError("no column that a held-out user clicked is still there; run get_tfrecord.py again")
-    users = {name: values[kept] for name, values in users.items()}
-    return users | {"target_place": np.searchsorted(scorer.numbers, users["target_column"])}
-
-
 def ranks_of(users, scorer, rankings):
-    """Return {name: ranks [n]} of the targets of users, as of rankable(); scores that are not finite are refused.
+    """Return {name: ranks [n]} of the targets of users, as of held_out(); scores that are not finite are refused.
 
     rankings(Users) yields (name, scores [n, current columns]).
     """
     ranks, at_once = {}, max(1, SCORES_AT_ONCE // len(scorer.numbers))
-    for start in range(0, len(users["target_place"]), at_once):
+    for start in range(0, len(users["target_column"]), at_once):
         block = {name: values[start : start + at_once] for name, values in users.items()}
         longest = max(1, np.count_nonzero(block["user_feature"], axis=1).max())
         clicks = (block[name][:, :longest] for name in ("user_feature", "user_column", "user_time"))
         for name, scores in rankings(Users(*clicks, block["now"], block["now"])):
             if not np.isfinite(scores).all():
                 raise InputError(f"{name!r} gives scores that are not finite; {NOT_FINITE}")
-            ranks.setdefault(name, []).append(rank_of(scores, block["target_place"]))
+            places = np.searchsorted(scorer.numbers, block["target_column"])
+            ranks.setdefault(name, []).append(rank_of(scores, places))
     return {name: np.concatenate(blocks) for name, blocks in ranks.items()}
 
 
@@ -380,8 +372,7 @@ def means(metrics):
 
 def choose_and_publish(scorer, standing, counts, run, manifest, index, work_dir, logs):
     """Choose the mix on validation, test it, count on all clicks, and publish; return the test's metrics."""
-    validation = rankable(held_out(manifest, "val", work_dir), scorer)
-    test = rankable(held_out(manifest, "test", work_dir), scorer)
+    validation, test = (held_out(manifest, split, work_dir) for split in ("val", "test"))
     constants, num_columns = run["constants"], len(scorer.numbers)
     plain = Mix(0.0, 0.0, 1.0, constants["HABIT_POPULARITIES"][0], constants["HABIT_HOURS"][0])
     use_memory = constants["MEMORY"]
@@ -604,10 +595,12 @@ def find_standing(work_dir, index, run):
     then, now = standing.saved["records"], run["records"]
     if now["held_out_share"] > then["held_out_share"]:
         return None, f"a share of {now['held_out_share']} of the users is held out, {then['held_out_share']} until now"
-    if 20 * len({*then["held_out"]} & {*now["held_out"]}) < len(then["held_out"]):
+    was_timed, is_timed = dict(then["held_out"]), dict(now["held_out"])  # of each user, by the draw
+    both = was_timed.keys() & is_timed.keys()
+    if 20 * len(both) < len(was_timed):
         return None, "the users are others than those of the model that stands, by their uids"
-    rules = [(of["timed"], of["constants"]["VISIT_GAP"], of["constants"]["MIN_HISTORY"]) for of in (then, now)]
-    if rules[0] != rules[1]:
+    rules = [[of["constants"][name] for name in ("VISIT_GAP", "MIN_HISTORY")] for of in (then, now)]
+    if rules[0] != rules[1] or 20 * sum(was_timed[user] != is_timed[user] for user in both) > len(both):
         return None, "other clicks are held out: times came or went, or VISIT_GAP or MIN_HISTORY is another"
     return standing, None if run["constants"]["WARM_START"] else "WARM_START is False"
 

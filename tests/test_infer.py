@@ -344,7 +344,10 @@ def test_each_input_file_has_its_ranking_beside_it_what_it_was_made_of_and_nothi
     ("name", "content", "said"),
     [("two.json.gz", b"", r"two\.json\.gz: an empty file; copy it again, or remove it"),
      ("two.json.gz", gzip.compress(b"{}" * 500, mtime=0)[:-9], "not a whole gzip file"),
-     ("one.json", b'{"uid": "b", "click_seq": ["t0b-2"]}\n{not JSON\n', r"1 of 2 lines are bad \(line 2: not JSON\), more")],
+     ("one.json", b" \n\n", "one.json: nothing but blanks; copy it again, or remove it"),
+     ("two.json.gz", gzip.compress(b"", mtime=0), "two.json.gz: nothing but blanks; copy it again, or remove it"),
+     ("two.json.gz", gzip.compress(b'{"uid": "b", "click_seq": ["t0b-2"]}\n{not JSON\n', mtime=0),
+      r"1 of 2 lines are bad \(line 2: not JSON\), more")],
 )  # fmt: skip
 def test_a_click_file_that_is_not_whole_stops_the_run_before_anything_is_replaced(two, name, content, said):
     before = stamps(two)
@@ -405,6 +408,14 @@ def test_a_ranking_of_another_click_folder_is_never_overwritten(two):
     former = stamps(two)
     rank_own(two, others)
     assert former.items() <= stamps(two).items()
+
+
+def test_a_copy_whose_rankings_lie_elsewhere_in_it_has_nothing_to_do(two, tmp_path):
+    copy = shutil.copytree(two, tmp_path / "copy")
+    (copy / "ranking").rename(copy / "work/ranking")
+    before = files_of(copy)
+    infer(copy / "asked/click_seq", copy / "work", copy / "work/ranking", num_workers=1)
+    assert files_of(copy) == before
 
 
 @pytest.mark.parametrize("moved", [["asked", "work", "ranking"], ["work", "ranking"], ["ranking"], ["work"]])
@@ -549,6 +560,18 @@ def test_the_former_rankings_are_measured_by_what_users_clicked_since(own, monke
     assert "served: " in capsys.readouterr().out and table.read_text().count("\n") == 3
 
 
+def test_columns_of_a_former_ranking_that_the_index_does_not_know_are_judged_too(own, tmp_path):
+    """The index was numbered anew: what is clicked in them now is a click in no column."""
+    _raw(own / "asked", users=[("a", ["t0a-1_t0a", "t0b-1_gone", "t0b-2_t0b"])], click_file="one")
+    with gzip.open(tmp_path / "one.json.gz", "wt") as file:
+        file.write(
+            '{"uid": "a", "columns": ["gone", "t1a", "t0b", "t0a"], "scores": [], "source": "model", "clicks": 1}\n'
+        )
+    served = str(own / "asked/click_seq/one.json"), tmp_path / "one.json.gz", "id"
+    popular = {cid: place for place, cid in enumerate(["t1a", "t0b", "t0a"])}
+    assert infer_module.judge_file(served, load_index(own / "work"), 1.0, popular) == [[3, 3, 2]]
+
+
 def test_a_run_that_fails_after_it_judged_the_former_rankings_adds_no_second_line(own, monkeypatch):
     _raw(own / "asked", users=REAL["users"])
     rank_own(own)
@@ -563,16 +586,12 @@ def test_a_run_that_fails_after_it_judged_the_former_rankings_adds_no_second_lin
     assert (own / "ranking/served.csv").read_text() == once and once.count("\n") == 2
 
 
-def test_default_json_is_made_again_where_it_is_gone_and_also_where_the_first_file_has_no_user(own):
+def test_default_json_is_made_again_where_it_is_gone(own):
     _raw(own / "asked", users=REAL["users"])
     rank_own(own)
     path = own / "ranking/default.json"
     default = path.read_text()
     path.unlink()
-    rank_own(own)
-    assert path.read_text() == default
-    path.unlink()
-    _write_lines(own / "asked/click_seq/a.json", [""])
     rank_own(own)
     assert path.read_text() == default
 

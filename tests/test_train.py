@@ -17,12 +17,12 @@ import get_indexing as toolbox
 import model_tf2
 import train as train_module
 from get_dataset import cluster_worker, count_windows, held_out, load_manifest, tensorflow_errors_named
-from get_indexing import FIRST_VIDEO, Index, InputError, get_indexing, load_index
+from get_indexing import FIRST_VIDEO, InputError, get_indexing, load_index
 from get_tfrecord import get_tfrecord, record_constants
 from model_tf2 import Memory, Mix, Scorer, Users, build_model
 from train import (
     CLICKED_FACTORS, HABIT_POPULARITIES, MIX_WEIGHTS,
-    all_rankings, grow, load_model, make_table, metrics_of, rank_of, rankable, train,
+    all_rankings, grow, load_model, make_table, metrics_of, rank_of, train,
 )  # fmt: skip
 
 import keras
@@ -292,16 +292,6 @@ def as_users(held, at=slice(None)):
     return Users(*(held[name][at] for name in ("user_feature", "user_column", "user_time", "now", "now")))
 
 
-def test_a_retired_column_is_no_target_and_in_no_ranking(records):
-    scorer, _, manifest, index = training_scorer(records)
-    scorer = Scorer(scorer.model, scorer.memory, Index(index.videos, index.columns | {"t0b": []}))
-    everyone = held_out(manifest, "test", records)
-    users, gone = rankable(everyone, scorer), list(index.columns).index("t0b") + 1
-    assert 0 < (everyone["target_column"] == gone).sum() == len(everyone["uid"]) - len(users["uid"])
-    assert scorer.towers(as_users(users)).shape == (len(users["uid"]), 11)
-    assert np.array_equal(scorer.numbers[users["target_place"]], users["target_column"])
-
-
 def test_the_baselines_are_counted_on_the_training_clicks(records, users):
     scorer, counts, manifest, index = training_scorer(records)
     clicked, follows = np.zeros(13), np.zeros([13, 13])
@@ -311,7 +301,7 @@ def test_the_baselines_are_counted_on_the_training_clicks(records, users):
         np.add.at(clicked, in_columns, 1)
         np.add.at(follows, (in_columns[:-1], in_columns[1:]), 1)
     popularity = clicked[1:] / clicked.sum()
-    held = rankable(held_out(manifest, "test", records), scorer)
+    held = held_out(manifest, "test", records)
     ranked = dict(all_rankings(scorer, counts, Mix(0.0, 0.0, 1.0, 0.1), False, None, index)(as_users(held)))
     assert list(ranked) == [*BASELINES, "towers"]
     assert np.allclose(ranked["popularity"], popularity, rtol=1e-5)
@@ -334,9 +324,9 @@ def test_the_chosen_mix_is_the_best_on_validation_of_those_with_its_factor(train
     """By the ranks of each mix as it would be served, with the training clicks' memory."""
     model, _, chosen, saved = load_model(trained[0])
     scorer, _, manifest, _ = training_scorer(trained[0], model)
-    users, gains = rankable(held_out(manifest, "val", trained[0]), scorer), {}
+    users, gains = held_out(manifest, "val", trained[0]), {}
     for mix in ALL_MIXES:
-        gains[mix] = mean_gain(scorer.probabilities(as_users(users), mix), users["target_place"])
+        gains[mix] = mean_gain(scorer.probabilities(as_users(users), mix), users["target_column"] - 1)
     alike = [gains[mix] for mix in gains if mix.clicked_factor == chosen.clicked_factor]
     assert max(alike) > min(alike) + 0.02
     assert gains[chosen] == pytest.approx(max(alike), abs=2e-3)  # of columns as good as equal, ranks may be others
@@ -421,9 +411,9 @@ def test_what_is_published_remembers_all_clicks_and_what_was_tested_only_those_o
     videos = Counter(video for clicks in users.values() for video, _ in clicks)
     assert memory.video_clicks.tolist() == [videos[number] for number in range(FIRST_VIDEO + 60)]
     scorer, _, manifest, _ = training_scorer(work_dir, model)
-    tested = rankable(held_out(manifest, "test", work_dir), scorer)
+    tested = held_out(manifest, "test", work_dir)
     _, of_memory, _ = scorer.parts(as_users(tested), chosen)
-    assert test["memory"]["NDCG@10"] == pytest.approx(mean_gain(of_memory, tested["target_place"]))
+    assert test["memory"]["NDCG@10"] == pytest.approx(mean_gain(of_memory, tested["target_column"] - 1))
 
 
 def refuse(*_, **__):
@@ -625,7 +615,9 @@ def test_a_run_that_cannot_be_warm_starts_from_nothing_and_says_why(own, monkeyp
     assert "from the weights of the model of" in printed and same(stands.get_weights(), towers_of(own))
     edit_json(path, lambda _: saved | {"index": saved["index"] | {"sha256": "other"}})
     assert "from nothing: the model that stands cannot be used" in start_of(own, monkeypatch, SEED=2)[0]
-    for changed in ({"timed": True}, {"constants": saved["records"]["constants"] | {"VISIT_GAP": 60}}):
+    users = saved["records"]["held_out"]
+    flipped = [[draw, timed != (place % 10 == 0)] for place, (draw, timed) in enumerate(users)]  # times of a tenth came
+    for changed in ({"held_out": flipped}, {"constants": saved["records"]["constants"] | {"VISIT_GAP": 60}}):
         edit_json(path, lambda _, changed=changed: saved | {"records": saved["records"] | changed})
         assert "from nothing: other clicks are held out: times came or went" in start_of(own, monkeypatch)[0]
     edit_json(path, lambda _: saved | {"records": saved["records"] | {"held_out_share": 0.125}})
@@ -661,8 +653,8 @@ def test_epoch_0_of_a_warm_run_is_what_stands_grown(today, warm, monkeypatch):
     scorer, _, manifest, _ = training_scorer(today, model)
     videos = model.video_embedding.numpy()
     assert np.allclose(videos[62], videos[2:62].mean(axis=0), atol=1e-7)
-    users = rankable(held_out(manifest, "val", today), scorer)
-    expected = mean_gain(scorer.towers(as_users(users)), users["target_place"])
+    users = held_out(manifest, "val", today)
+    expected = mean_gain(scorer.towers(as_users(users)), users["target_column"] - 1)
     assert float(history_of(warm[0])[0]["NDCG@10"]) == pytest.approx(expected)
 
 

@@ -27,7 +27,7 @@ from get_tfrecord import USER_MAX_LEN
 from model_tf2 import (
     EMB_DIM, FFN_RATIO, ITEM_BLOCKS, NUM_GAPS, NUM_TRENDS, USER_BLOCKS, Memory, build_model, training_loss,
 )  # fmt: skip
-from train import KERNEL_RATE, LEARNING_RATE, MuonAdam, epoch_batches, make_scorer, make_train_step, rankable, validate
+from train import KERNEL_RATE, LEARNING_RATE, MuonAdam, epoch_batches, make_scorer, make_train_step, validate
 
 COLUMNS = 1000
 FEW = 50_000
@@ -133,7 +133,7 @@ def epoch_and_evaluation(folder, users):
     batches = epoch_batches(manifest, index, work_dir, scorer.memory, seed=1, epoch=1)
     step = step_of(scorer.model, batches.element_spec, tf.constant(scorer.memory.trend.table))
     times = [seconds(lambda batch=batch: step(batch).numpy()) for batch in batches.take(60)]
-    validation = rankable(held_out(manifest, "val", work_dir), scorer)
+    validation = held_out(manifest, "val", work_dir)
     evaluation = in_turn(2, evaluation=lambda: validate(scorer, validation))
     return len(batches), statistics.median(times[5:]), evaluation["evaluation"]
 
