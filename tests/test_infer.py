@@ -568,8 +568,8 @@ def test_columns_of_a_former_ranking_that_the_index_does_not_know_are_judged_too
             '{"uid": "a", "columns": ["gone", "t1a", "t0b", "t0a"], "scores": [], "source": "model", "clicks": 1}\n'
         )
     served = str(own / "asked/click_seq/one.json"), tmp_path / "one.json.gz", "id"
-    popular = {cid: place for place, cid in enumerate(["t1a", "t0b", "t0a"])}
-    assert infer_module.judge_file(served, load_index(own / "work"), 1.0, popular) == [[3, 3, 2]]
+    popular, index = {"t1a": 0, "t0b": 1, "t0a": 2}, load_index(own / "work")
+    assert infer_module.judge_file(served, index, 1.0, popular) == [[3, 3, 2]]
 
 
 def test_a_run_that_fails_after_it_judged_the_former_rankings_adds_no_second_line(own, monkeypatch):
@@ -587,9 +587,9 @@ def test_a_run_that_fails_after_it_judged_the_former_rankings_adds_no_second_lin
 
 
 def test_default_json_is_made_again_where_it_is_gone(own):
+    path = own / "ranking/default.json"
     _raw(own / "asked", users=REAL["users"])
     rank_own(own)
-    path = own / "ranking/default.json"
     default = path.read_text()
     path.unlink()
     rank_own(own)

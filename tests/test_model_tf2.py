@@ -302,10 +302,8 @@ def test_the_loss_is_that_of_the_logits_served_and_the_trend_of_each_targets_day
     assert float(losses[0]) == pytest.approx(float(losses[1]), rel=1e-6)
 
 
-def test_the_auxiliary_loss_is_of_the_video_clicked_next_among_a_few_of_the_batch_as_a_column_of_its_own(
-    model, batch, monkeypatch
-):
-    """In a column or not, but no unknown one; where each column is one video there is none."""
+def test_the_auxiliary_loss_is_of_the_video_clicked_next_among_a_few_of_the_batch(model, batch, monkeypatch):
+    """As a column of its own; clicked in a column or not, but no unknown one. Where each column is one video there is none."""
     monkeypatch.setattr(model_tf2, "AUX_VIDEOS", 5)
     batch["user_feature"] = tf.tensor_scatter_nd_update(batch["user_feature"], [[0, 1]], [UNKNOWN])
     following = batch["user_feature"].numpy()[:, 1:]
