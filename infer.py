@@ -56,8 +56,9 @@ def infer(clicks_dir=CLICKS_DIR, work_dir=WORK_DIR, ranking_dir=RANKING_DIR, top
     """Write the ranking of each click file as soon as it is whole, unless it stands still; return the paths of all."""
     clicks_dir, folder, work_dir = (Path(path).absolute() for path in (clicks_dir, ranking_dir, work_dir))
     check_ranking_dir(clicks_dir, folder)
-    index, contents = load_index(work_dir), survey(clicks_dir, num_workers)
-    made_with = describe_run(work_dir, index, contents, top_k, num_workers)
+    index, model = load_index(work_dir), read_json(work_dir / "model/model.json", "train.py")
+    contents = survey(clicks_dir, num_workers)
+    made_with = describe_ranking(model, index, check_clicks(contents, num_workers), top_k)
     folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder)
     outputs = {path: folder / f"{input_name(path)}.json.gz" for path in contents}
@@ -95,19 +96,8 @@ def infer(clicks_dir=CLICKS_DIR, work_dir=WORK_DIR, ranking_dir=RANKING_DIR, top
     return list(outputs.values())
 
 
-def describe_run(work_dir, index, contents, top_k, num_workers):
-    """Return what shapes the rankings of a run beside the clicks, and say for which moment they are where a line has none.
-
-    Bad lines are reported; too many of them in a file are refused, before anything is replaced.
-    """
-    model, tasks = read_json(work_dir / "model/model.json", "train.py"), cut_files(contents, RANK_BYTES)
-    newest, tallies = 0, {path: Tally(path) for path in contents}
-    for newest_of_task, of_task in map_files(read_ranges, tasks, "read clicks", num_workers):
-        newest = max(newest, newest_of_task)
-        for tally in of_task:
-            tallies[tally.path] += tally
-    for tally in tallies.values():
-        tally.check()
+def describe_ranking(model, index, newest, top_k):
+    """Return what shapes the rankings beside the clicks, whose newest time is given; say for which moment they are."""
     now = newest and newest + NOW_AFTER
     if now:
         print(f'ranked for {moment(now)}, NOW_AFTER the newest click, where a line has no "now"')
@@ -121,7 +111,19 @@ def check_ranking_dir(clicks_dir, ranking_dir):
         raise InputError(f"{ranking_dir}: RANKING_DIR is the folder of the clicks; name another one in infer.py")
 
 
-def read_ranges(ranges):
+def check_clicks(contents, num_workers):
+    """Return the newest time of the clicks in files, of survey(), 0 where none is known; too many bad lines are refused."""
+    newest, tallies = 0, {path: Tally(path) for path in contents}
+    for newest_of_task, of_task in map_files(check_ranges, cut_files(contents, RANK_BYTES), "read clicks", num_workers):
+        newest = max(newest, newest_of_task)
+        for tally in of_task:
+            tallies[tally.path] += tally
+    for tally in tallies.values():
+        tally.check()
+    return newest
+
+
+def check_ranges(ranges):
     """Return (the newest time of the clicks in byte ranges of click files, 0 where none is known; the Tally of each range)."""
     newest, tallies = 0, []
     for path, start, end in ranges:
@@ -170,7 +172,7 @@ class Part(NamedTuple):
 
     path: str  # of the click file
     file: Path  # with the ranking
-    users: int
+    users: int  # ranked there
     first: tuple | None  # of the first range: (line for users in no file, History and [Reason, ...] of its first user)
 
 

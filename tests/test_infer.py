@@ -560,8 +560,7 @@ def test_the_former_rankings_are_measured_by_what_users_clicked_since(own, monke
     assert "served: " in capsys.readouterr().out and table.read_text().count("\n") == 3
 
 
-def test_columns_of_a_former_ranking_that_the_index_does_not_know_are_judged_too(own, tmp_path):
-    """The index was numbered anew: what is clicked in them now is a click in no column."""
+def test_columns_of_a_former_ranking_that_an_index_numbered_anew_does_not_know_are_judged_too(own, tmp_path):
     _raw(own / "asked", users=[("a", ["t0a-1_t0a", "t0b-1_gone", "t0b-2_t0b"])], click_file="one")
     with gzip.open(tmp_path / "one.json.gz", "wt") as file:
         file.write(

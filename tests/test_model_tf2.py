@@ -307,8 +307,7 @@ def test_the_auxiliary_loss_is_of_the_video_clicked_next_among_a_few_of_the_batc
     monkeypatch.setattr(model_tf2, "AUX_VIDEOS", 5)
     batch["user_feature"] = tf.tensor_scatter_nd_update(batch["user_feature"], [[0, 1]], [UNKNOWN])
     following = batch["user_feature"].numpy()[:, 1:]
-    videos = np.array(list(dict.fromkeys(following[following >= FIRST_VIDEO].tolist()))[:5])
-    losses = []
+    videos, losses = np.array(list(dict.fromkeys(following[following >= FIRST_VIDEO].tolist()))[:5]), []
     for row, place in np.argwhere(np.isin(following, videos)):
         cut = [batch[name].numpy()[row : row + 1, : place + 1] for name in HISTORY]
         logits = model(inputs_of(cut, (videos[:, None], np.zeros(5, int))))[0].numpy()

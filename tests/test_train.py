@@ -615,11 +615,13 @@ def test_a_run_that_cannot_be_warm_starts_from_nothing_and_says_why(own, monkeyp
     assert "from the weights of the model of" in printed and same(stands.get_weights(), towers_of(own))
     edit_json(path, lambda _: saved | {"index": saved["index"] | {"sha256": "other"}})
     assert "from nothing: the model that stands cannot be used" in start_of(own, monkeypatch, SEED=2)[0]
-    users = saved["records"]["held_out"]
-    flipped = [[draw, timed != (place % 10 == 0)] for place, (draw, timed) in enumerate(users)]  # times of a tenth came
-    for changed in ({"held_out": flipped}, {"constants": saved["records"]["constants"] | {"VISIT_GAP": 60}}):
-        edit_json(path, lambda _, changed=changed: saved | {"records": saved["records"] | changed})
-        assert "from nothing: other clicks are held out: times came or went" in start_of(own, monkeypatch)[0]
+    for every, start in ((10, "nothing: other clicks are held out"), (99, "the weights of the model of")):  # times came
+        flipped = [[draw, timed != (n % every == 0)] for n, (draw, timed) in enumerate(saved["records"]["held_out"])]
+        edit_json(path, lambda _, of=flipped: saved | {"records": saved["records"] | {"held_out": of}})
+        assert f"training starts from {start}" in start_of(own, monkeypatch, SEED=2)[0]
+    rules = saved["records"]["constants"] | {"VISIT_GAP": 60}
+    edit_json(path, lambda _: saved | {"records": saved["records"] | {"constants": rules}})
+    assert "from nothing: other clicks are held out: times came or went" in start_of(own, monkeypatch)[0]
     edit_json(path, lambda _: saved | {"records": saved["records"] | {"held_out_share": 0.125}})
     why = "a share of 0.25 of the users is held out, 0.125 until now"
     assert f"from nothing: {why}" in start_of(own, monkeypatch)[0]
