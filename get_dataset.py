@@ -11,7 +11,7 @@ A batch is a dict of
     user_time       int64   [batch, len]   unix seconds of those clicks, 0 = not known
     user_gap        int32   [batch, len]   how long after each click the next one came, as of gap_buckets()
     asked           int64   [batch, len]   the time of that next one, at which the next column is asked for; 0 = not known
-    target_column   int32   [batch, len, AHEAD]  the column clicked next, 0 = no target here; and those clicked after it
+    target_column   int32   [batch, len]   the column clicked next, 0 = no target here
     label           float32 [batch, len]   1.0 where there is a target
     start           int64   [batch]        place of the window in the user's history
     repeated        int64   [batch]        how many of the first clicks are in an earlier window too
@@ -20,9 +20,8 @@ and for training the column side, drawn fresh for each batch:
     item_column     int32   [items]            column numbers
     item_feature    int32   [items, item_len]  videos that stand for each, 0 = padding
     item_log_prob   float32 [candidates]       the last so many items are candidates: log of how often each is drawn
-    target_item     int32   [batch, len, AHEAD]  which items the targets are
+    target_item     int32   [batch, len]       which item the target is
     trend_row       int32   [batch, len]       row of the moment asked for in the table of a Trend, which adds it
-    seed            int64   [2]                of the dropout
 """
 
 import contextlib
@@ -30,7 +29,7 @@ import functools
 import json
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from get_indexing import (
     DATA_DIR, FIRST_VIDEO, PAD, WORK_DIR,
@@ -51,7 +50,6 @@ PARSE_BLOCK: int = 256  # records parsed in one go
 ITEM_MAX_LEN: int = 16  # videos that stand for a column: its most clicked
 ITEM_SAMPLE: int = 8  # of them, that a step reads where all are more than a batch's clicks: the first and random others
 VIDEO_COLUMNS: int = 4  # columns that a video is known by, of those that show it: the ones of fewest videos
-AHEAD: int = 4  # next clicks whose columns are targets, in one
 MAX_CANDIDATES: int = 4096  # columns that are all trained against
 NUM_NEGATIVES: int = 512  # random columns of a batch, where they are more than MAX_CANDIDATES
 MAX_LAG: int = 16  # counting: clicks from one to another that counts as near; no more than a window repeats
@@ -62,12 +60,12 @@ COUNT_BYTES: int = 16 << 20  # counting: of shards, the work of one task
 MAX_PAIRS: int = 4_000_000  # counting: pairs that are counted exactly
 MAX_WIDTH: int = 256  # counting: columns that each video keeps where there are more pairs
 
-DTYPES = {"user_feature": tf.int32, "user_column": tf.int32, "user_time": tf.int64, "label": tf.float32}
-WINDOW_SPEC = {name: tf.TensorSpec([None], dtype) for name, dtype in DTYPES.items()}
+DTYPES: Final = {"user_feature": tf.int32, "user_column": tf.int32, "user_time": tf.int64, "label": tf.float32}
+WINDOW_SPEC: Final = {name: tf.TensorSpec([None], dtype) for name, dtype in DTYPES.items()}
 WINDOW_SPEC |= {"uid": tf.TensorSpec([], tf.string)}
 WINDOW_SPEC |= {name: tf.TensorSpec([], tf.int64) for name in ("start", "repeated")}
-PADDED_SHAPES = {name: spec.shape for name, spec in WINDOW_SPEC.items()}
-DAY = 86_400  # seconds
+PADDED_SHAPES: Final = {name: spec.shape for name, spec in WINDOW_SPEC.items()}
+DAY: Final = 86_400  # seconds
 
 
 def load_manifest(work_dir=WORK_DIR, constants=None):
@@ -164,12 +162,11 @@ def add_targets(batch):
     """Cut the padding that no window needs, and add what is clicked next at each position, as the page's top says."""
     longest = tf.reduce_max(tf.math.count_nonzero(batch["user_feature"], axis=1))
     batch = batch | {name: batch[name][:, :longest] for name in DTYPES}
-    following = tf.signal.frame(tf.pad(batch["user_column"][:, 1:], [[0, 0], [0, AHEAD]]), AHEAD, 1, axis=1)
-    asked = tf.pad(batch["user_time"][:, 1:], [[0, 0], [0, 1]])
+    following, asked = (tf.pad(batch[name][:, 1:], [[0, 0], [0, 1]]) for name in ("user_column", "user_time"))
     return batch | {
         "asked": asked,
         "user_gap": gap_buckets(batch["user_time"], asked),
-        "target_column": tf.where(batch["label"][..., None] > 0, following, 0),
+        "target_column": tf.where(batch["label"] > 0, following, 0),
     }
 
 
@@ -192,7 +189,7 @@ def add_candidates(dataset, column_videos, column_clicks, seed):
     number = min(NUM_NEGATIVES, len(columns))
 
     def add(batch, draw):
-        dropout_seed, column_seed, place_seed = tf.unstack(tf.random.split(draw, 3))
+        column_seed, place_seed = tf.unstack(tf.random.split(draw))
         if len(columns) <= MAX_CANDIDATES:
             items, place = tf.constant(columns), tf.searchsorted(columns, tf.reshape(batch["target_column"], [-1]))
             log_probs = tf.zeros([len(columns)])
@@ -210,7 +207,6 @@ def add_candidates(dataset, column_videos, column_clicks, seed):
             "item_feature": tf.gather(tf.gather(column_videos, items), places, axis=1),
             "item_log_prob": log_probs,
             "target_item": tf.reshape(place, tf.shape(batch["target_column"])),
-            "seed": dropout_seed,
         }
 
     draws = tf.data.Dataset.random(seed).batch(2, drop_remainder=True)
@@ -305,7 +301,7 @@ class Pairs(NamedTuple):
         return sum_pairs(self.rows, columns, self.values)
 
 
-NO_PAIRS = Pairs(np.zeros(0, np.int32), np.zeros(0, np.int32), np.zeros(0))
+NO_PAIRS: Final = Pairs(np.zeros(0, np.int32), np.zeros(0, np.int32), np.zeros(0))
 
 
 def sum_pairs(rows, columns, values=None):

@@ -30,7 +30,7 @@ import typing
 import uuid
 import zlib
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Final, NamedTuple
 
 OrZero = Annotated[int, 0]  # the type of a constant that is a whole number and may be 0
 
@@ -40,10 +40,12 @@ MAX_BAD_FRACTION: float = 0.01  # of a file's lines; more bad lines stop the run
 MAX_LINE_BYTES: int = 32 << 20  # a longer line is skipped: about 2.5 million clicks of one user
 MAX_ID_CHARS: int = 1000  # of a user, video or column, whose line is skipped beyond; clicks may be longer
 
-PAD, UNKNOWN, FIRST_VIDEO = 0, 1, 2  # video numbers; as a column number 0 means no column
-ENDINGS = (".json", ".jsonl", ".json.gz", ".jsonl.gz")  # of all files that are read
-CHAIN = ("get_indexing", "get_tfrecord", "get_dataset", "model_tf2", "train", "infer")
-RUNNING = {  # the constants that only concern running: all others shape a result, and a change of them makes it anew
+PAD: Final = 0  # as a video number padding, as a column number no column
+UNKNOWN: Final = 1  # any unknown video
+FIRST_VIDEO: Final = 2
+ENDINGS: Final = (".json", ".jsonl", ".json.gz", ".jsonl.gz")  # of all files that are read
+CHAIN: Final = ("get_indexing", "get_tfrecord", "get_dataset", "model_tf2", "train", "infer")
+RUNNING: Final = {  # the constants that only concern running: all others shape a result, and a change of them makes it anew
     "DATA_DIR", "WORK_DIR", "CLICKS_DIR", "RANKING_DIR", "MAX_BAD_FRACTION", "NUM_WORKERS", "TASKS_AHEAD", "PARSE_BLOCK",
     "COLUMNS_AT_ONCE", "SCORES_AT_ONCE", "CLUSTER_TIMEOUT", "RANK_BYTES", "BATCH_USERS", "GZIP_LEVEL", "EXAMPLE",
 }  # fmt: skip
@@ -400,8 +402,8 @@ def check_same(path, made_with, now, script):
 
 def constants_of(*modules, **instead):
     """Return {name: value} of the modules' constants that shape a result, all but those RUNNING, or the values instead."""
-    names = ((sys.modules[module], name) for module in modules for name in sys.modules[module].__annotations__)
-    constants = {name: getattr(module, name) for module, name in names if name not in RUNNING}
+    homes = {name: module for name, (module, _) in all_constants().items() if module.__name__ in modules}
+    constants = {name: getattr(module, name) for name, module in homes.items() if name not in RUNNING}
     if unknown := instead.keys() - constants.keys():
         raise TypeError(f"no constants that shape a result: {', '.join(sorted(unknown))}")
     return constants | instead
@@ -409,12 +411,24 @@ def constants_of(*modules, **instead):
 
 def check_constants():
     """Refuse a constant, of the script that was started or of those that it imports, which its annotation does not fit."""
+    for name, (module, kind) in all_constants().items():
+        if not fits(value := getattr(module, name), kind):
+            kind = "OrZero" if kind is OrZero else kind.__name__ if type(kind) is type else kind
+            rule = "a whole number at least 1 (OrZero: 0), another number finite and not negative"
+            raise InputError(f"{name} = {value!r} in {Path(module.__file__).name}: it must be {kind}: {rule}")
+
+
+def all_constants():
+    """Return {name: (the module that it is of, its annotation)} of the constants to edit, of all scripts that are imported.
+
+    The module is the first of the chain that has it. Where an edit took the annotation away, any value of its type fits.
+    """
+    constants = {}
     for module in [sys.modules[name] for name in CHAIN if name in sys.modules]:
-        for name, kind in getattr(module, "__annotations__", {}).items():
-            if not fits(value := getattr(module, name), kind):
-                kind = "OrZero" if kind is OrZero else kind.__name__ if type(kind) is type else kind
-                rule = "a whole number at least 1 (OrZero: 0), another number finite and not negative"
-                raise InputError(f"{name} = {value!r} in {Path(module.__file__).name}: it must be {kind}: {rule}")
+        for name, value in vars(module).items():
+            if name.isupper() and not isinstance(value, type):
+                constants.setdefault(name, (module, module.__annotations__.get(name, type(value))))
+    return {name: home for name, home in constants.items() if home[1] is not Final}
 
 
 def fits(value, kind):

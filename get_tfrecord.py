@@ -26,7 +26,7 @@ import signal
 import threading
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from get_indexing import (
     DATA_DIR, FIRST_VIDEO, MAX_ID_CHARS, UNKNOWN, WORK_DIR,
@@ -43,14 +43,13 @@ RANGE_BYTES: int = 4 << 20  # of input files: the work of one task
 NUM_WORKERS: int | None = None  # processes that work on files; None: one for each core
 TASKS_AHEAD: int = 8  # tasks for each worker that are handed out at a time, whose results may wait
 
-SPLITS = ("train", "val", "test")
-LISTS = ("user_feature", "user_column", "user_time", "label")  # of a record
-FORMAT = 6  # of records and manifest
-MADE_WITH = ("format", "index", "constants", "held_out_share", "input", "held_out")  # identify records, in the manifest
-COUNTED = ("clicks", "histories", "days", "held_out", "timed", "users", "targets", *(f"{of} windows" for of in SPLITS))
-LAST_SECOND = 10**11  # of times: beyond are milliseconds
-UNPACKS_TO = 8  # bytes that one of a gzip file holds, or so
-SKETCH = 100  # held-out users by whose draws and times records are known to hold out the same clicks
+SPLITS: Final = ("train", "val", "test")
+LISTS: Final = ("user_feature", "user_column", "user_time", "label")  # of a record
+FORMAT: Final = 7  # of records and manifest
+MADE_WITH: Final = ("format", "index", "constants", "held_out_share", "input", "held_out")  # in a manifest
+LAST_SECOND: Final = 10**11  # of times: beyond are milliseconds
+UNPACKS_TO: Final = 8  # bytes that one of a gzip file holds, or so
+SKETCH: Final = 100  # held-out users by whose draws and times records are known to hold out the same clicks
 
 
 def get_tfrecord(data_dir=DATA_DIR, work_dir=WORK_DIR, num_workers=NUM_WORKERS, **constants):
@@ -265,14 +264,14 @@ def write_shards(task, folder, index, made_with, contents):
 
 
 def write_windows(task, shards, encoder, made_with, contents):
-    """Write the windows of a task into shards {split: path}; return what its part file says of them, {name: counts}.
+    """Write the windows of a task into shards {split: path}; return what its part file says of them.
 
     A click file that is no longer what the survey saw raises InputError, and no shard appears.
     """
     from tensorflow.io import TFRecordWriter
 
     settings, share = made_with["constants"], made_with["held_out_share"]
-    part, clicked = {name: collections.Counter() for name in COUNTED} | {"tallies": []}, set()
+    counts, tallies, clicked = collections.defaultdict(collections.Counter), [], set()
     with contextlib.ExitStack() as stack:  # the writers close first, then the shards take their names
         temporary = {split: stack.enter_context(replacing(path)) for split, path in shards.items()}
         writers = {split: stack.enter_context(TFRecordWriter(str(path))) for split, path in temporary.items()}
@@ -281,24 +280,24 @@ def write_windows(task, shards, encoder, made_with, contents):
             for uid, clicks, times, _ in records:
                 videos, columns = encoder.encode(clicks)
                 clicked.update(videos)
-                part["histories"][str(len(clicks))] += 1
-                part["clicks"].update(count_clicks(videos, columns, times, settings["VISIT_GAP"]))
-                part["days"].update(str(second // 86_400) for second in (*times[:1], *times[-1:]) if second)
+                counts["histories"][str(len(clicks))] += 1
+                counts["clicks"].update(count_clicks(videos, columns, times, settings["VISIT_GAP"]))
+                counts["days"].update(str(second // 86_400) for second in (*times[:1], *times[-1:]) if second)
                 if split_of(uid, share) != "train":
-                    part["held_out"][uid] += 1
-                    part["timed"][uid] += any(times)
+                    counts["held_out"][uid] += 1
+                    counts["timed"][uid] += any(times)
                 of_splits = split_windows(uid, videos, columns, times, encoder.current, share, settings)
                 for split, windows in of_splits.items():
-                    part["users"][split] += bool(windows)
+                    counts["users"][split] += bool(windows)
                     for window in windows:
-                        part["targets"][split] += window["label"].count(1.0)
-                        part[f"{split} windows"][str(len(window["label"]))] += 1
+                        counts["targets"][split] += window["label"].count(1.0)
+                        counts[f"{split} windows"][str(len(window["label"]))] += 1
                         writers[split].write(serialize_window(window))
-            part["tallies"].append(vars(records.tally) | {"path": Path(path).name})  # wherever the folder is
+            tallies.append(vars(records.tally) | {"path": Path(path).name})  # wherever the folder is
             if stamp_of(path)[1:] != contents[path].stamp[1:]:  # another machine may number its files otherwise
                 raise InputError(f"{path}: changed while it was read; run get_tfrecord.py again")
-    part["clicks"]["unknown_columns"] = encoder.unknown_columns
-    return part | {"unknown_video": encoder.unknown_video, "clicked": sorted(clicked)}
+    counts["clicks"]["unknown_columns"] = encoder.unknown_columns
+    return dict(counts=counts, tallies=tallies, clicked=sorted(clicked), unknown_video=encoder.unknown_video)
 
 
 def count_clicks(videos, columns, times, visit_gap):
@@ -408,14 +407,14 @@ def serialize_window(window):
 
 def add_parts(parts, share, contents, index):
     """Add up what part files say, the manifest's part of it from "shards" on; too many bad lines are refused."""
-    shards, unknown, clicked, sums = {}, "", set(), {name: collections.Counter() for name in COUNTED}
+    shards, unknown, clicked, sums = {}, "", set(), collections.defaultdict(collections.Counter)
     files = {Path(path).name: Tally(path) for path in contents}
     for part in parts:
         shards |= part["shards"]
         unknown = unknown or part["unknown_video"]
         clicked.update(part["clicked"])
-        for name, counts in sums.items():
-            counts.update(part[name])
+        for name, counts in part["counts"].items():
+            sums[name].update(counts)
         for of_range in part["tallies"]:
             files[of_range["path"]] += Tally(**of_range | {"skipped": collections.Counter(of_range["skipped"])})
     for tally in files.values():

@@ -9,7 +9,7 @@ structured semantic models for web search using clickthrough data").
 """
 
 import functools
-from typing import Literal, NamedTuple
+from typing import Final, Literal, NamedTuple
 
 from get_dataset import DAY, ITEM_MAX_LEN, CountTable, Pairs, column_table, gap_buckets, sum_pairs
 from get_indexing import FIRST_VIDEO, PAD, UNKNOWN, InputError, OrZero, run_script
@@ -25,10 +25,9 @@ NUM_HEADS: int = 2
 USER_BLOCKS: OrZero = 2  # transformer blocks of the user tower
 ITEM_BLOCKS: OrZero = 0  # of the column tower; one makes a step 1.3 to 1.7 times as long and gains little
 FFN_RATIO: int = 2  # width of a block's feed-forward layer, in EMB_DIM
-DROPOUT: float | None = None  # None: by the rarity of the videos, see by_rarity()
+DROPOUT: float | None = None  # None: by the clicks per video, see dropout_for()
 INIT_STDDEV: float = 0.02  # of embeddings and kernels; Glorot trained slower and ended lower
 INIT_SCALE: float = 20.0  # of the cosine, learned from there: a bare cosine is too flat for a softmax
-AHEAD_DECAY: float | None = None  # weight of each next click as a target against the one before; None: by_rarity()
 LOSS: Literal["softmax", "bce"] = "softmax"  # over the candidates; or binary cross-entropy of each candidate
 AUX_WEIGHT: float = 0.5  # of the auxiliary loss: the video clicked next; it helps most where users are few
 AUX_VIDEOS: int = 256  # of a batch, among which that video is
@@ -47,9 +46,9 @@ TEMPERATURE: float = 1.5  # of the towers' softmax in the mix
 COLUMNS_AT_ONCE: int = 8192  # columns whose vectors are computed at once
 SCORES_AT_ONCE: int = 1 << 17  # scores of users for columns in a block: bounds the memory, and fits a cache
 
-OF_WINDOWS = ("user_feature", "user_column", "user_gap", "trend_row", "target_column", "target_item")  # in a batch
-NUM_TRENDS = len(TREND_REACHES)
-NUM_GAPS = 32  # kinds of gaps between a click and the moment asked for: 0 is not known, then factors of two
+OF_WINDOWS: Final = ("user_feature", "user_column", "user_gap", "trend_row", "target_column", "target_item")
+NUM_TRENDS: Final = len(TREND_REACHES)
+NUM_GAPS: Final = 32  # kinds of gaps between a click and the moment asked for: 0 is not known, then factors of two
 
 
 class Block(layers.Layer):
@@ -61,16 +60,17 @@ class Block(layers.Layer):
 
     def __init__(self, dim, num_heads, ffn_ratio, dropout, max_age=None):
         super().__init__()
-        self.dim, self.num_heads, self.dropout, self.max_age = dim, num_heads, dropout, max_age
+        self.dim, self.num_heads, self.max_age = dim, num_heads, max_age
         self.query_key_value, self.output_projection = dense(3 * dim), dense(dim)
         self.expand, self.contract = dense(ffn_ratio * dim, activation="relu"), dense(dim)
+        self.dropout = layers.Dropout(dropout)
         if max_age is not None:
             self.age_bias = self.add_weight((num_heads, max_age + 1), "zeros", name="age_bias")
 
-    def call(self, states, mask, seed=None):
+    def call(self, states, mask, training=False):
         """States [batch, len, dim], mask [batch, len] (True = real) -> states [batch, len, dim]."""
         states = rms_norm(states + self.attend(states, mask))
-        return rms_norm(states + drop_out(self.contract(self.expand(states)), self.dropout, seed))
+        return rms_norm(states + self.dropout(self.contract(self.expand(states)), training=training))
 
     def attend(self, states, mask):
         """Multi-head self-attention in which no query sees padding nor, in a sequence, what comes later."""
@@ -93,31 +93,20 @@ class Tower(layers.Layer):
 
     def __init__(self, num_blocks, dropout, **block):
         super().__init__()
-        self.dropout = dropout
+        self.dropout = layers.Dropout(dropout)
         self.blocks = [Block(dropout=dropout, **block) for _ in range(num_blocks)]
 
-    def call(self, states, mask, seed=None):
+    def call(self, states, mask, training=False):
         """Embeddings [batch, len, dim], mask [batch, len] -> states [batch, len, dim], zero where there is padding."""
-        first, *seeds = split_seed(seed, 1 + len(self.blocks))
-        states = drop_out(rms_norm(states), self.dropout, first)
-        for block, of_block in zip(self.blocks, seeds, strict=True):
-            states = block(states, mask, of_block)
+        states = self.dropout(rms_norm(states), training=training)
+        for block in self.blocks:
+            states = block(states, mask, training=training)
         return states * tf.cast(mask, states.dtype)[..., None]
 
 
 def rms_norm(inputs):
     """Return inputs scaled so that the mean square of the last axis is 1 (Zhang and Sennrich 2019), without a gain."""
     return keras.ops.rms_normalization(inputs, epsilon=1e-6)
-
-
-def drop_out(inputs, rate, seed):
-    """Return inputs with a share `rate`, drawn by the seed [2], set to 0 and the others scaled up; without seed as is."""
-    return inputs if seed is None else tf.nn.experimental.stateless_dropout(inputs, rate, seed)
-
-
-def split_seed(seed, number):
-    """Return so many independent seeds [2] made of one, or as many None of None."""
-    return [None] * number if seed is None else tf.unstack(tf.random.split(seed, number))
 
 
 class BST_DSSM(keras.Model):
@@ -163,14 +152,14 @@ class BST_DSSM(keras.Model):
         vectors = self.column_vectors(inputs["item_feature"], inputs["item_column"])
         return self.scaled_cosines(self.last_vectors(users, inputs["user_feature"]), vectors)
 
-    def user_vectors(self, videos, columns, gaps, seed=None):
+    def user_vectors(self, videos, columns, gaps, training=False):
         """Clicked videos, their columns and gaps [batch, len] -> vectors [batch, len, dim]: the user after each click.
 
-        A gap is of gap_buckets(): between the click and the moment asked for. A seed [2] means training: it draws the dropout.
+        A gap is of gap_buckets(): between the click and the moment asked for.
         """
         when = tf.gather(self.gap_embedding.value, gaps) * tf.cast(gaps > 0, tf.float32)[..., None]
         states = self.embed_videos(videos) + self.embed_columns(columns) + when
-        users = tf.math.l2_normalize(self.user_tower(states, videos != PAD, seed), axis=-1)
+        users = tf.math.l2_normalize(self.user_tower(states, videos != PAD, training=training), axis=-1)
         sureness = tf.exp(tf.where(gaps > 0, tf.gather(self.gap_scale.value, gaps), 0.0))
         return users * sureness[..., None]
 
@@ -179,14 +168,14 @@ class BST_DSSM(keras.Model):
         last = tf.maximum(tf.math.count_nonzero(videos, axis=1, dtype=tf.int32) - 1, 0)
         return tf.gather(users, last, batch_dims=1)
 
-    def column_vectors(self, videos, columns, seed=None):
+    def column_vectors(self, videos, columns, training=False):
         """Each column's videos [columns, len] and own numbers [columns] -> vectors [columns, dim].
 
         The mean over the videos' states, with column_map a linear map of it, since to be clicked is not to be next, and the
         column's own embedding, which a column newer than the model lacks.
         """
         mask = videos != PAD
-        states = self.column_tower(self.embed_videos(videos), mask, seed)
+        states = self.column_tower(self.embed_videos(videos), mask, training=training)
         mean = tf.reduce_sum(states, axis=1) / tf.maximum(tf.math.count_nonzero(mask, 1, True, states.dtype), 1)
         if self.column_map:
             mean += self.column_map(mean)
@@ -221,15 +210,13 @@ class BST_DSSM(keras.Model):
         return embedded * tf.cast(known, embedded.dtype)[..., None]
 
 
-def by_rarity(clicks, num_videos):
-    """Return (DROPOUT, AHEAD_DECAY), where they are None by the rarity of the clicked videos: 1 / sqrt(clicks per video).
+def dropout_for(video_clicks):
+    """Return DROPOUT; where it is None 1 / sqrt(clicks per clicked video), from .1 to .3, for clicks [videos].
 
-    What is known of a video from n clicks is known to about 1 / sqrt(n). The rarer videos are, the more is left out in
-    training, and the more the clicks after the next one count as targets beside it.
+    What is known of a video from n clicks is known to about 1 / sqrt(n): the rarer videos are, the more is left out.
     """
-    rarity = (num_videos / max(clicks, 1)) ** 0.5
-    dropout = round(min(max(rarity, 0.1), 0.3), 2) if DROPOUT is None else DROPOUT
-    return dropout, round(min(2 * rarity, 0.6), 2) if AHEAD_DECAY is None else AHEAD_DECAY
+    rarity = (np.count_nonzero(video_clicks) / max(video_clicks.sum(), 1)) ** 0.5
+    return round(min(max(rarity, 0.1), 0.3), 2) if DROPOUT is None else DROPOUT
 
 
 def build_model(**arguments):
@@ -252,38 +239,31 @@ def dense(units, **options):
     return layers.Dense(units, kernel_initializer=small_normal(), use_bias=False, **options)
 
 
-def training_loss(
-    model, batch, kind=LOSS, ahead_decay=0.0, trends=None, aux_weight=AUX_WEIGHT, replica=0, num_replicas=1
-):
+def training_loss(model, batch, kind=LOSS, trends=None, aux_weight=AUX_WEIGHT, replica=0, num_replicas=1):
     """Return the loss, a scalar, of a training batch of get_dataset.py: the mean over its targets, and the auxiliary loss.
 
-    Without a "seed" nothing is dropped out. trends are the table of a Trend. Of several replicas each gives the part of
-    every num_replicas-th window, counted from `replica`: the parts add up to the loss of one. Where each column is a single
-    video, the auxiliary loss would say the same again and is left out.
+    trends are the table of a Trend. Of several replicas each gives the part of every num_replicas-th window, counted from
+    `replica`: the parts add up to the loss of one. Where each column is a single video, the auxiliary loss would say the
+    same again and is left out.
     """
     windows = batch | {name: value[replica::num_replicas] for name, value in batch.items() if name in OF_WINDOWS}
-    seed = batch["seed"] + tf.cast([0, replica], tf.int64) if "seed" in batch else None
-    user_seed, column_seed, video_seed = split_seed(seed, 3)
-    users = model.user_vectors(windows["user_feature"], windows["user_column"], windows["user_gap"], user_seed)
-    loss = column_loss(model, users, windows, kind, ahead_decay, trends, column_seed)
-    loss = tf.math.divide_no_nan(loss, tf.math.count_nonzero(batch["target_column"][..., 0], dtype=tf.float32))
+    users = model.user_vectors(windows["user_feature"], windows["user_column"], windows["user_gap"], training=True)
+    loss = column_loss(model, users, windows, kind, trends)
+    loss = tf.math.divide_no_nan(loss, tf.math.count_nonzero(batch["target_column"], dtype=tf.float32))
     if not aux_weight or batch["item_feature"].shape[1] == 1:
         return loss
     following = batch["user_feature"][:, 1:]
     videos = tf.unique(tf.boolean_mask(following, following >= FIRST_VIDEO))[0][:AUX_VIDEOS]
     number = tf.math.count_nonzero(following[..., None] == videos, dtype=tf.float32)
-    auxiliary = video_loss(model, users, windows["user_feature"], videos, video_seed)
+    auxiliary = video_loss(model, users, windows["user_feature"], videos)
     return loss + aux_weight * tf.math.divide_no_nan(auxiliary, number)
 
 
-def column_loss(model, users, windows, kind, ahead_decay, trends, seed):
-    """Return the summed loss, a scalar, of the columns clicked next among the candidates, of user vectors [batch, len, dim].
-
-    A click after the next one is a target too, with a weight of ahead_decay against the one before.
-    """
-    targets = tf.where(windows["target_column"][..., 0] > 0)  # [n, 2]: window, place
-    wanted, items = (tf.gather_nd(windows[name], targets) for name in ("target_column", "target_item"))  # [n, ahead]
-    vectors = model.column_vectors(windows["item_feature"], windows["item_column"], seed)
+def column_loss(model, users, windows, kind, trends):
+    """Return the summed loss, a scalar, of the columns clicked next among the candidates, of user vectors [batch, len, dim]."""
+    targets = tf.where(windows["target_column"] > 0)  # [n, 2]: window, place
+    wanted, items = (tf.gather_nd(windows[name], targets) for name in ("target_column", "target_item"))  # [n]
+    vectors = model.column_vectors(windows["item_feature"], windows["item_column"], training=True)
     logits = model.scaled_cosines(tf.gather_nd(users, targets), vectors)  # [n, items]
     if trends is not None:
         days, day = tf.unique(tf.gather_nd(windows["trend_row"], targets))
@@ -291,12 +271,11 @@ def column_loss(model, users, windows, kind, ahead_decay, trends, seed):
         logits += tf.gather(model.trend_logits(of_days), day)
     number = tf.size(windows["item_log_prob"])
     own, candidates = tf.gather(logits, items, batch_dims=1), windows["item_column"][-number:]
-    others = tf.where(wanted[:, :1] == candidates, -1e9, logits[:, -number:])
-    weights = tf.where(wanted > 0, ahead_decay ** tf.range(wanted.shape[1], dtype=tf.float32), 0.0)
-    return candidate_loss(own, weights, others, windows["item_log_prob"][0], kind)
+    others = tf.where(wanted[:, None] == candidates, -1e9, logits[:, -number:])
+    return candidate_loss(own, others, windows["item_log_prob"][0], kind)
 
 
-def video_loss(model, users, clicked, videos, seed):
+def video_loss(model, users, clicked, videos):
     """Return the summed auxiliary loss, a scalar: which of the videos [n] is clicked next, each as a column of its own.
 
     users [batch, len, dim] are user vectors, clicked [batch, len] the videos that they clicked; a click on another than the
@@ -304,27 +283,22 @@ def video_loss(model, users, clicked, videos, seed):
     evolution network for click-through rate prediction").
     """
     targets = tf.where(clicked[:, 1:, None] == videos)  # [n, 3]: window, place, video
-    vectors = model.column_vectors(videos[:, None], tf.zeros_like(videos), seed)
+    vectors = model.column_vectors(videos[:, None], tf.zeros_like(videos), training=True)
     logits = model.scaled_cosines(tf.gather_nd(users, targets[:, :2]), vectors)
     return tf.reduce_sum(tf.nn.sparse_softmax_cross_entropy_with_logits(targets[:, 2], logits))
 
 
-def candidate_loss(own, weights, others, log_prob, kind=LOSS):
-    """Return the sum of the losses of targets, a scalar: own [n, ahead] are their logits, others [n, m] the candidates'.
+def candidate_loss(own, others, log_prob, kind=LOSS):
+    """Return the sum of the losses of targets, a scalar: own [n] are their logits, others [n, m] the candidates'.
 
-    A target is what is clicked next and, by their weights [n, ahead], what is clicked after that. log_prob is the log of how
-    often each candidate is drawn: it is weighted by the inverse of that, so that a sample stands for all (Bengio and Senecal
-    2008). "softmax" is the cross-entropy over the next and the others, "bce" the sum of their binary
-    cross-entropies. A logit of -1e9 leaves a candidate out.
+    log_prob is the log of how often each candidate is drawn: it is weighted by the inverse of that, so that a sample stands
+    for all (Bengio and Senecal 2008). "softmax" is the cross-entropy of a target among the others, "bce" the sum of the
+    binary cross-entropies. A logit of -1e9 leaves a candidate out.
     """
-    weights /= tf.reduce_sum(weights, axis=1, keepdims=True)
     if kind == "softmax":
-        following = own[:, 0]
-        against = tf.reduce_logsumexp(others, axis=1) - log_prob
-        losses = following + tf.nn.softplus(against - following) - tf.reduce_sum(weights * own, axis=1)
+        losses = tf.nn.softplus(tf.reduce_logsumexp(others, axis=1) - log_prob - own)
     elif kind == "bce":
-        losses = tf.reduce_sum(weights * tf.nn.softplus(-own), axis=1)
-        losses += tf.reduce_sum(tf.nn.softplus(others), axis=1) * tf.exp(-log_prob)
+        losses = tf.nn.softplus(-own) + tf.reduce_sum(tf.nn.softplus(others), axis=1) * tf.exp(-log_prob)
     else:
         raise InputError(f'LOSS = {kind!r}: it must be "softmax" or "bce"')
     return tf.reduce_sum(losses)

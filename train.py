@@ -29,7 +29,7 @@ import time
 import uuid
 import zipfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from get_dataset import (
     CountTable, add_candidates, add_counts, cluster_worker, column_table, count_windows, held_out, load_manifest,
@@ -43,7 +43,7 @@ from get_indexing import (
 from get_tfrecord import MADE_WITH, digests, survey
 from model_tf2 import (
     LOSS, SCORES_AT_ONCE,
-    Memory, Mix, Scorer, Users, build_model, by_rarity, recency, sum_by_number, training_loss,
+    Memory, Mix, Scorer, Users, build_model, dropout_for, recency, sum_by_number, training_loss,
 )  # fmt: skip
 
 import keras
@@ -66,10 +66,10 @@ HABIT_HOURS: tuple[float, ...] = (0.0, 3.0)  # how near in the hour of the day c
 CLICKED_FACTORS: tuple[float, ...] = (1.0, 0.001)  # for columns that the user clicked before, to choose from
 CLUSTER_TIMEOUT: int = 600  # seconds that a worker waits for the others
 
-MODEL_FORMAT = 7  # of model.json
-NO_LOSS = {"loss": None, "targets": None}  # of epoch 0
-NOT_FINITE = "the model that stands is kept; lower LEARNING_RATE and run train.py again"
-GAPS = {"within an hour": 3600, "within a day": 86_400, "within a week": 604_800, "later": np.inf}  # slices, in seconds
+MODEL_FORMAT: Final = 7  # of model.json
+NO_LOSS: Final = {"loss": None, "targets": None}  # of epoch 0
+NOT_FINITE: Final = "the model that stands is kept; lower LEARNING_RATE and run train.py again"
+GAPS: Final = {"within an hour": 3600, "within a day": 86_400, "within a week": 604_800, "later": np.inf}  # seconds
 
 
 def train(work_dir=WORK_DIR, record_constants=None, loss=LOSS, arguments=None, **constants):
@@ -97,7 +97,7 @@ def train(work_dir=WORK_DIR, record_constants=None, loss=LOSS, arguments=None, *
         return standing.saved["test"]
     with tensorflow_errors_named(work_dir):
         counts = count_windows(manifest, ["train"], work_dir)
-        scorer, ahead_decay = make_scorer(strategy, Memory.of_counts(counts, index), index, run["shape"])
+        scorer = make_scorer(strategy, Memory.of_counts(counts, index), index, run["shape"])
         why_cold = why_cold or other_shape(standing.saved["arguments"], scorer.model.arguments)
         if why_cold:
             epochs, start, run_from = "EPOCHS", f"nothing: {why_cold}", run | {"from": None}
@@ -106,7 +106,7 @@ def train(work_dir=WORK_DIR, record_constants=None, loss=LOSS, arguments=None, *
             run_from = run | {"from": standing.saved["weights"]}
             grow(standing.model, scorer.model)
         print(f"training starts from {start}; {settings[epochs]:,} epochs at most")
-        weights, logs = fit(strategy, scorer, ahead_decay, manifest, index, work_dir, run_from)
+        weights, logs = fit(strategy, scorer, manifest, index, work_dir, run_from)
         if not is_first():
             return None
         scorer.model.set_weights(weights)
@@ -124,13 +124,12 @@ def describe_run(settings, shape, manifest, index):
 
 
 def make_scorer(strategy, memory, index, shape):
-    """Return (the Scorer of a new model for what was counted, AHEAD_DECAY)."""
-    dropout, ahead_decay = by_rarity(memory.video_clicks.sum(), np.count_nonzero(memory.video_clicks))
-    shelves = shelves_table(index)
+    """Return the Scorer of a new model for what was counted."""
+    shelves, dropout = shelves_table(index), dropout_for(memory.video_clicks)
     arguments = dict(num_videos=len(index.videos), num_columns=len(index.columns), column_map=bool(shelves.any()))
     with strategy.scope():
         model = build_model(**arguments | {"dropout": dropout} | shape, shelves=shelves)
-    return Scorer(model, memory, index), ahead_decay
+    return Scorer(model, memory, index)
 
 
 def is_first():
@@ -168,7 +167,7 @@ def check_same_start(strategy, run, standing, folder):
 # ---------------------------------------------------------------- fitting the towers
 
 
-def fit(strategy, scorer, ahead_decay, manifest, index, work_dir, run):
+def fit(strategy, scorer, manifest, index, work_dir, run):
     """Train the scorer's towers; return (the weights of the best epoch, the folder of the run's logs).
 
     Epoch 0 is the weights as they come, where `run` says from which model. A checkpoint of the same run goes on.
@@ -182,7 +181,7 @@ def fit(strategy, scorer, ahead_decay, manifest, index, work_dir, run):
         schedule = keras.optimizers.schedules.CosineDecay(rate, epochs * len(any_epoch), constants["LOWEST_RATE"])
         optimizer = MuonAdam(model, schedule, constants["KERNEL_RATE"])
     trends = tf.constant(memory.trend.table) if len(memory.trend.table) > 1 else None
-    loss = functools.partial(training_loss, model, kind=constants["LOSS"], ahead_decay=ahead_decay, trends=trends)
+    loss = functools.partial(training_loss, model, kind=constants["LOSS"], trends=trends)
     train_step = make_train_step(strategy, loss, optimizer, any_epoch.element_spec)
     validation = held_out(manifest, "val", work_dir)
     log_name, history, best = restore_checkpoint(folder, model, optimizer, run)
@@ -616,7 +615,7 @@ def other_shape(saved, now):
 def grow(old, new):
     """Give the new model the old one's weights. A new video starts as the mean of the old ones, beside its shelves; a new
     column as none, since it is scored by its videos."""
-    for before, variable in zip(old.variables, new.variables, strict=True):
+    for before, variable in zip(old.weights, new.weights, strict=True):
         rows = before.numpy()
         if variable is new.video_embedding:
             new_rows = np.tile(rows[FIRST_VIDEO:].mean(axis=0), [variable.shape[0] - len(rows), 1])
@@ -693,7 +692,7 @@ def restore_checkpoint(folder, model, optimizer, run):
             if state["run"] == run:
                 for i, variable in enumerate(model.variables + optimizer.variables):
                     variable.assign(arrays[f"{i:04}"])
-                best = [arrays[f"best{i:04}"] for i in range(len(model.variables))]
+                best = [arrays[f"best{i:04}"] for i in range(len(model.weights))]
                 print(f"going on after epoch {state['history'][-1]['epoch']} of {path}")
                 return state["log_name"], state["history"], best
     return f"{time.strftime('%Y%m%d-%H%M%S')}-{'warm' if run['from'] else 'cold'}", [], None

@@ -83,7 +83,6 @@ def assert_equal(one, other):
 
 
 def test_targets_and_moments_by_hand(monkeypatch):
-    monkeypatch.setattr(script, "AHEAD", 3)
     # a known video, one in column 1, an unknown one in column 2, a known one in no column, one in column 1
     of_1 = ["a", "b_c1", "zzz_c2", "c", "a_c1"], [1000, 1000, 1001, 1003, 1103]
     users = ("u1", *of_1), ("u2", ["c", "b_c2", "b", "a_c9"])
@@ -92,11 +91,7 @@ def test_targets_and_moments_by_hand(monkeypatch):
     assert found["user_feature"] == [[2, 3, 1, 4, 2], [4, 3, 3, 2, 0]]
     assert found["user_column"] == [[0, 1, 2, 0, 1], [0, 2, 0, 0, 0]]
     assert found["label"] == [[1, 1, 0, 1, 0], [1, 0, 0, 0, 0]]
-    none = [0, 0, 0]  # where the next click is no target, those after it are none either
-    assert found["target_column"] == [
-        [[1, 2, 0], [2, 0, 1], none, [1, 0, 0], none],
-        [[2, 0, 0], none, none, none, none],
-    ]
+    assert found["target_column"] == [[1, 2, 0, 1, 0], [2, 0, 0, 0, 0]]
     assert found["user_time"] == [of_1[1], [0] * 5]
     assert found["asked"] == [[1000, 1001, 1003, 1103, 0], [0] * 5]  # the time of the next click
     assert found["user_gap"] == [[1, 1, 2, 7, 0], [0] * 5]  # 0, 1, 2 and 100 seconds
@@ -120,7 +115,7 @@ def test_what_a_window_repeats_is_no_target_of_it_and_a_single_click_is_in_no_ba
     [batch] = batches_of(*users, max_len=8, monkeypatch=monkeypatch)
     assert (batch["start"].tolist(), batch["repeated"].tolist()) == ([0, 4], [0, 4])
     assert batch["label"].tolist() == [[1, 1, 1, 1, 1, 1, 1, 0], [0, 0, 0, 1, 1, 0, 0, 0]]
-    assert batch["target_column"][..., 0].tolist() == [[1, 1, 1, 1, 1, 2, 2, 0], [0, 0, 0, 2, 2, 0, 0, 0]]
+    assert batch["target_column"].tolist() == [[1, 1, 1, 1, 1, 2, 2, 0], [0, 0, 0, 2, 2, 0, 0, 0]]
     assert batch["user_time"].tolist() == [[1, 2, 3, 4, 5, 6, 7, 8], [5, 6, 7, 8, 9, 10, 0, 0]]
 
 
@@ -134,7 +129,7 @@ def test_records_and_generator_give_equal_batches(tmp_path):
     part = write_windows(
         [(path, 0, math.inf)], shards, ClickEncoder(index), made_with, survey(tmp_path / "raw/click_seq")
     )
-    manifest = {"shards": {"train.tfrecord": {}}, "splits": {"train": {"windows": part["train windows"]}}}
+    manifest = {"shards": {"train.tfrecord": {}}, "splits": {"train": {"windows": part["counts"]["train windows"]}}}
     from_records = make_dataset(manifest, tmp_path)
     from_generator = dataset_from_clicks(histories_of(data["users"]), index, CONSTANTS)
     assert from_generator.element_spec == from_records.element_spec and from_records.element_spec.keys() == FEATURES
@@ -300,7 +295,7 @@ def test_a_step_reads_the_first_video_of_each_column_and_random_others(monkeypat
     """Of shelves of 9 places 4, each but the first as often; all, where they are no more than that or than a batch's clicks."""
     monkeypatch.setattr(script, "ITEM_SAMPLE", sample)
     monkeypatch.setattr(script, "BATCH_POSITIONS", positions)
-    shelf, dataset = np.arange(27).reshape(3, 9), tf.data.Dataset.from_tensors({"target_column": [[[1, 2]]]})
+    shelf, dataset = np.arange(27).reshape(3, 9), tf.data.Dataset.from_tensors({"target_column": [[1, 2]]})
     batches = add_candidates(dataset.repeat(300), shelf, [0, 1, 1], seed=5)
     drawn = np.array([batch["item_feature"] for batch in batches.as_numpy_iterator()])
     assert np.array_equal(drawn[:, 1], drawn[:, 0] + 9)

@@ -388,6 +388,15 @@ def test_a_constant_that_its_annotation_does_not_fit_is_refused_by_name(scripts,
     check_constants()
 
 
+def test_a_constant_whose_annotation_was_edited_away_keeps_its_value_and_its_home(scripts, monkeypatch):
+    monkeypatch.delitem(scripts["get_tfrecord"].__annotations__, "HELD_OUT_USERS")
+    monkeypatch.setattr(scripts["get_tfrecord"], "HELD_OUT_USERS", 7)
+    check_constants()
+    assert script.constants_of("get_tfrecord")["HELD_OUT_USERS"] == 7
+    no_constants_of_these = {"HELD_OUT_USERS", "USER_MAX_LEN", "FORMAT", "BST_DSSM"}
+    assert not script.constants_of("train", "get_dataset").keys() & no_constants_of_these
+
+
 # ---------------------------------------------------------------- writing, and one at a time
 
 

@@ -12,6 +12,7 @@ from model_tf2 import (
 )  # fmt: skip
 from train import make_scorer
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -25,7 +26,7 @@ def shaken(**arguments):
     """A model with large random weights, biases of ages, of gaps and of trends too, so that whatever is read shows."""
     sizes = dict(num_videos=NUM_VIDEOS, num_columns=NUM_COLUMNS, emb_dim=DIM)
     model, rng = build_model(**{**sizes, **arguments}), np.random.default_rng(5)
-    for variable in model.variables:
+    for variable in model.weights:
         if variable is not model.scale:
             variable.assign(rng.normal(0, 0.7, variable.shape))
     return model
@@ -198,40 +199,37 @@ def test_a_width_that_the_heads_do_not_divide_is_refused():
         build_model(num_videos=9, num_columns=3, emb_dim=10, num_heads=4)
 
 
-def test_dropout_drops_its_share_by_its_seed_and_keeps_the_sum_in_expectation():
-    ones, seeds = tf.ones([301, 77]), [tf.constant([seed, 2], tf.int64) for seed in (1, 1, 2)]
-    dropped, again, other = (model_tf2.drop_out(ones, 0.3, seed).numpy() for seed in seeds)
-    assert np.array_equal(dropped, again) and not np.array_equal(dropped, other)
-    assert close(np.unique(dropped), [0, 1 / 0.7])
-    assert abs((dropped == 0).mean() - 0.3) < 0.01 and abs(dropped.mean() - 1) < 0.02
-    assert np.array_equal(model_tf2.drop_out(ones, 0.3, None), ones)
-    assert np.array_equal(model_tf2.drop_out(ones, 0.0, seeds[0]), ones)
+def test_dropout_is_of_training_alone_drawn_anew_and_by_the_seed_of_the_start(clicks):
+    def vectors():
+        keras.utils.set_random_seed(3)
+        model = shaken(dropout=0.3)
+        return [model.user_vectors(*clicks, training=training).numpy() for training in (False, True, True, False)]
+
+    served, first, second, served_again = vectors()
+    assert np.array_equal(served, served_again)
+    assert not close(first, served) and not close(second, served) and not close(first, second)
+    assert np.array_equal(vectors(), [served, first, second, served])
 
 
 # ---------------------------------------------------------------- the loss
 
 
-def loss_by_hand(own, shares, others, log_prob, kind):
-    """The loss of one target: own and shares are lists, the candidates those that are not it."""
-    shares = np.array(shares, float) / np.sum(shares)
+def loss_by_hand(own, others, log_prob, kind):
+    """The loss of one target: own is its logit, others those of the candidates that are not it."""
+    others = np.array(others, float)
     if kind == "softmax":
-        denominator = np.exp(own[0]) + np.sum(np.exp(np.array(others, float) - log_prob))
-        return np.log(denominator) - shares @ own
-    positive, negative = np.log1p(np.exp(-np.array(own, float))), np.log1p(np.exp(np.array(others, float)))
-    return shares @ positive + negative @ np.exp(-np.array(log_prob, float))
+        return np.log(np.exp(own) + np.sum(np.exp(others - log_prob))) - own
+    return np.log1p(np.exp(-own)) + np.sum(np.log1p(np.exp(others))) * np.exp(-log_prob)
 
 
 HISTORY = "user_feature", "user_column", "user_gap"
-AHEAD = 3  # next clicks whose columns are targets, here
 TRENDS = np.random.default_rng(10).normal(0, 2, [5, 1 + NUM_COLUMNS, 3]).astype(np.float32)  # of 4 days
 TRENDS[0] = 0  # no known day
 
 
-def loss_of(model, batch, kind="softmax", training=True, **options):
-    """training_loss() with trends, in which each click after the next counts half of the one before; of the columns alone."""
-    if not training:
-        batch = {name: value for name, value in batch.items() if name != "seed"}
-    return training_loss(model, batch, kind, **dict(ahead_decay=0.5, trends=TRENDS, aux_weight=0.0) | options)
+def loss_of(model, batch, kind="softmax", **options):
+    """training_loss() with trends, of the columns alone."""
+    return training_loss(model, batch, kind, **dict(trends=TRENDS, aux_weight=0.0) | options)
 
 
 @pytest.fixture
@@ -241,23 +239,21 @@ def batch():
     videos, columns = rng.integers(FIRST_VIDEO, LAST_VIDEO, [3, 6]), rng.integers(0, 4, [3, 6])  # columns repeat
     videos[2, 4:] = columns[2, 4:] = 0
     columns[0, [0, 4]] = 2
-    following = np.stack([after(columns[:, ahead:], ahead) for ahead in range(1, 1 + AHEAD)], axis=2)
+    following = after(columns[:, 1:], 1)
     shelf = rng.permutation(np.arange(FIRST_VIDEO, LAST_VIDEO))[: NUM_COLUMNS * 4].reshape(NUM_COLUMNS, 4)
     shelf[0, 2:] = 0
-    next_columns = following * (following[..., :1] > 0)
     integers = {"user_feature": videos, "user_column": columns, "user_gap": rng.integers(0, NUM_GAPS, [3, 6]),
                 "trend_row": rng.integers(0, len(TRENDS), [3, 6]),
-                "target_column": next_columns, "target_item": np.maximum(next_columns - 1, 0),
+                "target_column": following, "target_item": np.maximum(following - 1, 0),
                 "item_column": np.arange(1, NUM_COLUMNS + 1), "item_feature": shelf}  # fmt: skip
     return {name: tf.constant(value, tf.int32) for name, value in integers.items()} | {
         "item_log_prob": tf.zeros([NUM_COLUMNS]),
-        "seed": tf.constant([5, 6], tf.int64),
     }
 
 
 def only_target(batch, row, place):
     """The same batch, in which only what follows that click is a target."""
-    mask = np.zeros([3, 6, 1], np.int32)
+    mask = np.zeros([3, 6], np.int32)
     mask[row, place] = 1
     return batch | {"target_column": batch["target_column"] * mask}
 
@@ -284,19 +280,16 @@ def logits_by_hand(model, batch, row, place):
 
 
 @KINDS
-@pytest.mark.parametrize("decay", [0.5, 0.0])
 @pytest.mark.parametrize("candidates", [range(1, 7), [1, 3, 4, 6]])
-def test_the_loss_is_that_of_the_logits_served_and_the_trend_of_each_targets_day(model, batch, kind, candidates, decay):
+def test_the_loss_is_that_of_the_logits_served_and_the_trend_of_each_targets_day(model, batch, kind, candidates):
     """Against all columns or some, in which a target need not be. Where no time is known it is as without trends."""
     log_prob, losses = np.log(len(candidates) / NUM_COLUMNS), []
-    for row, place in np.argwhere(batch["target_column"][..., 0]):
-        logits = logits_by_hand(model, batch, row, place)
-        wanted = [(number, decay**k) for k, number in enumerate(batch["target_column"][row, place].numpy()) if number]
-        own, shares = [logits[number - 1] for number, _ in wanted], [share for _, share in wanted]
-        others = [logits[number - 1] for number in candidates if number != wanted[0][0]]
-        losses.append(loss_by_hand(own, shares, others, np.full(len(others), log_prob), kind))
+    for row, place in np.argwhere(batch["target_column"]):
+        logits, wanted = logits_by_hand(model, batch, row, place), int(batch["target_column"][row, place])
+        others = [logits[number - 1] for number in candidates if number != wanted]
+        losses.append(loss_by_hand(logits[wanted - 1], others, log_prob, kind))
     given = batch if len(candidates) == NUM_COLUMNS else with_candidates(batch, candidates, log_prob)
-    loss = float(loss_of(model, given, kind, ahead_decay=decay, training=False))
+    loss = float(loss_of(model, given, kind))
     assert loss == pytest.approx(np.mean(losses), rel=1e-4)
     losses = [loss_of(model, given | {"trend_row": 0 * given["trend_row"]}, trends=of) for of in (TRENDS, None)]
     assert float(losses[0]) == pytest.approx(float(losses[1]), rel=1e-6)
@@ -313,24 +306,24 @@ def test_the_auxiliary_loss_is_of_the_video_clicked_next_among_a_few_of_the_batc
         logits = model(inputs_of(cut, (videos[:, None], np.zeros(5, int))))[0].numpy()
         losses.append(np.log(np.exp(logits).sum()) - logits[videos == following[row, place]].item())
     assert 5 <= len(losses) < np.count_nonzero(following)
-    with_it, without = (float(loss_of(model, batch, training=False, aux_weight=weight)) for weight in (3.0, 0.0))
+    with_it, without = (float(loss_of(model, batch, aux_weight=weight)) for weight in (3.0, 0.0))
     assert with_it - without == pytest.approx(3 * np.mean(losses), rel=1e-4)
     single = batch | {"item_feature": batch["item_feature"][:, :1]}
-    assert loss_of(model, single, training=False, aux_weight=3.0) == loss_of(model, single, training=False)
+    assert loss_of(model, single, aux_weight=3.0) == loss_of(model, single)
 
 
 def test_no_target_sees_its_own_click_or_a_later_one_nor_the_trend_of_another_moment(model, batch):
     """Of one target at a time: what is changed after it leaves its loss as it is, what is changed at it does not."""
     other = {"user_feature": 2 + batch["user_feature"] % 20, "user_column": 1 + batch["user_column"] % 6,
              "user_gap": (1 + batch["user_gap"]) % NUM_GAPS, "trend_row": (1 + batch["trend_row"]) % len(TRENDS)}  # fmt: skip
-    for row, place in np.argwhere(batch["target_column"][..., 0])[::3]:
+    for row, place in np.argwhere(batch["target_column"])[::3]:
         alone, at = only_target(batch, row, place), np.arange(6)
-        loss = float(loss_of(model, alone, training=False))
+        loss = float(loss_of(model, alone))
         for name, values in other.items():
             unseen = at > place if name in HISTORY else at != place
             for changed in (unseen, at == place):
                 changed_batch = alone | {name: tf.where(changed, values, batch[name])}
-                is_same = float(loss_of(model, changed_batch, training=False)) == pytest.approx(loss, rel=1e-5)
+                is_same = float(loss_of(model, changed_batch)) == pytest.approx(loss, rel=1e-5)
                 assert is_same == (changed is unseen), name
 
 
@@ -338,12 +331,12 @@ def test_no_target_sees_its_own_click_or_a_later_one_nor_the_trend_of_another_mo
 def test_a_sample_stands_for_all_columns_in_expectation_also_where_a_user_repeats_columns(model, batch, kind):
     """Of one target, over all 20 sets of 3 of the 6 columns, which draws without replacement give alike."""
     batch = only_target(batch, 0, 3)
-    logits, wanted = logits_by_hand(model, batch, 0, 3), int(batch["target_column"][0, 3, 0])
+    logits, wanted = logits_by_hand(model, batch, 0, 3), int(batch["target_column"][0, 3])
     assert wanted in batch["user_column"][0, :4]
 
     def amount(given):
         """What of a loss is linear in the candidates: the softmax's denominator, or all of the other."""
-        loss = float(loss_of(model, given, kind, ahead_decay=0.0, training=False))
+        loss = float(loss_of(model, given, kind))
         return np.exp(loss + logits[wanted - 1]) if kind == "softmax" else loss
 
     drawn = itertools.combinations(range(1, 7), 3)
@@ -376,7 +369,7 @@ def test_the_parts_of_replicas_add_up_to_the_loss_and_the_gradients_of_one(model
     """Also of more replicas than windows, some of which have none."""
     if len(candidates) < NUM_COLUMNS:
         batch = with_candidates(batch, candidates, np.log(4 / 6))
-    options = dict(training=False, aux_weight=0.5)
+    options = dict(aux_weight=0.5)
     loss, gradients = gradients_of(model, batch, kind, **options)
     for replicas in (2, 5):
         parts = [gradients_of(model, batch, kind, **options, replica=replica, num_replicas=replicas)
@@ -388,26 +381,23 @@ def test_the_parts_of_replicas_add_up_to_the_loss_and_the_gradients_of_one(model
 
 @KINDS
 def test_a_batch_without_targets_gives_no_loss_and_finite_gradients(model, batch, kind):
-    loss, gradients = gradients_of(model, batch | {"target_column": tf.zeros([3, 6, AHEAD], tf.int32)}, kind)
+    loss, gradients = gradients_of(model, batch | {"target_column": tf.zeros([3, 6], tf.int32)}, kind)
     assert loss == 0 and all(np.isfinite(g).all() for g in gradients.values() if g is not None)
 
 
-def test_dropout_and_the_share_of_later_clicks_go_by_clicks_per_clicked_video_unless_they_are_set(world, monkeypatch):
-    """By 1 / sqrt of them: of 25 .2 and .4, within .1 to .3 and up to .6. A catalogue that nobody clicked changes nothing."""
+def test_dropout_goes_by_the_clicks_per_clicked_video_unless_it_is_set(world, monkeypatch):
+    """By 1 / sqrt of them, within .1 to .3: of 25 it is .2. A catalogue that nobody clicked changes nothing."""
     index, counts, clicks, *_ = world
     counts, known = counts._replace(clicks=pairs_of(9 * clicks)), 9 * clicks[2:].sum(axis=1)
-    expected = model_tf2.by_rarity(known.sum(), (known > 0).sum())
     for new in (0, 5000):
         more = Index(index.videos | {f"new{number}": number for number in range(22, 22 + new)}, index.columns)
-        memory = Memory.of_counts(counts, more)
-        of, ahead_decay = make_scorer(tf.distribute.get_strategy(), memory, more, {"emb_dim": DIM})
-        assert (of.model.arguments["dropout"], ahead_decay) == expected < (0.2, 0.4)
-    assert model_tf2.by_rarity(2500, 100) == (0.2, 0.4)
-    assert model_tf2.by_rarity(1600 * 10, 10) == (0.1, 0.05)
-    assert model_tf2.by_rarity(40, 10) == model_tf2.by_rarity(0, 10) == (0.3, 0.6)
+        scorer = make_scorer(tf.distribute.get_strategy(), Memory.of_counts(counts, more), more, {"emb_dim": DIM})
+        assert scorer.model.arguments["dropout"] == round(((known > 0).sum() / known.sum()) ** 0.5, 2) < 0.2
+    assert model_tf2.dropout_for(np.array([0, 49, 1, 0])) == 0.2
+    assert model_tf2.dropout_for(np.array([1600])) == 0.1
+    assert model_tf2.dropout_for(np.array([3, 5])) == 0.3 and model_tf2.dropout_for(np.zeros(4)) == 0.1  # none is known
     monkeypatch.setattr(model_tf2, "DROPOUT", 0.0)
-    monkeypatch.setattr(model_tf2, "AHEAD_DECAY", 0.7)
-    assert model_tf2.by_rarity(2500, 100) == (0.0, 0.7)
+    assert model_tf2.dropout_for(np.array([0, 49, 1, 0])) == 0.0
 
 
 # ---------------------------------------------------------------- trend

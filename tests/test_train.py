@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import types
+import typing
 from collections import Counter
 
 import get_dataset
@@ -398,7 +399,8 @@ def test_the_model_file_vouches_for_its_files_and_names_every_constant_and_its_v
     assert {"tensorflow", "keras", "numpy", "python"} <= set(saved["versions"])
     expected = {"EPOCHS": 2, "WARM_EPOCHS": 1}
     for module in (get_dataset, model_tf2, train_module):
-        names = module.__annotations__.keys() - toolbox.RUNNING - expected.keys()
+        kinds = module.__annotations__
+        names = {name for name in kinds if kinds[name] is not typing.Final} - toolbox.RUNNING - expected.keys()
         expected |= {name: getattr(module, name) for name in names}
     assert saved["constants"] == json.loads(json.dumps(expected)) and saved["records"]["constants"] == SETTINGS
 

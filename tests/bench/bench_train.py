@@ -21,7 +21,7 @@ import tensorflow as tf
 from measure import cost_of, house, in_turn, seconds, write_clicks
 
 from get_dataset import (
-    AHEAD, BATCH_POSITIONS, ITEM_MAX_LEN, ITEM_SAMPLE, VIDEO_COLUMNS, count_windows, held_out, load_manifest,
+    BATCH_POSITIONS, ITEM_MAX_LEN, ITEM_SAMPLE, VIDEO_COLUMNS, count_windows, held_out, load_manifest,
 )  # fmt: skip
 from get_tfrecord import USER_MAX_LEN
 from model_tf2 import (
@@ -40,23 +40,20 @@ USERS = 20_000
 
 def random_batch(rng, num_videos, columns=COLUMNS, windows=BATCH_POSITIONS // USER_MAX_LEN, length=USER_MAX_LEN):
     """Return a training batch as get_dataset.py makes it, a quarter of whose clicks are targets."""
-    videos = rng.integers(2, num_videos, [windows, length + AHEAD])
-    clicked = rng.integers(1, columns + 1, videos.shape) * (rng.random(videos.shape) < 0.25)
-    following = np.stack([clicked[:, ahead : ahead + length] for ahead in range(1, 1 + AHEAD)], axis=2)
-    targets = following * (following[..., :1] > 0)
+    clicked = rng.integers(1, columns + 1, [windows, length + 1]) * (rng.random([windows, length + 1]) < 0.25)
     batch = {
-        "user_feature": videos[:, :length],
-        "user_column": clicked[:, :length],
+        "user_feature": rng.integers(2, num_videos, [windows, length]),
+        "user_column": clicked[:, :-1],
         "user_gap": rng.integers(0, NUM_GAPS, [windows, length]),
         "trend_row": rng.integers(0, DAYS, [windows, length]),
-        "target_column": targets,
-        "target_item": np.maximum(targets - 1, 0),
+        "target_column": clicked[:, 1:],
+        "target_item": np.maximum(clicked[:, 1:] - 1, 0),
         "item_column": np.arange(1, columns + 1),
         "item_feature": rng.integers(2, num_videos, [columns, ITEM_SAMPLE]),
     }
     batch = {name: tf.constant(value, tf.int32) for name, value in batch.items()}
-    label = tf.cast(batch["target_column"][..., 0] > 0, tf.float32)
-    return batch | {"label": label, "item_log_prob": tf.zeros([columns]), "seed": tf.zeros([2], tf.int64)}
+    label = tf.cast(batch["target_column"] > 0, tf.float32)
+    return batch | {"label": label, "item_log_prob": tf.zeros([columns])}
 
 
 def needed_flops(batch):
@@ -111,7 +108,7 @@ def step_of(model, spec, trends, strategy=None):
     strategy = strategy or tf.distribute.get_strategy()
     with strategy.scope():
         optimizer = MuonAdam(model, lambda step: LEARNING_RATE, KERNEL_RATE)
-    loss = functools.partial(training_loss, model, ahead_decay=0.5, trends=trends)
+    loss = functools.partial(training_loss, model, trends=trends)
     return make_train_step(strategy, loss, optimizer, spec)
 
 
@@ -124,7 +121,7 @@ def ready_to_train(folder, users):
     work_dir = chain / "data/work"
     manifest, index = load_manifest(work_dir)
     memory = Memory.of_counts(count_windows(manifest, ["train"], work_dir, num_workers=1), index)
-    return manifest, index, work_dir, make_scorer(tf.distribute.get_strategy(), memory, index, {})[0]
+    return manifest, index, work_dir, make_scorer(tf.distribute.get_strategy(), memory, index, {})
 
 
 def epoch_and_evaluation(folder, users):
