@@ -21,7 +21,7 @@ and for training the column side, drawn fresh for each batch:
     item_feature    int32   [items, item_len]  videos that stand for each, 0 = padding
     item_log_prob   float32 [candidates]       the last so many items are candidates: log of how often each is drawn
     target_item     int32   [batch, len]       which item the target is
-    trend_row       int32   [batch, len]       row of the moment asked for in the table of a Trend, which adds it
+    trend_row       int64   [batch, len]       row of the moment asked for in the table of a Trend; train.py adds it
 """
 
 import contextlib
@@ -250,14 +250,13 @@ def read_windows(paths, block=PARSE_BLOCK):
 def column_table(index, video_clicks, max_len=ITEM_MAX_LEN):
     """Return int32 [columns + 1, max_len]: the most clicked videos of each column, padded; row 0 is no column.
 
-    video_clicks [any] counts clicks by video number; a video newer than the counts has none. Ties go by shelf order.
+    video_clicks [videos] counts clicks by video number. Ties go by shelf order.
     """
     longest = max(map(len, index.columns.values()))
     table = np.zeros([len(index.columns) + 1, min(max_len, longest)], np.int32)
-    clicks = np.append(video_clicks, 0)  # the last one: of every newer video
     for row, numbers in zip(table[1:], index.columns.values(), strict=True):
         numbers = np.array(numbers, int)
-        best = numbers[np.argsort(-clicks[np.minimum(numbers, len(video_clicks))], kind="stable")[:max_len]]
+        best = numbers[np.argsort(-video_clicks[numbers], kind="stable")[:max_len]]
         row[: len(best)] = best
     return table
 

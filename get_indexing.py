@@ -376,6 +376,13 @@ def read_json(path, script, cure="remove it"):
     return value
 
 
+def read_if_whole(path):
+    """Return the JSON object of a file, {} where it is missing or damaged."""
+    with contextlib.suppress(InputError, FileNotFoundError):
+        return read_json(path, "")
+    return {}
+
+
 # ---------------------------------------------------------------- shared by all scripts: custody and constants
 
 

@@ -31,7 +31,7 @@ from typing import Final, NamedTuple
 from get_indexing import (
     DATA_DIR, FIRST_VIDEO, MAX_ID_CHARS, UNKNOWN, WORK_DIR,
     BadLine, InputError, Records, Tally, constants_of, file_fingerprint, find_files, fingerprint, load_index, name_unread,
-    only_one, open_unpacked, read_json, remove_leftovers, replacing, run_script, text_id, warn, write_json,
+    only_one, open_unpacked, read_if_whole, remove_leftovers, replacing, run_script, text_id, warn, write_json,
 )  # fmt: skip
 
 USER_MAX_LEN: int = 50  # clicks in a window, and the most that the user tower reads
@@ -58,7 +58,8 @@ def get_tfrecord(data_dir=DATA_DIR, work_dir=WORK_DIR, num_workers=NUM_WORKERS, 
     constants, by their names, take the place of those at the top.
     """
     settings, index, folder = record_constants(**constants), load_index(work_dir), Path(work_dir, "tfrecord").absolute()
-    contents, former = survey(Path(data_dir, "click_seq"), num_workers), read_former(folder)
+    contents, former = survey(Path(data_dir, "click_seq"), num_workers), read_if_whole(folder / "manifest.json")
+    former = former if former.get("format") == FORMAT else {}
     lines = sum(content.lines for content in contents.values())
     made_with = {
         "format": FORMAT,
@@ -76,14 +77,6 @@ def get_tfrecord(data_dir=DATA_DIR, work_dir=WORK_DIR, num_workers=NUM_WORKERS, 
     remove_others(folder, manifest["shards"])
     print_report(manifest, former.get("report"))
     return manifest
-
-
-def read_former(folder):
-    """Return the manifest of the records that stand in the folder, {} without one of today's format."""
-    with contextlib.suppress(InputError, FileNotFoundError):
-        former = read_json(folder / "manifest.json", "get_tfrecord.py")
-        return former if former.get("format") == FORMAT else {}
-    return {}
 
 
 def describe_index(index):
@@ -246,8 +239,8 @@ def write_shards(task, folder, index, made_with, contents):
     """
     name = fingerprint(made_with, [(Path(path).name, contents[path].sha256, start) for path, start, _ in task])[:16]
     part_file, shards = folder / f"part-{name}.json", {split: folder / f"{split}-{name}.tfrecord" for split in SPLITS}
-    with contextlib.suppress(FileNotFoundError, InputError, KeyError):  # gone or damaged: it is made again
-        part = read_json(part_file, "get_tfrecord.py")
+    part = read_if_whole(part_file)
+    with contextlib.suppress(FileNotFoundError, KeyError):  # what is gone or damaged is made again
         if all(file_fingerprint(path) == part["shards"][path.name]["sha256"] for path in shards.values()):
             return part
     from tensorflow.errors import OpError

@@ -14,7 +14,6 @@ user without any known click among those that the model reads gets the columns b
 Finished files are not computed again unless something changed. A Ranker ranks the columns for one user, now, and says why.
 """
 
-import contextlib
 import csv
 import functools
 import gzip
@@ -30,7 +29,7 @@ from typing import NamedTuple
 from get_indexing import (
     DATA_DIR, MAX_ID_CHARS, MAX_LINE_BYTES, WORK_DIR,
     InputError, OrZero, Records, Tally, file_fingerprint, fingerprint, input_name, load_index, name_unread,
-    only_one, packages_named, read_json, read_names, remove_leftovers, replacing, run_script, write_json,
+    only_one, packages_named, read_if_whole, read_json, read_names, remove_leftovers, replacing, run_script, write_json,
 )  # fmt: skip
 from get_tfrecord import (
     NUM_WORKERS, ClickEncoder, History, cut_files, draw_of, held_out_share, map_files, parse_history, slices, split_click,
@@ -148,11 +147,8 @@ def made_of_file(output):
 
 def read_made_of(output):
     """Return what a ranking was made of, {} where it is not what the file beside it says, or has none."""
-    with contextlib.suppress(FileNotFoundError, InputError):
-        made_of = read_json(made_of_file(output), "infer.py")
-        if made_of.get("sha256") == file_fingerprint(output):
-            return made_of
-    return {}
+    made_of = read_if_whole(made_of_file(output))
+    return made_of if output.exists() and made_of.get("sha256") == file_fingerprint(output) else {}
 
 
 def check_folder(output, former, made_of, clicks_dir):
@@ -375,10 +371,8 @@ def judge_served(folder, served, index, lines, num_workers=NUM_WORKERS):
     place of the first click is taken in a column that was ranked, beside the user's own recent columns, and popularity as
     default.json has it.
     """
-    share, popular = 2 * held_out_share(lines, SERVED_USERS / 2), {}
-    with contextlib.suppress(FileNotFoundError, InputError):
-        popular = read_json(folder / "default.json", "infer.py")
-    popular = {cid: place for place, cid in enumerate(popular.get("columns", ()))}
+    share, default = 2 * held_out_share(lines, SERVED_USERS / 2), read_if_whole(folder / "default.json")
+    popular = {cid: place for place, cid in enumerate(default.get("columns", ()))}
     judge = functools.partial(judge_file, index=index, share=share, popular=popular)
     ranks = np.array([rank for ranks in map_files(judge, served, "served", num_workers) for rank in ranks])
     if not len(ranks):

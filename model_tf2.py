@@ -32,7 +32,7 @@ LOSS: Literal["softmax", "bce"] = "softmax"  # over the candidates; or binary cr
 AUX_WEIGHT: float = 0.5  # of the auxiliary loss: the video clicked next; it helps most where users are few
 AUX_VIDEOS: int = 256  # of a batch, among which that video is
 TREND_REACHES: tuple[float, ...] = (0.3, 0.9, 0.98)  # weight of a day's clicks against the next later day's
-TREND_BACKOFF: float = 20.0  # clicks by which the share of all clicks before counts in that of the last days
+TREND_BACKOFF: float = 1.0  # clicks a column by which the share in all clicks before counts in that of the last days
 TREND_SIZE: int = 1 << 24  # numbers in the table of trends: with many columns it holds fewer days
 MEMORY_WIDTH: int = 64  # memory: columns remembered for a video
 COLUMN_WIDTH: int = 1024  # memory: columns remembered for a column
@@ -311,10 +311,11 @@ class Trend:
     """How much more often columns were clicked lately than before, on each day, of Pairs by day.
 
     `table`, float32 [rows, columns + 1, num_trends]: for each of TREND_REACHES the logarithm of a column's share in the clicks
-    of the days before, earlier ones weighing less, against its share in all clicks before; `backoff` clicks pull towards
-    that. No day sees itself or a later one. Row 0, of no known day, and columns not clicked before are neutral: 0. The last
-    row is for the day after the last one, and for all later ones. `shares` [rows, columns + 1] are those of the first reach,
-    of the clicks since a column's first: the days before there was a shelf say nothing about it.
+    of the days before, earlier ones weighing less, against its share in all clicks before; `backoff` clicks a column pull
+    towards that. Only clicks since a column's first count: the days before there was a shelf say nothing about it. No day
+    sees itself or a later one. Row 0, of no known day, and columns not clicked before are neutral: 0. The last row is for
+    the day after the last one, and for all later ones. `shares` [rows, columns + 1] are the shares by the reach that
+    foretells each day's clicks best.
     """
 
     def __init__(self, daily, num_columns, reaches=TREND_REACHES, backoff=TREND_BACKOFF, size=TREND_SIZE):
@@ -326,29 +327,26 @@ class Trend:
         self.first = max(first, last + 1 - size // ((num_columns + 1) * len(reaches)))  # days before it have no row
         self.table = np.zeros([last - self.first + 3, num_columns + 1, len(reaches)], np.float32)
         self.shares = np.zeros(self.table.shape[:2], np.float32)
-        ever, recent = np.zeros([num_columns + 1, 1]), np.zeros([num_columns + 1, len(reaches)])
-        since = np.zeros([num_columns + 1, 1])  # recent clicks in all columns since each one's first
+        ever, recent, since = (np.zeros([num_columns + 1, width]) for width in (1, len(reaches), len(reaches)))
+        foretold = np.zeros(len(reaches))  # the log likelihood of the clicks, against that by the shares in all before
         for day in range(first, last + 2):
-            if ever.any() and day >= self.first:
-                share, row = ever / ever.sum(), day - self.first + 1
-                lately = (recent + backoff * share) / (recent.sum(axis=0) + backoff)
+            of_day, row = slice(*np.searchsorted(days, [day, day + 1])), day - self.first + 1
+            if ever.any() and row > 0:
+                share, prior = ever / ever.sum(), backoff * np.count_nonzero(ever)
+                lately = (recent + prior * share) / (since + prior)
                 self.table[row] = np.log(np.divide(lately, share, where=ever > 0, out=np.ones_like(lately)))
-                self.shares[row] = ((recent[:, :1] + backoff * share) / (since + backoff))[:, 0]
-            of_day = slice(*np.searchsorted(days, [day, day + 1]))
-            recent, since = recent * reaches, since * reaches[0]
+                self.shares[row] = share[:, 0]
+                foretold += clicks[of_day] @ self.table[row, columns[of_day]]
+            recent, since = recent * reaches, since * reaches
             for sums in (ever, recent):
                 sums[columns[of_day]] += clicks[of_day, None]
-            since[ever > 0] += clicks[of_day].sum()
-
-    def add_rows(self, batch):
-        """Add "trend_row" to a batch of get_dataset.py: the row of each moment that is asked for."""
-        rows = tf.clip_by_value(batch["asked"] // DAY - int(self.first) + 1, 0, len(self.table) - 1)
-        return batch | {"trend_row": tf.cast(tf.where(batch["asked"] > 0, rows, 0), tf.int32)}
+            since[ever[:, 0] > 0] += clicks[of_day].sum()
+        self.shares *= np.exp(self.table[..., foretold.argmax()])
 
     def rows(self, times):
-        """Return the row of each moment's day; 0 where it is not known, or before all days."""
-        rows = np.clip(times // DAY - self.first + 1, 0, len(self.table) - 1)
-        return np.where(times > 0, rows, 0)
+        """Return the row of each moment's day, a tensor as times, int64; 0 where it is not known, or before all days."""
+        rows = tf.clip_by_value(times // DAY - self.first + 1, 0, len(self.table) - 1)
+        return tf.where(times > 0, rows, 0)
 
 
 class Memory:
@@ -396,8 +394,6 @@ class Memory:
 
     def scores(self, videos, columns, mix):
         """Return float64 [n, columns] for histories [n, len] of videos and columns, padded at the end, by a Mix."""
-        videos = np.where(videos < len(self.video_column), videos, UNKNOWN)
-        columns = np.where(columns <= len(self.popularity), columns, 0)  # 0: newer than the memory
         ages = np.count_nonzero(videos, axis=1)[:, None] - 1 - np.arange(videos.shape[1])  # below 0: padding
         weights = np.where((ages >= 0) & (ages < mix.memory_clicks), mix.video_decay ** np.abs(ages), 0)
         per_count = weights / (self.by_video.totals[videos] + mix.video_backoff)
@@ -419,13 +415,12 @@ class Memory:
 
         Late clicks weigh more and, with habit_hours, those at an hour of the day near that of the clock.
         """
-        in_column = (users.columns > 0) & (users.columns <= len(self.popularity))
-        weights = recency(in_column, mix.habit_decay)
+        weights = recency(users.columns > 0, mix.habit_decay)
         if mix.habit_hours:
             later = (users.clock[:, None] - users.times) / 3600 % 24
             near = np.exp(-np.minimum(later, 24 - later) / mix.habit_hours)
             weights *= np.where((users.times > 0) & (users.clock[:, None] > 0), near, 1.0)
-        own = sum_by_number(users.columns * in_column, weights, len(self.column_clicks))
+        own = sum_by_number(users.columns, weights, len(self.column_clicks))
         own /= np.maximum(own.sum(axis=1, keepdims=True), 1e-12)
         return (1 - mix.habit_popularity) * own + mix.habit_popularity * self.recent_popularity(users.now)
 
@@ -438,10 +433,12 @@ class Memory:
         np.savez(path, **arrays)
 
     @classmethod
-    def load(cls, path, **trend):
-        """Return the Memory that save() wrote, with a Trend of those constants."""
+    def load(cls, path, index, **trend):
+        """Return the Memory that save() wrote, grown to the Index of today, with a Trend of those constants."""
+        num_videos, num_numbers = FIRST_VIDEO + len(index.videos), 1 + len(index.columns)
+        sizes = {"video_clicks": num_videos, "column_clicks": num_numbers, "video_column": num_videos}
         with np.load(path) as saved:
-            arrays = [saved[name] for name in ("video_clicks", "column_clicks", "video_column")]
+            arrays = [np.pad(saved[name], (0, size - len(saved[name]))) for name, size in sizes.items()]
             tables = ("by_video", "by_column", "daily")
             pairs = (Pairs(*(saved[f"{table}.{part}"] for part in Pairs._fields)) for table in tables)
             return cls(*arrays, *pairs, **trend)
@@ -513,10 +510,11 @@ class Scorer:
         self.model, self.memory = model, memory
         self.numbers = np.array([n for n, videos in enumerate(index.columns.values(), start=1) if videos], np.int32)
         self.cids = [cid for cid, videos in index.columns.items() if videos]  # of the current columns, as are all below
-        self.clicks = self.of_current(memory.column_clicks[None, 1:])[0]
+        self.clicks = memory.column_clicks[self.numbers]
         self.column_videos = column_table(index, memory.video_clicks, item_max_len)[self.numbers]
         self.unclicked = np.flatnonzero(self.clicks == 0)
-        self.relatives = self.relatives_of(self.column_videos[self.unclicked])
+        columns = memory.video_column[self.column_videos[self.unclicked]]  # those that its videos were clicked in most
+        self.relatives = np.where(memory.column_clicks[columns] > 0, columns, 0)
         self.is_counted = np.ones(len(self.numbers))  # 1 of a column that has clicks, or relatives
         self.is_counted[self.unclicked] = self.relatives.any(axis=1)
         self.refresh()
@@ -536,7 +534,7 @@ class Scorer:
         blocks = np.array_split(np.arange(len(self.numbers)), 1 + len(self.numbers) // COLUMNS_AT_ONCE)
         vectors = [self.model.column_vectors(self.column_videos[b], self.numbers[b]) for b in blocks]
         self.vectors = tf.concat(vectors, axis=0)
-        self.trend_logits = self.of_current(self.memory.trend.table[:, 1:] @ self.model.trend_weights.numpy())
+        self.trend_logits = self.memory.trend.table[:, self.numbers] @ self.model.trend_weights.numpy()
 
     def towers(self, users):
         """Return what the towers give, with the trend: logits [n, current columns]."""
@@ -544,7 +542,8 @@ class Scorer:
         last = np.maximum(np.count_nonzero(users.videos, axis=1) - 1, 0)
         asked[np.arange(len(last)), last] = users.now
         clicks = np.int32(users.videos), np.int32(users.columns), np.int64(users.times), np.int64(asked)
-        return self.cosines(*clicks, self.vectors).numpy() + self.trend_logits[self.memory.trend.rows(users.now)]
+        logits, days = self.cosines(*clicks, self.vectors), self.memory.trend.rows(users.now)
+        return logits.numpy() + self.trend_logits[days.numpy()]
 
     def parts(self, users, *mixes):
         """Return what is mixed, the probabilities of towers, memory and the habit of each Mix: [2 + mixes, n, current columns].
@@ -578,15 +577,9 @@ class Scorer:
 
     def clicked(self, columns):
         """Return whether each current column is among those clicked, bool [n, current columns]."""
-        clicked = np.zeros([len(columns), max(self.numbers[-1], columns.max(initial=0)) + 1], bool)
+        clicked = np.zeros([len(columns), len(self.memory.column_clicks)], bool)
         clicked[np.arange(len(columns))[:, None], columns] = True
         return clicked[:, self.numbers]
-
-    def relatives_of(self, videos):
-        """Return the clicked columns that videos [columns, len] were clicked in most, numbers [columns, len]; 0 is none."""
-        memory = self.memory
-        columns = memory.video_column[np.where(videos < len(memory.video_column), videos, PAD)]
-        return np.where(memory.column_clicks[columns] > 0, columns, 0)
 
     def estimated(self, scores):
         """As of_current(), but a column that nobody clicked has the mean of its relatives: it may be as good as they are."""
@@ -596,9 +589,8 @@ class Scorer:
         return current
 
     def of_current(self, scores):
-        """Scores [n, columns the memory knows] -> [n, current columns]; a newer column scores 0."""
-        newer = self.numbers[-1] - scores.shape[1]
-        return np.pad(scores, [(0, 0), (0, max(newer, 0))])[:, self.numbers - 1]
+        """Scores [n, columns] -> [n, current columns]."""
+        return scores[:, self.numbers - 1]
 
 
 def main():

@@ -66,7 +66,7 @@ HABIT_HOURS: tuple[float, ...] = (0.0, 3.0)  # how near in the hour of the day c
 CLICKED_FACTORS: tuple[float, ...] = (1.0, 0.001)  # for columns that the user clicked before, to choose from
 CLUSTER_TIMEOUT: int = 600  # seconds that a worker waits for the others
 
-MODEL_FORMAT: Final = 7  # of model.json
+MODEL_FORMAT: Final = 8  # of model.json
 NO_LOSS: Final = {"loss": None, "targets": None}  # of epoch 0
 NOT_FINITE: Final = "the model that stands is kept; lower LEARNING_RATE and run train.py again"
 GAPS: Final = {"within an hour": 3600, "within a day": 86_400, "within a week": 604_800, "later": np.inf}  # seconds
@@ -207,7 +207,8 @@ def fit(strategy, scorer, manifest, index, work_dir, run):
 def epoch_batches(manifest, index, work_dir, memory, seed, epoch):
     """Return the training batches of an epoch, in an order and with candidates of its own."""
     draw = seed * 1_000_000 + epoch
-    batches = make_dataset(manifest, work_dir, seed=draw).map(memory.trend.add_rows)
+    batches = make_dataset(manifest, work_dir, seed=draw)
+    batches = batches.map(lambda batch: batch | {"trend_row": memory.trend.rows(batch["asked"])})
     column_videos = column_table(index, memory.video_clicks)
     return add_candidates(batches, column_videos, memory.column_clicks, seed=draw)
 
@@ -568,7 +569,7 @@ def load_model(work_dir=WORK_DIR, index=None):
         model.load_weights(weights)
     trend = {name: saved["constants"][f"TREND_{name.upper()}"] for name in ("reaches", "backoff", "size")}
     with damage_named(memory):
-        return Standing(model, Memory.load(memory, **trend), Mix(**saved["mix"]), saved)
+        return Standing(model, Memory.load(memory, index, **trend), Mix(**saved["mix"]), saved)
 
 
 @contextlib.contextmanager

@@ -233,7 +233,8 @@ def test_serving_gives_the_towers_logits_of_the_training_side(trained, ranker):
     model, trend, videos = scorer.model, scorer.memory.trend, column_table(index, scorer.memory.video_clicks)
     columns, expected, asked = model.column_vectors(videos[1:], np.arange(1, len(videos))), {}, REAL["users"][:60]
     histories = [History(uid, clicks, TIMES[uid], 0) for uid, clicks in asked]
-    for batch in dataset_from_clicks(histories, index, constants).map(trend.add_rows):
+    for batch in dataset_from_clicks(histories, index, constants):
+        batch["trend_row"] = trend.rows(batch["asked"])
         vectors = model.user_vectors(batch["user_feature"], batch["user_column"], batch["user_gap"])
         of_batch = (batch[name].numpy() for name in ("uid", "user_feature", "trend_row"))
         for uid, clicked, row, of_user in zip(*of_batch, vectors, strict=True):

@@ -425,13 +425,15 @@ def daily():
 
 
 def trend_by_hand(daily, day):
-    """Trends [columns + 1, reaches] on a day, of the clicks of the days before it."""
+    """Trends [columns + 1, reaches] on a day, of the clicks of the days before it; each column's from its first click on."""
     before, trends = daily[:day], np.zeros([daily.shape[1], len(TREND_REACHES)])
     share = before.sum(axis=0) / max(before.sum(), 1)
-    for place, reach in enumerate(TREND_REACHES):
-        lately = reach ** np.arange(len(before))[::-1] @ before
-        lately = (lately + TREND_BACKOFF * share) / (lately.sum() + TREND_BACKOFF)
-        trends[share > 0, place] = np.log(lately[share > 0] / share[share > 0])
+    prior = TREND_BACKOFF * np.count_nonzero(share)
+    for column, place in itertools.product(np.flatnonzero(share), range(len(TREND_REACHES))):
+        weights = TREND_REACHES[place] ** np.arange(len(before))[::-1]
+        weights[: np.flatnonzero(before[:, column])[0]] = 0
+        lately = (weights @ before[:, column] + prior * share[column]) / (weights @ before.sum(axis=1) + prior)
+        trends[column, place] = np.log(lately / share[column])
     return trends
 
 
@@ -440,14 +442,13 @@ def test_the_trend_of_a_moment_is_that_of_the_days_before_its_own(daily):
     trend = Trend(pairs_of(daily, FIRST_DAY), num_columns=4)
     moments = np.array([0, noon(-3), *map(noon, range(10)), noon(700), noon(4) - DAY // 2, noon(4) + DAY // 2 - 1])
     days = [None, None, *range(10), 9, 4, 4]
-    rows = trend.rows(moments)
-    assert rows.tolist() == trend.add_rows({"asked": tf.constant(moments[None])})["trend_row"][0].numpy().tolist()
+    rows = trend.rows(moments).numpy()
     for row, day in zip(rows, days, strict=True):
         assert close(trend.table[row], 0 if day is None else trend_by_hand(daily, day)) and (row == 0) == (day is None)
     assert not trend.table[rows[2]].any() and trend.table[rows[4], 1:3].all()
     assert (trend.table[:, 4] == 0).all() and (trend.table[: rows[9], 3] == 0).all() and trend.table[-1, 3].all()
     without = Trend(NO_PAIRS, num_columns=4)
-    assert without.table.shape == (1, 5, 3) and not without.table.any() and not without.rows(moments).any()
+    assert without.table.shape == (1, 5, 3) and not without.table.any() and not without.rows(moments).numpy().any()
 
 
 def test_the_table_of_trends_is_bounded_however_many_days_there_are_and_all_days_count():
@@ -456,13 +457,15 @@ def test_the_table_of_trends_is_bounded_however_many_days_there_are_and_all_days
     daily[:900, 3] = 0
     trend = Trend(pairs_of(daily, FIRST_DAY), num_columns=4, size=4 * 5 * 3)
     assert len(trend.table) == 1 + 4 + 1
-    assert trend.rows(np.array([noon(day) for day in (500, 995, 996, 1000, 5000)])).tolist() == [0, 0, 1, 5, 5]
+    assert trend.rows(np.array([noon(day) for day in (500, 995, 996, 1000, 5000)])).numpy().tolist() == [0, 0, 1, 5, 5]
     assert close(trend.table[-1], trend_by_hand(daily, 1000), 1e-4)
 
 
 # ---------------------------------------------------------------- the memory, and habit
 
 BY = Mix(0.5, 0.2, 1.0, 0.1, memory_clicks=9)
+SHELVES = {f"c{i}": [*range(2 + 4 * i, 6 + 4 * i), 2, 20] for i in range(4)} | {"gone": [], "never": [19, 8]}
+TODAY = SHELVES | {"c1": [], "late": [22, 2, 3], "later": [21]}
 
 
 @pytest.fixture(scope="module")
@@ -473,8 +476,7 @@ def world():
     on no shelf either, and 8 was never clicked at all. What near lost where it was cut is in its column 0.
     """
     rng = np.random.default_rng(12)
-    shelves = {f"c{i}": [*range(2 + 4 * i, 6 + 4 * i), 2, 20] for i in range(4)} | {"gone": [], "never": [19, 8]}
-    index = Index({f"v{number}": number for number in range(2, 22)}, shelves)
+    index = Index({f"v{number}": number for number in range(2, 22)}, SHELVES)
     clicks, near = rng.integers(0, 4, [22, 7]), rng.random([22, 7]) * 9 * (rng.random([22, 7]) < 0.6)
     clicks[6, 5], clicks[0] = 9, 0
     clicks[8] = clicks[:, 6] = clicks[20:, 1:] = near[:2] = near[:, 6] = 0
@@ -528,22 +530,25 @@ def test_memory_scores_follow_the_formula(world, histories_seen, constants, widt
     assert not expected[5].any() and expected[:5].any(axis=1).all()
 
 
-def test_videos_and_columns_newer_than_the_memory_count_as_unknown_and_none(memory, histories_seen):
+def of_today(memory, folder):
+    """(The Memory as saved and loaded, today's Index): column 2 is retired, columns 7 and 8 are newer, and so is video 22."""
+    index = Index({f"v{number}": number for number in range(2, 23)}, TODAY)
+    memory.save(folder / "kept.memory.npz")
+    return Memory.load(folder / "kept.memory.npz", index, reaches=TREND_REACHES), index
+
+
+def test_a_saved_memory_scores_the_same_and_newer_videos_and_columns_count_as_unknown_and_none(
+    memory, histories_seen, tmp_path
+):
+    (loaded, _), users = of_today(memory, tmp_path), seen(histories_seen[1], now=noon(3))
+    assert np.array_equal(loaded.scores(*histories_seen, BY)[:, :6], memory.scores(*histories_seen, BY))
+    assert close(loaded.habit(users, BY)[:, :6], memory.habit(users, BY), 1e-9)
+    assert np.array_equal(loaded.video_clicks[:-1], memory.video_clicks)
     videos, columns = (array.copy() for array in histories_seen)
     unknown, none = videos.copy(), columns.copy()
-    videos[:3, :2], unknown[:3, :2] = [22, 10**6], UNKNOWN
-    columns[:3, :2], none[:3, :2] = [7, 10**6], 0
-    assert np.array_equal(memory.scores(videos, columns, BY), memory.scores(unknown, none, BY))
-    assert np.array_equal(memory.habit(seen(columns), BY), memory.habit(seen(none), BY))
-
-
-def test_a_saved_memory_scores_the_same(memory, histories_seen, tmp_path):
-    memory.save(tmp_path / "kept.memory.npz")
-    loaded = Memory.load(tmp_path / "kept.memory.npz", reaches=TREND_REACHES)
-    users = seen(histories_seen[1], now=noon(3))
-    assert np.array_equal(loaded.scores(*histories_seen, BY), memory.scores(*histories_seen, BY))
-    assert np.array_equal(loaded.habit(users, BY), memory.habit(users, BY))
-    assert np.array_equal(loaded.video_clicks, memory.video_clicks)
+    videos[:3, :2], unknown[:3, :2], columns[:3, :2], none[:3, :2] = 22, UNKNOWN, [7, 8], 0
+    scores = loaded.scores(videos, columns, BY)
+    assert np.array_equal(scores, loaded.scores(unknown, none, BY)) and not scores[:, 6:].any()
 
 
 def seen(columns, times=0, now=0):
@@ -561,7 +566,7 @@ def timed_memory(daily):
 def test_habit_is_the_users_own_columns_late_ones_weighing_more_and_a_share_of_popularity():
     """Of four columns, whose popularity is 1/8, 1/4, 5/8 and 0; no click in any of them: the share of popularity alone."""
     memory = timed_memory(np.array([[0, 1, 2, 5, 0]]))
-    columns = np.array([[1, 0, 2, 1, 0, 0], [0, 0, 0, 0, 0, 0], [4, 9, 0, 0, 0, 0]])  # 9 is newer than the memory
+    columns = np.array([[1, 0, 2, 1, 0, 0], [0, 0, 0, 0, 0, 0], [4, 0, 0, 0, 0, 0]])
     habit = memory.habit(seen(columns), BY._replace(habit_decay=0.5, habit_popularity=0.2))
     own = np.array([[1.25 / 1.75, 0.5 / 1.75, 0, 0], [0, 0, 0, 0], [0, 0, 0, 1]])
     assert close(habit, 0.8 * own + 0.2 * np.array([1 / 8, 1 / 4, 5 / 8, 0]), 1e-12)
@@ -579,20 +584,19 @@ def test_habit_with_hours_counts_clicks_near_the_hour_of_the_clock_more_on_whate
     assert close(memory.habit(users, by._replace(habit_hours=0.0)), [[0.25] * 4, [0.25] * 4, [0] * 4], 1e-9)
 
 
-def test_recent_popularity_is_the_share_in_the_last_days_before_the_moments_and_without_times_in_all(daily):
-    """By the shortest of the reaches, with a little of the share in all clicks before. No later click changes it.
-
-    Of a column that is new on the sixth day, it is the share in the clicks from then on.
-    """
-    expected = [daily[:, 1:].sum(axis=0) / daily.sum()]
+@pytest.mark.parametrize("best", [0, 2])
+def test_recent_popularity_is_the_share_in_the_days_before_by_the_best_reach_and_without_times_that_in_all(best):
+    """Of clicks that are others from the fifth day on the shortest reach foretells best, of those that hardly change the longest."""
+    days = np.random.default_rng(19).integers(20, 90, [9, 5])
+    days[:, [0, 4]] = days[:5, 3] = 0
+    if best == 0:
+        days[4:, 1] = days[:4, 2] = 2
+    expected = [days[:, 1:].sum(axis=0) / days.sum()]
     for day in (9, 400, 5):
-        before, ages = daily[: min(day, 9), 1:], np.arange(min(day, 9))[::-1]
-        clicks = TREND_REACHES[0] ** ages @ before
-        since = clicks.sum() * np.ones(4)
-        since[2] = TREND_REACHES[0] ** ages[6:] @ before[6:].sum(axis=1)
-        ever = before.sum(axis=0) / before.sum()
-        expected.append((clicks + TREND_BACKOFF * ever) / (since + TREND_BACKOFF))
-    popularity = timed_memory(daily).recent_popularity(np.array([0, noon(9), noon(400), noon(5)]))
+        before = days[: min(day, 9)]
+        share = before.sum(axis=0) / before.sum()
+        expected.append((share * np.exp(trend_by_hand(days, min(day, 9))[:, best]))[1:])
+    popularity = timed_memory(days).recent_popularity(np.array([0, noon(9), noon(400), noon(5)]))
     assert close(popularity, expected) and not close(expected[0], expected[1], 0.01)
 
 
@@ -670,18 +674,16 @@ CURRENT = [1, 3, 4, 6, 7, 8]  # 2 is retired today, 5 was before; 6 was clicked 
 
 
 @pytest.fixture
-def scorer(memory, world, monkeypatch):
-    """Of today's index: column 2 is retired, columns 7 and 8 are newer than memory and model, and so is video 22."""
+def scorer(memory, monkeypatch, tmp_path):
+    """Of a model and a memory older than today's index."""
     monkeypatch.setattr(model_tf2, "COLUMNS_AT_ONCE", 4)
-    videos, columns = world[0]
-    grown = Index(videos | {"newest": 22}, columns | {"c1": [], "late": [22, 2, 3], "later": [21]})
-    return Scorer(shaken(num_videos=20), memory, grown, item_max_len=3)
+    return Scorer(shaken(num_videos=20), *of_today(memory, tmp_path), item_max_len=3)
 
 
 @pytest.fixture
 def seen_today():
     """Users [4, 9] with unknown and new videos, retired and new columns; the first has times, the second some."""
-    videos = np.array([[2, 3, 4, 5, 6, 1, 8, 9, 2], [7, 8, 99, 0, 0, 0, 0, 0, 0], [5, 0, 0, 0, 0, 0, 0, 0, 0],
+    videos = np.array([[2, 3, 4, 5, 6, 1, 8, 9, 2], [7, 8, 22, 0, 0, 0, 0, 0, 0], [5, 0, 0, 0, 0, 0, 0, 0, 0],
                        [0, 0, 0, 0, 0, 0, 0, 0, 0]])  # fmt: skip
     columns = np.array([[1, 2, 0, 3, 1, 0, 7, 5, 0], [8, 3, 0, 0, 0, 0, 0, 0, 0], [0] * 9, [0] * 9])
     times = np.array([noon(1) + 7 ** np.arange(9), [0, noon(2), noon(2), 0, 0, 0, 0, 0, 0], [0] * 9, [0] * 9])
@@ -699,7 +701,7 @@ def test_towers_score_current_columns_at_a_moment_with_the_trend_of_its_day(scor
     """A gap is how many binary digits its seconds have, from a click to the next one or to now."""
     assert scorer.numbers.tolist() == CURRENT and scorer.clicks.astype(bool).tolist() == [1, 1, 1, 0, 0, 0]
     assert scorer.cids == ["c0", "c2", "c3", "never", "late", "later"]
-    clicks, numbers = np.append(memory.video_clicks, 0), np.array(CURRENT, np.int32)
+    clicks, numbers = scorer.memory.video_clicks, np.array(CURRENT, np.int32)
     shelves = *(world[0].columns[cid] for cid in scorer.cids[:4]), [22, 2, 3], [21]
     shelf = [sorted(videos, key=lambda video: -clicks[video])[:3] for videos in shelves]
     shelf = np.array([videos + [0] * (3 - len(videos)) for videos in shelf], np.int32)
@@ -714,17 +716,16 @@ def test_towers_score_current_columns_at_a_moment_with_the_trend_of_its_day(scor
         assert close(scorer.towers(seen_today)[user], expected, 1e-4) and trends.any() == (user != 2)
 
 
-def test_probabilities_are_the_mix_of_towers_memory_and_habit_and_padding_changes_nothing(
-    scorer, memory, world, seen_today
-):
-    mix, most, clicks = BY._replace(clicked_factor=0.5), world[4], np.append(memory.column_clicks, [0, 0])[CURRENT]
+def test_probabilities_are_the_mix_of_towers_memory_and_habit_and_padding_changes_nothing(scorer, world, seen_today):
+    mix, most, memory = BY._replace(clicked_factor=0.5), world[4], scorer.memory
+    clicks = memory.column_clicks[CURRENT]
     clicked = np.array([[column in row for column in CURRENT] for row in seen_today.columns])
     assert np.array_equal(scorer.clicked(seen_today.columns), clicked)
     counted = memory.scores(*seen_today[:2], mix), memory.habit(seen_today, mix)
     relatives = {3: most[[19, 8]], 4: most[[2, 3]]}  # of columns without clicks, as places in CURRENT
 
     def of_current(scores):
-        current = np.pad(scores, [(0, 0), (0, 2)])[:, np.array(CURRENT) - 1]
+        current = scores[:, np.array(CURRENT) - 1]
         for place, columns in relatives.items():
             current[:, place] = scores[:, columns - 1].mean(axis=1)
         return current
