@@ -38,7 +38,7 @@ DATA_DIR: str = "data/sample"  # raw input
 WORK_DIR: str = "data/work"  # everything that the scripts write; a path that every machine sees
 MAX_BAD_FRACTION: float = 0.01  # of a file's lines; more bad lines stop the run
 MAX_LINE_BYTES: int = 32 << 20  # a longer line is skipped: about 2.5 million clicks of one user
-MAX_ID_CHARS: int = 1000  # of a user, video or column, whose line is skipped beyond; clicks may be longer
+MAX_ID_CHARS: int = 1000  # of a user, video or column, whose line is skipped beyond
 
 PAD: Final = 0  # as a video number padding, as a column number no column
 UNKNOWN: Final = 1  # any unknown video
@@ -62,8 +62,12 @@ def get_indexing(data_dir=DATA_DIR, work_dir=WORK_DIR):
     old, columns = load_index(work_dir, new=True), read_columns(data_dir)
     catalogue = dict.fromkeys(vid for vid, _ in read_all(data_dir, "vid2title", parse_title))
     shelved = dict.fromkeys(itertools.chain.from_iterable(columns.values()))
-    index = grow_index(old, columns, itertools.chain(shelved, catalogue))
-    if not index.videos:
+    videos = dict(old.videos)
+    for vid in itertools.chain(shelved, catalogue):
+        videos.setdefault(vid, FIRST_VIDEO + len(videos))
+    shelves = {cid: [videos[vid] for vid in columns.get(cid, ())] for cid in {**old.columns, **columns}}
+    index = Index(videos, shelves)
+    if not videos:
         raise InputError(f"{Path(data_dir).absolute()}: no video in any column or catalogue")
     remove_leftovers(folder)
     # Videos first: killed in between, the old columns, none at first, still stand for the same videos.
@@ -80,14 +84,6 @@ def get_indexing(data_dir=DATA_DIR, work_dir=WORK_DIR):
     print(f"{len(index.videos):,} videos ({new_videos:,} new), {len(index.columns):,} columns ({new_columns:,} new, "
           f"{empty:,} empty); {unknown if catalogue else 'there is no catalogue'}")  # fmt: skip
     return index
-
-
-def grow_index(old, columns, vids):
-    """Return the old Index with the vids and the columns {cid: [vid, ...]} that it lacks; a column that went is empty."""
-    videos = dict(old.videos)
-    for vid in vids:
-        videos.setdefault(vid, FIRST_VIDEO + len(videos))
-    return Index(videos, {cid: [videos[vid] for vid in columns.get(cid, ())] for cid in {**old.columns, **columns}})
 
 
 def read_columns(data_dir):
@@ -374,13 +370,6 @@ def read_json(path, script, cure="remove it"):
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: damaged ({error}); {cure} and run {script} again") from error
     return value
-
-
-def read_if_whole(path):
-    """Return the JSON object of a file, {} where it is missing or damaged."""
-    with contextlib.suppress(InputError, FileNotFoundError):
-        return read_json(path, "")
-    return {}
 
 
 # ---------------------------------------------------------------- shared by all scripts: custody and constants

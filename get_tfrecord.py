@@ -14,6 +14,7 @@ What is held out is what is served: of some users what they click first, in a cu
 The second half of this file is how work on files is shared out among processes, or on a Spark cluster.
 """
 
+import bisect
 import collections
 import contextlib
 import functools
@@ -31,7 +32,7 @@ from typing import Final, NamedTuple
 from get_indexing import (
     DATA_DIR, FIRST_VIDEO, MAX_ID_CHARS, UNKNOWN, WORK_DIR,
     BadLine, InputError, Records, Tally, constants_of, file_fingerprint, find_files, fingerprint, load_index, name_unread,
-    only_one, open_unpacked, read_if_whole, remove_leftovers, replacing, run_script, text_id, warn, write_json,
+    only_one, open_unpacked, read_json, remove_leftovers, replacing, run_script, text_id, warn, write_json,
 )  # fmt: skip
 
 USER_MAX_LEN: int = 50  # clicks in a window, and the most that the user tower reads
@@ -79,6 +80,13 @@ def get_tfrecord(data_dir=DATA_DIR, work_dir=WORK_DIR, num_workers=NUM_WORKERS, 
     return manifest
 
 
+def read_if_whole(path):
+    """Return the JSON object of a file, {} where it is missing or damaged."""
+    with contextlib.suppress(InputError, FileNotFoundError):
+        return read_json(path, "")
+    return {}
+
+
 def describe_index(index):
     """Return what of the index records depend on: its numbers, and the current columns, in which clicks are held out."""
     return index.fingerprint() | {"current": fingerprint([cid for cid, videos in index.columns.items() if videos])}
@@ -123,7 +131,7 @@ def content_of(path):
 
 
 def stamp_of(path):
-    """Return the stamp of a file's Content as it is now."""
+    """Return the stamp of a file as it is now."""
     stat = os.stat(path)
     return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
@@ -186,24 +194,17 @@ def split_click(click, videos, columns):
     after an underscore, whose video is unknown; else the longest known video before one, in no known column (then vid
     is not the whole click); else the whole is an unknown video.
     """
-    if click in videos:
+    if click in videos or len(click) > 3 * MAX_ID_CHARS:  # no known ids are so long
         return click, None
     vid, _, cid = click.partition("_")
-    if vid in videos and cid in columns:  # the usual case, and the first that the loop would find
+    if vid in videos and cid in columns:  # the usual case, and the first split below
         return vid, cid
-    unknown_video = unknown_column = None
-    at = click.find("_")
-    while at >= 0:
-        vid, cid = click[:at], click[at + 1 :]
-        if cid in columns:
-            if vid in videos:
-                return vid, cid
-            unknown_video = unknown_video or (vid, cid)
-        elif vid in videos:
-            unknown_column = vid, None
-        # No video is longer than MAX_ID_CHARS, and no column begins earlier than so many before the end.
-        at = click.find("_", at + 1 if at < MAX_ID_CHARS else max(at + 1, len(click) - MAX_ID_CHARS - 1))
-    return unknown_video or unknown_column or (click, None)
+    splits = [(click[:at], click[at + 1 :]) for at, character in enumerate(click) if character == "_"]
+    in_column = [split for split in splits if split[1] in columns]
+    of_video = [vid for vid, _ in splits if vid in videos]
+    if in_column:
+        return next((split for split in in_column if split[0] in videos), in_column[0])
+    return (of_video or [click])[-1], None
 
 
 class ClickEncoder:
@@ -447,13 +448,10 @@ def count_shelved(index, clicked, unknown_video):
 
 
 def quantile(counts, share):
-    """Return the lowest value of {value: count} that at least that share of what is counted does not exceed."""
-    rank = share * (sum(counts.values()) - 1)
-    for value in sorted(counts):
-        rank -= counts[value]
-        if rank < 0:
-            return value
-    return 0
+    """Return the lowest value of {value: count} that at least that share of what is counted does not exceed; 0 of nothing."""
+    values = sorted(counts)
+    ends = list(itertools.accumulate(counts[value] for value in values))
+    return values[bisect.bisect_right(ends, share * (ends[-1] - 1))] if values else 0
 
 
 def check_enough(manifest):

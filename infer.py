@@ -29,11 +29,11 @@ from typing import NamedTuple
 from get_indexing import (
     DATA_DIR, MAX_ID_CHARS, MAX_LINE_BYTES, WORK_DIR,
     InputError, OrZero, Records, Tally, file_fingerprint, fingerprint, input_name, load_index, name_unread,
-    only_one, packages_named, read_if_whole, read_json, read_names, remove_leftovers, replacing, run_script, write_json,
+    only_one, packages_named, read_json, read_names, remove_leftovers, replacing, run_script, write_json,
 )  # fmt: skip
 from get_tfrecord import (
-    NUM_WORKERS, ClickEncoder, History, cut_files, draw_of, held_out_share, map_files, parse_history, slices, split_click,
-    stamp_of, survey,
+    NUM_WORKERS, ClickEncoder, History, cut_files, draw_of, held_out_share, map_files, parse_history, read_if_whole, slices,
+    split_click, stamp_of, survey,
 )  # fmt: skip
 
 with packages_named():
