@@ -33,7 +33,7 @@ from typing import Final, NamedTuple
 
 from get_indexing import (
     DATA_DIR, FIRST_VIDEO, PAD, WORK_DIR,
-    InputError, check_same, file_fingerprint, load_index, packages_named, read_json, read_names, run_script,
+    InputError, file_fingerprint, load_index, packages_named, read_json, read_names, run_script,
 )  # fmt: skip
 from get_tfrecord import (
     FORMAT, NUM_WORKERS, ClickEncoder, describe_index, map_files, put_together, record_constants, split_windows,
@@ -79,6 +79,13 @@ def load_manifest(work_dir=WORK_DIR, constants=None):
         if not (path.parent / name).exists() or (path.parent / name).stat().st_size != shard["bytes"]:
             raise InputError(f"{path.parent / name}: not as {path.name} says; run get_tfrecord.py again")
     return manifest, index
+
+
+def check_same(path, made_with, now, script):
+    """Refuse the file at path where an entry of what it was made with, a dict, is another now."""
+    for name, value in now.items():
+        if made_with.get(name) != value:
+            raise InputError(f"{path}: made with {name} = {made_with.get(name)}, now it is {value}; run {script} again")
 
 
 def shards_of(manifest, split, work_dir=WORK_DIR):

@@ -196,12 +196,6 @@ class Tally:
     skipped: collections.Counter = dataclasses.field(default_factory=collections.Counter)  # by reason
     first: list = dataclasses.field(default_factory=list)  # the first few that were skipped: (line number, reason)
 
-    def skip(self, reason):
-        """Count the line that was counted last as skipped, too."""
-        self.skipped[reason] += 1
-        if reason != "blank" and len(self.first) < 3:
-            self.first.append((self.lines, reason))
-
     def __add__(self, following):
         first = [*self.first, *((self.lines + line, reason) for line, reason in following.first)][:3]
         return Tally(self.path, self.lines + following.lines, self.skipped + following.skipped, first)
@@ -232,10 +226,11 @@ class Records:
             self.tally.lines += 1
             try:
                 yield self.parse(load_record(line))
-            except BadLine as reason:
-                self.tally.skip(str(reason))
-            except KeyError as key:
-                self.tally.skip(f"no {key.args[0]}")
+            except (BadLine, KeyError) as error:
+                reason = f"no {error.args[0]}" if type(error) is KeyError else str(error)
+                self.tally.skipped[reason] += 1
+                if reason != "blank" and len(self.tally.first) < 3:
+                    self.tally.first.append((self.tally.lines, reason))
 
 
 def load_record(line):
@@ -387,13 +382,6 @@ def file_fingerprint(path):
         while part := file.read(1 << 20):
             digest.update(part)
     return digest.hexdigest()
-
-
-def check_same(path, made_with, now, script):
-    """Refuse the file at path where an entry of what it was made with, a dict, is another now."""
-    for name, value in now.items():
-        if made_with.get(name) != value:
-            raise InputError(f"{path}: made with {name} = {made_with.get(name)}, now it is {value}; run {script} again")
 
 
 def constants_of(*modules, **instead):

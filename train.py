@@ -32,15 +32,15 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from get_dataset import (
-    CountTable, add_candidates, add_counts, cluster_worker, column_table, count_windows, held_out, load_manifest,
+    CountTable, add_candidates, add_counts, check_same, cluster_worker, column_table, count_windows, held_out, load_manifest,
     make_dataset, shelves_table, tensorflow_errors_named,
 )  # fmt: skip
 from get_indexing import (
     DATA_DIR, FIRST_VIDEO, WORK_DIR,
-    InputError, OrZero, check_same, constants_of, file_fingerprint, fingerprint, load_index, only_one, read_json,
+    InputError, OrZero, constants_of, file_fingerprint, fingerprint, load_index, only_one, read_json,
     remove_leftovers, replacing, run_script, warn, write_json,
 )  # fmt: skip
-from get_tfrecord import MADE_WITH, digests, survey
+from get_tfrecord import MADE_WITH, digests, read_if_whole, survey
 from model_tf2 import (
     LOSS, SCORES_AT_ONCE,
     Memory, Mix, Scorer, Users, build_model, dropout_for, recency, sum_by_number, training_loss,
@@ -719,11 +719,11 @@ def log(folder, step, values):
 
 def say_if_clicks_changed(work_dir, data_dir=DATA_DIR):
     """Print a line where the click files are others than those that the records were made of, by their content."""
-    folder, manifest = Path(data_dir, "click_seq"), Path(work_dir, "tfrecord/manifest.json")
-    if not folder.is_dir() or not manifest.exists():
+    folder, was = Path(data_dir, "click_seq"), read_if_whole(Path(work_dir, "tfrecord/manifest.json")).get("input")
+    if not folder.is_dir() or not was:
         return
     try:
-        was, now = read_json(manifest, "get_tfrecord.py").get("input", {}), digests(survey(folder, num_workers=1))
+        now = digests(survey(folder, num_workers=1))
     except InputError as error:
         return warn(error)
     if others := sorted(name for name in was.keys() | now.keys() if was.get(name) != now.get(name)):
