@@ -314,8 +314,7 @@ class Trend:
     of the days before, earlier ones weighing less, against its share in all clicks before; `backoff` clicks a column pull
     towards that. Only clicks since a column's first count: the days before there was a shelf say nothing about it. No day
     sees itself or a later one. Row 0, of no known day, and columns not clicked before are neutral: 0. The last row is for
-    the day after the last one, and for all later ones. `shares` [rows, columns + 1] are the shares by the reach that
-    foretells each day's clicks best.
+    the day after the last one, and for all later ones. `shares` [rows, columns + 1] are those of the first reach.
     """
 
     def __init__(self, daily, num_columns, reaches=TREND_REACHES, backoff=TREND_BACKOFF, size=TREND_SIZE):
@@ -328,20 +327,17 @@ class Trend:
         self.table = np.zeros([last - self.first + 3, num_columns + 1, len(reaches)], np.float32)
         self.shares = np.zeros(self.table.shape[:2], np.float32)
         ever, recent, since = (np.zeros([num_columns + 1, width]) for width in (1, len(reaches), len(reaches)))
-        foretold = np.zeros(len(reaches))  # the log likelihood of the clicks, against that by the shares in all before
         for day in range(first, last + 2):
             of_day, row = slice(*np.searchsorted(days, [day, day + 1])), day - self.first + 1
             if ever.any() and row > 0:
                 share, prior = ever / ever.sum(), backoff * np.count_nonzero(ever)
                 lately = (recent + prior * share) / (since + prior)
                 self.table[row] = np.log(np.divide(lately, share, where=ever > 0, out=np.ones_like(lately)))
-                self.shares[row] = share[:, 0]
-                foretold += clicks[of_day] @ self.table[row, columns[of_day]]
+                self.shares[row] = lately[:, 0]
             recent, since = recent * reaches, since * reaches
             for sums in (ever, recent):
                 sums[columns[of_day]] += clicks[of_day, None]
             since[ever[:, 0] > 0] += clicks[of_day].sum()
-        self.shares *= np.exp(self.table[..., foretold.argmax()])
 
     def rows(self, times):
         """Return the row of each moment's day, a tensor as times, int64; 0 where it is not known, or before all days."""

@@ -584,19 +584,13 @@ def test_habit_with_hours_counts_clicks_near_the_hour_of_the_clock_more_on_whate
     assert close(memory.habit(users, by._replace(habit_hours=0.0)), [[0.25] * 4, [0.25] * 4, [0] * 4], 1e-9)
 
 
-@pytest.mark.parametrize("best", [0, 2])
-def test_recent_popularity_is_the_share_in_the_days_before_by_the_best_reach_and_without_times_that_in_all(best):
-    """Of clicks that are others from the fifth day on the shortest reach foretells best, of those that hardly change the longest."""
-    days = np.random.default_rng(19).integers(20, 90, [9, 5])
-    days[:, [0, 4]] = days[:5, 3] = 0
-    if best == 0:
-        days[4:, 1] = days[:4, 2] = 2
-    expected = [days[:, 1:].sum(axis=0) / days.sum()]
-    for day in (9, 400, 5):
-        before = days[: min(day, 9)]
-        share = before.sum(axis=0) / before.sum()
-        expected.append((share * np.exp(trend_by_hand(days, min(day, 9))[:, best]))[1:])
-    popularity = timed_memory(days).recent_popularity(np.array([0, noon(9), noon(400), noon(5)]))
+def test_recent_popularity_is_the_share_in_the_last_days_before_the_moments_and_without_times_in_all(daily):
+    """By the shortest of the reaches. No later click changes it; of a new column it is the share since its first click."""
+    expected = [daily[:, 1:].sum(axis=0) / daily.sum()]
+    for day in (9, 9, 5):
+        share = daily[:day].sum(axis=0) / daily[:day].sum()
+        expected.append((share * np.exp(trend_by_hand(daily, day)[:, 0]))[1:])
+    popularity = timed_memory(daily).recent_popularity(np.array([0, noon(9), noon(400), noon(5)]))
     assert close(popularity, expected) and not close(expected[0], expected[1], 0.01)
 
 

@@ -551,10 +551,10 @@ def test_a_day_is_known_by_the_days_before_it_and_by_neither_itself_nor_those_af
     train_and_listen(make_records(raw, tmp_path / "work"), LEARNING_RATE=0.2, KERNEL_RATE=0.01, **TINY)
     by_user = ranks_in(tmp_path / "work")
     assert len(by_user) > 30 and "within a week" in saved_in(tmp_path / "work")["slices"]
-    for row, known in (("popularity", 0.6), ("towers", 0.8), ("mix", 0.8)):  # popularity is of a longer reach here
+    for row in ("popularity", "towers", "mix"):
         told = [[gain(ranks[row]) for uid, ranks in by_user.items() if int(uid[4:]) % 2 == day] for day in (0, 1)]
         assert np.mean(told[0]) < 0.4, row  # 0.23 is chance among 20 columns
-        assert np.mean(told[1]) > known, row
+        assert np.mean(told[1]) > 0.8, row
 
 
 # ---------------------------------------------------------------- starting from what stands
