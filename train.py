@@ -96,7 +96,9 @@ def train(work_dir=WORK_DIR, record_constants=None, loss=LOSS, arguments=None, *
         (folder / "checkpoint.npz").unlink(missing_ok=True)
         return standing.saved["test"]
     with tensorflow_errors_named(work_dir):
-        counts = count_windows(manifest, ["train"], work_dir)
+        counts, held_out_counts = (count_windows(manifest, splits, work_dir) for splits in (["train"], ["val", "test"]))
+        every_click = add_counts(counts, held_out_counts)
+        counts = counts._replace(daily=every_click.daily)  # as served: no moment sees its own day or a later one
         scorer = make_scorer(strategy, Memory.of_counts(counts, index), index, run["shape"])
         why_cold = why_cold or other_shape(standing.saved["arguments"], scorer.model.arguments)
         if why_cold:
@@ -111,7 +113,7 @@ def train(work_dir=WORK_DIR, record_constants=None, loss=LOSS, arguments=None, *
             return None
         scorer.model.set_weights(weights)
         scorer.refresh()
-        return choose_and_publish(scorer, standing, counts, run, manifest, index, work_dir, logs)
+        return choose_and_publish(scorer, standing, counts, every_click, run, manifest, index, work_dir, logs)
 
 
 def describe_run(settings, shape, manifest, index):
@@ -370,7 +372,7 @@ def means(metrics):
     return {name: float(np.mean(values)) for name, values in metrics.items()}
 
 
-def choose_and_publish(scorer, standing, counts, run, manifest, index, work_dir, logs):
+def choose_and_publish(scorer, standing, counts, every_click, run, manifest, index, work_dir, logs):
     """Choose the mix on validation, test it, count on all clicks, and publish; return the test's metrics."""
     validation, test = (held_out(manifest, split, work_dir) for split in ("val", "test"))
     constants, num_columns = run["constants"], len(scorer.numbers)
@@ -383,8 +385,7 @@ def choose_and_publish(scorer, standing, counts, run, manifest, index, work_dir,
         "validation": {row: means(metrics_of(of_row, num_columns)) for row, of_row in of_validation.items()},
         "mix": chosen._asdict(),
     }
-    held_out_counts = count_windows(manifest, ["val", "test"], work_dir)
-    memory = Memory.of_counts(add_counts(counts, held_out_counts), index)
+    memory = Memory.of_counts(every_click, index)
     publish(Path(work_dir, "model"), scorer.model, memory, index, run, table, ranks, test)
     lines = table_lines(table, chosen)
     print(*lines, sep="\n")
@@ -398,8 +399,8 @@ def choose_and_publish(scorer, standing, counts, run, manifest, index, work_dir,
 def choose_mix(users, scorer, constants):
     """Return the Mix that is best for users, by their NDCG@10.
 
-    A factor for columns clicked before must be worth more than a standard error (Breiman et al. 1984): it is often the best
-    by luck, and moves most of what a user sees.
+    Of a few hundred users the best of many mixes is best by luck: each counts with those one step of a weight away. A factor
+    for columns clicked before must be worth more than a standard error (Breiman et al. 1984): it moves most of what is seen.
     """
     pairs = itertools.product({0.0, *constants["MIX_WEIGHTS"]}, repeat=2)
     weights = sorted(pair for pair in pairs if sum(pair) < 1)
@@ -411,13 +412,18 @@ def choose_mix(users, scorer, constants):
         for place, kind in enumerate(kinds, start=2):
             of_kind = parts[[0, 1, place]]
             for pair, factor in itertools.product(weights, constants["CLICKED_FACTORS"]):
-                if not pair[1] and kind is not kinds[0]:
-                    continue  # without habit all its kinds are the same
                 mix = kind._replace(memory_weight=pair[0], habit_weight=pair[1], clicked_factor=factor)
                 yield mix, mix.apply(of_kind, clicked)
 
     ranks = ranks_of(users, scorer, all_mixed)
-    gains = {mix: metrics_of(of_mix, len(scorer.numbers))["NDCG@10"] for mix, of_mix in ranks.items()}
+    of_each = {mix: metrics_of(of_mix, len(scorer.numbers))["NDCG@10"] for mix, of_mix in ranks.items()}
+    step = {weight: place for place, weight in enumerate(sorted({0.0, *constants["MIX_WEIGHTS"]}))}
+
+    def are_near(mix, other):
+        steps = (abs(step[mix[part]] - step[other[part]]) for part in range(2))
+        return mix[2:] == other[2:] and sum(steps) <= 1
+
+    gains = {mix: np.mean([of_each[other] for other in of_each if are_near(mix, other)], axis=0) for mix in of_each}
     best_first = sorted(gains, key=lambda mix: -gains[mix].mean())
     best_of = {mix.clicked_factor: mix for mix in reversed(best_first)}  # for each factor the last one written stays
     behind = {mix: gains[best_first[0]] - gains[mix] for mix in best_of.values()}
@@ -531,7 +537,7 @@ def table_lines(table, chosen):
         lines.append(f"{row:12}" + "".join(f"{gain:>18}" for gain in of_row))
     habit = f"habit {chosen.habit_weight} (popularity {chosen.habit_popularity}, hours {chosen.habit_hours})"
     by = f"memory {chosen.memory_weight}, {habit}, factor for clicked columns {chosen.clicked_factor}"
-    if chosen.habit_hours:
+    if chosen.habit_weight and chosen.habit_hours:
         by += ". Where infer.py supposes the moment, habit counts all hours alike"
     return [*lines, f"The model ranks by {list(test)[-1]!r}: {by}", *(f"Note: {note}." for note in table["notes"])]
 
