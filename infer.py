@@ -86,7 +86,7 @@ def infer(clicks_dir=CLICKS_DIR, work_dir=WORK_DIR, ranking_dir=RANKING_DIR, top
         else:
             ranked += join_parts(outputs[path], of_file, made_of[path], clicks_dir)
     number = len(todo) - len(changed)
-    print(f"{ranked:,} users ranked in {number:,} files, {len(outputs):,} files stand in {ranking_dir}")
+    print(f"{ranked:,} users ranked; {number:,} of {len(outputs):,} rankings in {ranking_dir} are new")
     if example and example[0].uid:
         print_example(*example, index)
     if changed:

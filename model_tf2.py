@@ -326,6 +326,7 @@ class Trend:
         self.first = max(first, last + 1 - size // ((num_columns + 1) * len(reaches)))  # days before it have no row
         self.table = np.zeros([last - self.first + 3, num_columns + 1, len(reaches)], np.float32)
         self.shares = np.zeros(self.table.shape[:2], np.float32)
+        # Clicks of each column: all, recent ones, and the recent ones of all columns since the first of this one.
         ever, recent, since = (np.zeros([num_columns + 1, width]) for width in (1, len(reaches), len(reaches)))
         for day in range(first, last + 2):
             of_day, row = slice(*np.searchsorted(days, [day, day + 1])), day - self.first + 1

@@ -364,7 +364,7 @@ def test_a_finished_file_is_not_computed_again(two, monkeypatch, capsys):
         monkeypatch.setattr(infer_module, name, value)
     capsys.readouterr()
     assert computed_again(two) == computed_again(two, asked="../asked/click_seq") == set()
-    said = f"0 users ranked in 0 files, 2 files stand in {two / 'ranking'}\n"
+    said = f"0 users ranked; 0 of 2 rankings in {two / 'ranking'} are new\n"
     assert capsys.readouterr().out == 2 * said
     _raw(two / "asked", users=[("b", HEARD), ("c", [])], click_file="two", gzip=True)
     assert computed_again(two) == {"two.json.gz"} and "\nuser b clicked last:\n" in capsys.readouterr().out

@@ -169,7 +169,7 @@ def test_constants_that_only_concern_running_redo_nothing(plain, tmp_path, monke
         monkeypatch.setattr(name, 7)
     before = contents(folder / "data/work")
     printed = run_here(folder, EPOCHS=1)
-    assert "nothing to train" in printed and "0 users ranked in 0 files, 1 files stand" in printed
+    assert "nothing to train" in printed and "0 users ranked; 0 of 1 rankings" in printed
     after = contents(folder / "data/work")
     for name in ("indexing/vid2idx.json", "indexing/cid2vidx.json", "tfrecord/manifest.json"):
         assert after.pop(name)[0] == before.pop(name)[0]  # its time is that of the comparison
@@ -186,7 +186,7 @@ def test_constants_edited_after_training_do_not_change_the_ranking_of_another_cl
     edit(folder, "infer", CLICKS_DIR="others/click_seq", RANKING_DIR="data/others")
     (folder / "data/sample").rename(folder / "others")
     out = run(folder, "infer")["infer"]
-    assert "300 users ranked in 1 files, 1 files stand in data/others" in out
+    assert "300 users ranked; 1 of 1 rankings in data/others are new" in out
     assert f"user {REAL['users'][0][0]} clicked last:" in out and "Title of" not in out
     former, ranked = ((folder / f"data/{name}/clicks.json.gz").read_bytes() for name in ("work/ranking", "others"))
     assert ranked == former
