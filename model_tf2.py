@@ -185,10 +185,6 @@ class BST_DSSM(keras.Model):
         """User vectors [n, dim] and column vectors [columns, dim] -> [n, columns]."""
         return tf.matmul(self.scale * users, vectors, transpose_b=True)
 
-    def trend_logits(self, trends):
-        """Trends [..., num_trends] of columns, as of Trend -> what they add to the logits [...]."""
-        return tf.linalg.matvec(trends, self.trend_weights.value)
-
     def embed_videos(self, videos):
         """Video numbers -> embeddings, plus the mean of those of the columns that show each.
 
@@ -268,7 +264,7 @@ def column_loss(model, users, windows, kind, trends):
     if trends is not None:
         days, day = tf.unique(tf.gather_nd(windows["trend_row"], targets))
         of_days = tf.gather(tf.gather(trends, days), windows["item_column"], axis=1)  # [days, items, num_trends]
-        logits += tf.gather(model.trend_logits(of_days), day)
+        logits += tf.gather(tf.linalg.matvec(of_days, model.trend_weights.value), day)
     number = tf.size(windows["item_log_prob"])
     own, candidates = tf.gather(logits, items, batch_dims=1), windows["item_column"][-number:]
     others = tf.where(wanted[:, None] == candidates, -1e9, logits[:, -number:])

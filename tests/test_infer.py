@@ -239,7 +239,7 @@ def test_serving_gives_the_towers_logits_of_the_training_side(trained, ranker):
         of_batch = (batch[name].numpy() for name in ("uid", "user_feature", "trend_row"))
         for uid, clicked, row, of_user in zip(*of_batch, vectors, strict=True):
             at = np.count_nonzero(clicked) - 2
-            of_trend = model.trend_logits(trend.table[row[at], 1:])
+            of_trend = trend.table[row[at], 1:] @ model.trend_weights.numpy()
             expected[uid.decode()] = (model.scaled_cosines(of_user[at : at + 1], columns)[0] + of_trend).numpy()
     assert expected.keys() == dict(asked).keys()
     for uid, clicks in asked:
@@ -248,10 +248,12 @@ def test_serving_gives_the_towers_logits_of_the_training_side(trained, ranker):
 
 
 def test_the_ranks_in_test_csv_are_those_that_serving_gives_with_what_the_training_records_count(trained):
-    """Each test user's raw clicks before the last one in a column are ranked for at its time, as infer.py does."""
+    """Each test user's raw clicks before the last one in a column are ranked for at its time, as infer.py does; the days
+    before count with all their clicks."""
     work, users, order = trained / "work", dict(REAL["users"]), list(REAL["columns"])
     (manifest, index), ranker = load_manifest(work), Ranker(work)
-    memory = Memory.of_counts(count_windows(manifest, ["train"], work, num_workers=1), index)
+    counts, of_all = (count_windows(manifest, splits, work, 1) for splits in (["train"], ["train", "val", "test"]))
+    memory = Memory.of_counts(counts._replace(daily=of_all.daily), index)
     ranker.scorer = Scorer(ranker.scorer.model, memory, index)
     with open(work / "model/test.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
