@@ -248,8 +248,7 @@ def test_serving_gives_the_towers_logits_of_the_training_side(trained, ranker):
 
 
 def test_the_ranks_in_test_csv_are_those_that_serving_gives_with_what_the_training_records_count(trained):
-    """Each test user's raw clicks before the last one in a column are ranked for at its time, as infer.py does; the days
-    before count with all their clicks."""
+    """Each test user's raw clicks before the last one in a column are ranked for at its time, as infer.py does."""
     work, users, order = trained / "work", dict(REAL["users"]), list(REAL["columns"])
     (manifest, index), ranker = load_manifest(work), Ranker(work)
     counts, of_all = (count_windows(manifest, splits, work, 1) for splits in (["train"], ["train", "val", "test"]))
