@@ -308,20 +308,19 @@ class Ranker:
 
     def lines(self, histories, top_k=TOP_K):
         """Return the output line of each of the Historys, a list; those of like length are ranked at once: little is padding."""
-        lines, cids = [""] * len(histories), np.array(self.cids, object)
+        lines, as_json = [""] * len(histories), functools.partial(json.dumps, ensure_ascii=False)
+        cids = np.array(list(map(as_json, self.cids)), object)
         by_length = sorted(range(len(histories)), key=lambda place: len(histories[place].clicks))
         for places in slices(by_length, self.at_once):
             users = self.padded([self.encode(*histories[place][1:]) for place in places])
             for place, scores, is_known in zip(places, self.scores(users), users.is_known(), strict=True):
                 history, best = histories[place], best_first(scores, top_k)
-                line = {
-                    "uid": history.uid,
-                    "columns": cids[best].tolist(),
-                    "scores": np.round(scores[best], DECIMALS).tolist(),
-                    "source": "model" if is_known else "popular",
-                    "clicks": len(history.clicks),
-                }
-                lines[place] = json.dumps(line, ensure_ascii=False) + "\n"
+                rounded = ", ".join([f"%.{DECIMALS}f"] * len(best)) % tuple(scores[best])  # twice as fast as by json
+                source = "model" if is_known else "popular"
+                lines[place] = (
+                    f'{{"uid": {as_json(history.uid)}, "columns": [{", ".join(cids[best])}], "scores": [{rounded}], '
+                    f'"source": "{source}", "clicks": {len(history.clicks)}}}\n'
+                )
         return lines
 
 

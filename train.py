@@ -397,38 +397,38 @@ def choose_and_publish(scorer, standing, counts, every_click, run, manifest, ind
 
 
 def choose_mix(users, scorer, constants):
-    """Return the Mix that is best for users, by their NDCG@10.
+    """Return the Mix that is best for users, by their NDCG@10: first its factor, for the towers alone, then all else.
 
-    Of a few hundred users the best of many mixes is best by luck: each counts with those one step of a weight away. A factor
-    for columns clicked before must be worth more than a standard error (Breiman et al. 1984): it moves most of what is seen.
+    Of a few hundred users the best of many mixes is best by luck: each counts as the mean with those one step of a weight
+    away.
     """
-    pairs = itertools.product({0.0, *constants["MIX_WEIGHTS"]}, repeat=2)
-    weights = sorted(pair for pair in pairs if sum(pair) < 1)
+
+    def gains_of(kinds, factors, weights):
+        """Return {Mix: NDCG@10} of all these kinds, Mixes that differ in habit."""
+
+        def rankings(block):
+            clicked, parts = scorer.clicked(block.columns), scorer.parts(block, *kinds)
+            for place, kind in enumerate(kinds, start=2):
+                of_kind = parts[[0, 1, place]]
+                for factor, (memory, habit) in itertools.product(factors, weights):
+                    mix = kind._replace(memory_weight=memory, habit_weight=habit, clicked_factor=factor)
+                    yield mix, mix.apply(of_kind, clicked)
+
+        ranks = ranks_of(users, scorer, rankings)
+        return {mix: metrics_of(of_mix, len(scorer.numbers))["NDCG@10"].mean() for mix, of_mix in ranks.items()}
+
     hours = constants["HABIT_HOURS"] if users["now"].any() else constants["HABIT_HOURS"][:1]
     kinds = [Mix(0.0, 0.0, 1.0, *habit) for habit in itertools.product(constants["HABIT_POPULARITIES"], hours)]
-
-    def all_mixed(block):
-        clicked, parts = scorer.clicked(block.columns), scorer.parts(block, *kinds)
-        for place, kind in enumerate(kinds, start=2):
-            of_kind = parts[[0, 1, place]]
-            for pair, factor in itertools.product(weights, constants["CLICKED_FACTORS"]):
-                mix = kind._replace(memory_weight=pair[0], habit_weight=pair[1], clicked_factor=factor)
-                yield mix, mix.apply(of_kind, clicked)
-
-    ranks = ranks_of(users, scorer, all_mixed)
-    of_each = {mix: metrics_of(of_mix, len(scorer.numbers))["NDCG@10"] for mix, of_mix in ranks.items()}
-    step = {weight: place for place, weight in enumerate(sorted({0.0, *constants["MIX_WEIGHTS"]}))}
+    gains = gains_of(kinds[:1], constants["CLICKED_FACTORS"], [(0.0, 0.0)])
+    factor = max(gains, key=gains.get).clicked_factor
+    sizes = sorted({0.0, *constants["MIX_WEIGHTS"]})
+    gains = gains_of(kinds, [factor], [pair for pair in itertools.product(sizes, repeat=2) if sum(pair) < 1])
 
     def are_near(mix, other):
-        steps = (abs(step[mix[part]] - step[other[part]]) for part in range(2))
+        steps = (abs(sizes.index(mix[part]) - sizes.index(other[part])) for part in range(2))
         return mix[2:] == other[2:] and sum(steps) <= 1
 
-    gains = {mix: np.mean([of_each[other] for other in of_each if are_near(mix, other)], axis=0) for mix in of_each}
-    best_first = sorted(gains, key=lambda mix: -gains[mix].mean())
-    best_of = {mix.clicked_factor: mix for mix in reversed(best_first)}  # for each factor the last one written stays
-    behind = {mix: gains[best_first[0]] - gains[mix] for mix in best_of.values()}
-    as_good = [mix for mix, lost in behind.items() if lost.mean() <= lost.std() / len(lost) ** 0.5]
-    return min(as_good, key=lambda mix: abs(1 - mix.clicked_factor))
+    return max(gains, key=lambda mix: np.mean([gains[other] for other in gains if are_near(mix, other)]))
 
 
 def all_rankings(scorer, counts, chosen, use_memory, standing, index):

@@ -340,16 +340,22 @@ def test_the_chosen_mix_is_the_best_on_validation_with_those_a_step_of_a_weight_
     assert saved["validation"]["mix"]["NDCG@10"] == pytest.approx(gains[chosen], abs=2e-3)
 
 
-@pytest.mark.parametrize(("gaining", "losing", "taken"), [(0, 0, False), (20, 18, False), (20, 8, True)])
-def test_a_factor_for_clicked_columns_must_be_worth_more_than_a_standard_error(monkeypatch, gaining, losing, taken):
-    """Of 400 users it ranks the target of some first, of others 11th, where all else ranks them third: best by nothing, by a
-    third of a standard error or by more than two. Of those without a factor the best one wins by a single user."""
-    ranks, best, ahead = {mix: np.full(400, 3) for mix in ALL_MIXES}, Mix(0.0, 0.8, 1.0, 0.6), Mix(0.0, 0.8, 0.001, 0.1)
-    ranks[ahead][:gaining], ranks[ahead][gaining : gaining + losing], ranks[best][-1] = 1, 11, 2
-    monkeypatch.setattr(train_module, "ranks_of", lambda *_: ranks)
-    scorer = types.SimpleNamespace(numbers=np.arange(20))
+@pytest.mark.parametrize(("gaining", "losing", "taken"), [(0, 0, False), (18, 20, False), (20, 18, True)])
+def test_a_factor_for_clicked_columns_is_taken_where_it_is_better_for_the_towers_alone(
+    monkeypatch, gaining, losing, taken
+):
+    """It ranks the target of some users first and of others 11th, where all else ranks them third."""
+    ranks, towers = {mix: np.full(400, 3) for mix in ALL_MIXES}, Mix(0.0, 0.0, 0.001, 0.1)
+    ranks[towers][:gaining], ranks[towers][gaining : gaining + losing] = 1, 11
+    block = types.SimpleNamespace(columns=None)
+    scorer = types.SimpleNamespace(
+        numbers=np.arange(20),
+        clicked=lambda _: np.zeros([1, 1], bool),
+        parts=lambda _, *kinds: np.ones([2 + len(kinds), 1, 1]),
+    )
+    monkeypatch.setattr(train_module, "ranks_of", lambda *given: {mix: ranks[mix] for mix, _ in given[-1](block)})
     chosen = train_module.choose_mix({"now": np.zeros(400)}, scorer, toolbox.constants_of("train"))
-    assert chosen == (ahead if taken else best)
+    assert chosen.clicked_factor == (0.001 if taken else 1.0)
 
 
 # ---------------------------------------------------------------- a whole run
