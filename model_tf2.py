@@ -139,7 +139,6 @@ class BST_DSSM(keras.Model):
         self.column_map = dense(emb_dim) if column_map else None
         self.scale = self.add_weight(shape=(), initializer=keras.initializers.Constant(INIT_SCALE), name="scale")
         self.gap_embedding = self.add_weight((NUM_GAPS, emb_dim), "zeros", name="gaps")
-        self.gap_scale = self.add_weight((NUM_GAPS,), "zeros", name="sureness")
         first_weights = keras.initializers.Constant(1 / num_trends)  # the share of these days instead of all before
         self.trend_weights = self.add_weight((num_trends,), first_weights, name="trends")
 
@@ -159,9 +158,7 @@ class BST_DSSM(keras.Model):
         """
         when = tf.gather(self.gap_embedding.value, gaps) * tf.cast(gaps > 0, tf.float32)[..., None]
         states = self.embed_videos(videos) + self.embed_columns(columns) + when
-        users = tf.math.l2_normalize(self.user_tower(states, videos != PAD, training=training), axis=-1)
-        sureness = tf.exp(tf.where(gaps > 0, tf.gather(self.gap_scale.value, gaps), 0.0))
-        return users * sureness[..., None]
+        return tf.math.l2_normalize(self.user_tower(states, videos != PAD, training=training), axis=-1)
 
     def last_vectors(self, users, videos):
         """User vectors [batch, len, dim] and videos [batch, len] -> [batch, dim]: the user after the last click."""

@@ -66,7 +66,7 @@ HABIT_HOURS: tuple[float, ...] = (0.0, 3.0)  # how near in the hour of the day c
 CLICKED_FACTORS: tuple[float, ...] = (1.0, 0.001)  # for columns that the user clicked before, to choose from
 CLUSTER_TIMEOUT: int = 600  # seconds that a worker waits for the others
 
-MODEL_FORMAT: Final = 8  # of model.json
+MODEL_FORMAT: Final = 9  # of model.json
 NO_LOSS: Final = {"loss": None, "targets": None}  # of epoch 0
 NOT_FINITE: Final = "the model that stands is kept; lower LEARNING_RATE and run train.py again"
 GAPS: Final = {"within an hour": 3600, "within a day": 86_400, "within a week": 604_800, "later": np.inf}  # seconds
