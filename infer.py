@@ -61,10 +61,8 @@ def infer(clicks_dir=CLICKS_DIR, work_dir=WORK_DIR, ranking_dir=RANKING_DIR, top
     folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder)
     outputs = {path: folder / f"{input_name(path)}.json.gz" for path in contents}
-    former = {path: read_made_of(output) for path, output in outputs.items()}
     made_of = {path: made_with | {"input": content.sha256} for path, content in contents.items()}
-    for path, output in outputs.items():
-        check_folder(output, former[path], made_of[path], clicks_dir)
+    former = {path: read_former(output, made_of[path], clicks_dir) for path, output in outputs.items()}
     stands = (folder / "default.json").exists()
     todo = [path for path in contents if not (stands and made_of[path].items() <= former[path].items())]
     served = [(path, outputs[path], former[path]["model"]) for path in todo if former[path]]
@@ -73,7 +71,7 @@ def infer(clicks_dir=CLICKS_DIR, work_dir=WORK_DIR, ranking_dir=RANKING_DIR, top
     tasks = cut_files(todo, RANK_BYTES)
     first = tasks[0][0] if tasks else None
     rank = functools.partial(rank_ranges, folder=folder, work_dir=work_dir, made_with=made_with, first=first)
-    ranked, changed, example = 0, [], None
+    ranked, example = {}, None
     parts = itertools.chain.from_iterable(map_files(rank, tasks, "rank", num_workers))
     for path, of_file in itertools.groupby(parts, key=lambda part: part.path):
         of_file = list(of_file)
@@ -81,17 +79,14 @@ def infer(clicks_dir=CLICKS_DIR, work_dir=WORK_DIR, ranking_dir=RANKING_DIR, top
             default, *example = of_file[0].first
             with replacing(folder / "default.json") as temporary:
                 temporary.write_text(default, encoding="utf-8")
-        if stamp_of(path) != contents[path].stamp:
-            changed.append(path)
-        else:
-            ranked += join_parts(outputs[path], of_file, made_of[path], clicks_dir)
-    number = len(todo) - len(changed)
-    print(f"{ranked:,} users ranked; {number:,} of {len(outputs):,} rankings in {ranking_dir} are new")
+        if stamp_of(path) == contents[path].stamp:
+            ranked[path] = join_parts(outputs[path], of_file, made_of[path], clicks_dir)
+    users = sum(ranked.values())
+    print(f"{users:,} users ranked; {len(ranked):,} of {len(outputs):,} rankings in {ranking_dir} are new")
     if example and example[0].uid:
         print_example(*example, index)
-    if changed:
-        what = "changed while it was ranked, so the former ranking stays"
-        raise InputError(f"{', '.join(changed)}: {what}; run infer.py again")
+    if changed := ", ".join(path for path in todo if path not in ranked):
+        raise InputError(f"{changed}: changed while it was ranked, so the former ranking stays; run infer.py again")
     return list(outputs.values())
 
 
@@ -145,22 +140,26 @@ def made_of_file(output):
     return output.with_name(f"{output.name.removesuffix('.json.gz')}.made_of.json")
 
 
-def read_made_of(output):
-    """Return what a ranking was made of, {} where it is not what the file beside it says, or has none."""
-    made_of = read_if_whole(made_of_file(output))
-    return made_of if output.exists() and made_of.get("sha256") == file_fingerprint(output) else {}
+def places_of(clicks_dir, output):
+    """Return where the clicks of a ranking lie; one of both stays where all is moved, or a part."""
+    return {"absolute": str(clicks_dir), "relative": os.path.relpath(clicks_dir, output.parent)}
 
 
-def check_folder(output, former, made_of, clicks_dir):
-    """Refuse to write over the ranking of another folder's file of the same name; all may have been moved, or a part."""
-    if not former or former["input"] == made_of["input"]:
-        return
-    relative = os.path.relpath(clicks_dir, output.parent)
-    if former["clicks"]["absolute"] != str(clicks_dir) and former["clicks"]["relative"] != relative:
+def read_former(output, made_of, clicks_dir):
+    """Return what the ranking that stands was made of, {} where it is not what the file beside it says.
+
+    That of another folder's file of the same name is not written over: it raises InputError.
+    """
+    former = read_if_whole(made_of_file(output))
+    if not output.exists() or former.get("sha256") != file_fingerprint(output):
+        return {}
+    same_place = former["clicks"].items() & places_of(clicks_dir, output).items()
+    if former["input"] != made_of["input"] and not same_place:
         raise InputError(
             f"{output} is the ranking of a file in {former['clicks']['absolute']}, not in {clicks_dir}; give this folder a "
             "RANKING_DIR of its own in infer.py"
         )
+    return former
 
 
 class Part(NamedTuple):
@@ -180,8 +179,8 @@ def join_parts(output, parts, made_of, clicks_dir):
                 with open(part.file, "rb") as file:
                     shutil.copyfileobj(file, whole)
                 part.file.unlink()
-        places = {"absolute": str(clicks_dir), "relative": os.path.relpath(clicks_dir, output.parent)}
-        write_json(made_of_file(output), made_of | {"clicks": places, "sha256": file_fingerprint(temporary)})
+        places, digest = places_of(clicks_dir, output), file_fingerprint(temporary)
+        write_json(made_of_file(output), made_of | {"clicks": places, "sha256": digest})
     return sum(part.users for part in parts)
 
 

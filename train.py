@@ -76,9 +76,8 @@ def train(work_dir=WORK_DIR, record_constants=None, loss=LOSS, arguments=None, *
     """Train on the records under work_dir and return the metrics of the test users, {row: {metric: value}}.
 
     record_constants are those that the records must be made with, by default today's; arguments are BST_DSSM's; constants,
-    by their names, take the place of those above. A run that was killed goes on after its last finished epoch, to the same
-    weights; one over the same as the model that stands does nothing. In a cluster (TF_CONFIG) every worker calls this; only
-    the first one writes, and returns the metrics where it has trained.
+    by their names, take the place of those above. A run that was killed goes on after its last finished epoch. Where the
+    model that stands was made of the same, nothing is done. Of a cluster (TF_CONFIG) only the first worker writes.
     """
     settings = constants_of("get_dataset", "model_tf2") | {"LOSS": loss} | constants_of(__name__, **constants)
     strategy = make_strategy()
@@ -101,13 +100,11 @@ def train(work_dir=WORK_DIR, record_constants=None, loss=LOSS, arguments=None, *
         counts = counts._replace(daily=every_click.daily)  # as served: no moment sees its own day or a later one
         scorer = make_scorer(strategy, Memory.of_counts(counts, index), index, run["shape"])
         why_cold = why_cold or other_shape(standing.saved["arguments"], scorer.model.arguments)
-        if why_cold:
-            epochs, start, run_from = "EPOCHS", f"nothing: {why_cold}", run | {"from": None}
-        else:
-            epochs, start = "WARM_EPOCHS", f"the weights of the model of {standing.saved['date']}"
-            run_from = run | {"from": standing.saved["weights"]}
+        start = f"nothing: {why_cold}" if why_cold else f"the weights of the model of {standing.saved['date']}"
+        if not why_cold:
             grow(standing.model, scorer.model)
-        print(f"training starts from {start}; {settings[epochs]:,} epochs at most")
+        print(f"training starts from {start}; {settings['EPOCHS' if why_cold else 'WARM_EPOCHS']:,} epochs at most")
+        run_from = run | {"from": None if why_cold else standing.saved["weights"]}
         weights, logs = fit(strategy, scorer, manifest, index, work_dir, run_from)
         if not is_first():
             return None

@@ -340,19 +340,15 @@ def test_the_chosen_mix_is_the_best_on_validation_with_those_a_step_of_a_weight_
     assert saved["validation"]["mix"]["NDCG@10"] == pytest.approx(gains[chosen], abs=2e-3)
 
 
-@pytest.mark.parametrize(("gaining", "losing", "taken"), [(0, 0, False), (18, 20, False), (20, 18, True)])
-def test_a_factor_for_clicked_columns_is_taken_where_it_is_better_for_the_towers_alone(
-    monkeypatch, gaining, losing, taken
-):
+@pytest.mark.parametrize(("first", "last", "taken"), [(0, 0, False), (18, 20, False), (20, 18, True)])
+def test_a_factor_for_clicked_columns_is_taken_where_the_towers_alone_are_better(monkeypatch, first, last, taken):
     """It ranks the target of some users first and of others 11th, where all else ranks them third."""
-    ranks, towers = {mix: np.full(400, 3) for mix in ALL_MIXES}, Mix(0.0, 0.0, 0.001, 0.1)
-    ranks[towers][:gaining], ranks[towers][gaining : gaining + losing] = 1, 11
-    block = types.SimpleNamespace(columns=None)
+    ranks, columns, towers = {mix: np.full(400, 3) for mix in ALL_MIXES}, np.arange(20), Mix(0.0, 0.0, 0.001, 0.1)
+    ranks[towers][: first + last] = [1] * first + [11] * last
     scorer = types.SimpleNamespace(
-        numbers=np.arange(20),
-        clicked=lambda _: np.zeros([1, 1], bool),
-        parts=lambda _, *kinds: np.ones([2 + len(kinds), 1, 1]),
+        numbers=columns, clicked=lambda _: columns < 0, parts=lambda _, *kinds: np.ones([2 + len(kinds), 1, 20])
     )
+    block = types.SimpleNamespace(columns=None)
     monkeypatch.setattr(train_module, "ranks_of", lambda *given: {mix: ranks[mix] for mix, _ in given[-1](block)})
     chosen = train_module.choose_mix({"now": np.zeros(400)}, scorer, toolbox.constants_of("train"))
     assert chosen.clicked_factor == (0.001 if taken else 1.0)
