@@ -58,7 +58,8 @@ BACKWARD: float = 0.3  # counting: what a column clicked before a video counts t
 COUNT_BLOCK: int = 1024  # counting: windows counted at once
 COUNT_BYTES: int = 16 << 20  # counting: of shards, the work of one task
 MAX_PAIRS: int = 4_000_000  # counting: pairs that are counted exactly
-MAX_WIDTH: int = 256  # counting: columns that each video keeps where there are more pairs
+MAX_WIDTH: int = 256  # counting: columns that each video keeps meanwhile, where there are more pairs
+MEMORY_WIDTH: int = 64  # counting: columns that each video keeps in the end
 
 DTYPES: Final = {"user_feature": tf.int32, "user_column": tf.int32, "user_time": tf.int64, "label": tf.float32}
 WINDOW_SPEC: Final = {name: tf.TensorSpec([None], dtype) for name, dtype in DTYPES.items()}
@@ -350,13 +351,25 @@ class Counts(NamedTuple):
     follows: Pairs  # of each column and the column clicked next
     daily: Pairs  # of each day since 1970 and each column clicked then
 
+    def save(self, path):
+        """Write all tables as one .npz file."""
+        tables = {name: table._asdict() for name, table in self._asdict().items()}
+        np.savez(path, **{f"{name}.{part}": of for name, parts in tables.items() for part, of in parts.items()})
+
+    @classmethod
+    def load(cls, path):
+        """Return the Counts that save() wrote."""
+        with np.load(path) as saved:
+            return cls(*(Pairs(*(saved[f"{name}.{part}"] for part in Pairs._fields)) for name in cls._fields))
+
 
 def count_windows(manifest, splits, work_dir=WORK_DIR, num_workers=NUM_WORKERS):
     """Return the Counts of the windows of splits, computed by map_files()."""
     paths = [path for split in splits for path in shards_of(manifest, split, work_dir)]
     tasks = put_together(((path, os.path.getsize(path)) for path in paths), COUNT_BYTES)
     count_task = functools.partial(count_shards, max_lag=min(MAX_LAG, manifest["constants"]["WINDOW_OVERLAP"]))
-    return sum_counts(map_files(count_task, tasks, "count", num_workers))
+    counts = sum_counts(map_files(count_task, tasks, "count", num_workers))
+    return counts._replace(near=counts.near.strongest(MEMORY_WIDTH))
 
 
 def count_shards(paths, max_lag):
@@ -375,7 +388,7 @@ def sum_counts(counts):
 
 
 def add_counts(*counts):
-    """Return the sum; of more than MAX_PAIRS near pairs each video's strongest, many more than a memory keeps."""
+    """Return the sum; of more than MAX_PAIRS near pairs each video's strongest, many more than are kept in the end."""
     total = Counts(*(add_pairs(*tables) for tables in zip(*counts, strict=True)))
     return total if len(total.near.rows) <= MAX_PAIRS else total._replace(near=total.near.strongest(MAX_WIDTH))
 

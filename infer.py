@@ -229,15 +229,16 @@ class Ranker:
     """
 
     def __init__(self, work_dir=WORK_DIR, supposed=0):
-        from model_tf2 import SCORES_AT_ONCE, Scorer, Users
+        from model_tf2 import SCORES_AT_ONCE, Memory, Scorer, Users
         from train import load_model
 
         self.index, self.supposed, self.users = load_index(work_dir), supposed, Users
-        model, memory, self.mix, saved = load_model(work_dir, self.index)
+        model, counts, self.mix, saved = load_model(work_dir, self.index)
         self.id, self.encoder = saved["id"], ClickEncoder(self.index)
         self.user_max_len = saved["records"]["constants"]["USER_MAX_LEN"]
         if not self.encoder.current:
             raise InputError("no column holds a video: nothing to rank; run get_indexing.py on today's columns")
+        memory = Memory(counts, self.index, saved["constants"])
         self.scorer = Scorer(model, memory, self.index, saved["constants"]["ITEM_MAX_LEN"])
         self.cids = self.scorer.cids
         self.at_once = max(1, min(BATCH_USERS, SCORES_AT_ONCE // len(self.cids)))  # users

@@ -8,11 +8,10 @@ structured semantic models for web search using clickthrough data").
     python model_tf2.py          prints a summary on random input; nothing is read or written
 """
 
-import functools
 from typing import Final, Literal, NamedTuple
 
-from get_dataset import DAY, ITEM_MAX_LEN, CountTable, Pairs, column_table, gap_buckets, sum_pairs
-from get_indexing import FIRST_VIDEO, PAD, UNKNOWN, InputError, OrZero, run_script
+from get_dataset import DAY, ITEM_MAX_LEN, CountTable, column_table, gap_buckets, sum_pairs
+from get_indexing import FIRST_VIDEO, PAD, UNKNOWN, InputError, OrZero, constants_of, run_script
 from get_tfrecord import USER_MAX_LEN
 
 import keras
@@ -34,8 +33,6 @@ AUX_VIDEOS: int = 256  # of a batch, among which that video is
 TREND_REACHES: tuple[float, ...] = (0.3, 0.9, 0.98)  # weight of a day's clicks against the next later day's
 TREND_BACKOFF: float = 1.0  # clicks a column by which the share in all clicks before counts in that of the last days
 TREND_SIZE: int = 1 << 24  # numbers in the table of trends: with many columns it holds fewer days
-MEMORY_WIDTH: int = 64  # memory: columns remembered for a video
-COLUMN_WIDTH: int = 1024  # memory: columns remembered for a column
 VIDEO_DECAY: float = 0.7  # memory: weight of a user's click against the next later one
 VIDEO_BACKOFF: float = 40.0  # memory: counts that a video's column stands for
 COLUMN_BACKOFF: float = 50.0  # memory: counts that popularity stands for
@@ -347,40 +344,29 @@ class Memory:
     video says little.
     """
 
-    def __init__(self, video_clicks, column_clicks, video_column, by_video, by_column, daily, **trend):
-        self.video_clicks, self.column_clicks = video_clicks, column_clicks  # [videos], [columns + 1]
-        self.video_column = video_column  # int [videos]: the column that each was clicked in most, 0 = in none
-        num_numbers = len(column_clicks)
-        self.by_video = CountTable(by_video, len(video_clicks), num_numbers)  # what was clicked near it
-        self.by_column = CountTable(by_column, num_numbers, num_numbers)
-        self.daily, self.trend_constants = daily, trend
-        self.popularity = column_clicks[1:] / max(column_clicks.sum(), 1)
-
-    @functools.cached_property
-    def trend(self):
-        """The Trend of the days, made when it is first asked for: a memory that is only saved needs none."""
-        return Trend(self.daily, len(self.popularity), **self.trend_constants)
-
-    @classmethod
-    def of_counts(cls, counts, index, **trend):
-        """Return the Memory of Counts, with a Trend of those constants."""
+    def __init__(self, counts, index, constants=None):
+        """Of Counts, for the Index of today, by a model's constants {name: value}; None: those above."""
+        constants = constants or constants_of(__name__)
         num_videos, num_numbers = FIRST_VIDEO + len(index.videos), 1 + len(index.columns)
         videos, columns, clicks = counts.clicks
-        video_clicks = np.bincount(videos, clicks, num_videos)
-        column_clicks = np.bincount(columns, clicks, num_numbers)
-        video_clicks[:FIRST_VIDEO] = column_clicks[0] = 0
+        self.video_clicks = np.bincount(videos, clicks, num_videos)
+        self.column_clicks = np.bincount(columns, clicks, num_numbers)
+        self.video_clicks[:FIRST_VIDEO] = self.column_clicks[0] = 0
+        self.popularity = self.column_clicks[1:] / max(self.column_clicks.sum(), 1)
 
-        video_column = np.zeros(num_videos, int)
+        self.video_column = np.zeros(num_videos, int)  # the column that each was clicked in most, 0 = in none
         for number, shelf in reversed(list(enumerate(index.columns.values(), start=1))):
-            video_column[shelf] = number  # of a video never clicked in a column, the first that shows it
+            self.video_column[shelf] = number  # of a video never clicked in a column, the first that shows it
         (main,) = np.nonzero((columns > 0) & (videos >= FIRST_VIDEO))
         main = main[np.lexsort((-columns[main], clicks[main]))]  # the last one written stays
-        video_column[videos[main]] = columns[main]
+        self.video_column[videos[main]] = columns[main]
 
-        column_of = video_column[counts.near.rows]
+        column_of = self.video_column[counts.near.rows]
         by_column = sum_pairs(*(part[column_of > 0] for part in counts.near._replace(rows=column_of)))
-        tables = counts.near.strongest(MEMORY_WIDTH), by_column.strongest(COLUMN_WIDTH), counts.daily
-        return cls(video_clicks, column_clicks, video_column, *tables, **trend)
+        self.by_video = CountTable(counts.near, num_videos, num_numbers)
+        self.by_column = CountTable(by_column, num_numbers, num_numbers)
+        of_trend = (constants[f"TREND_{name}"] for name in ("REACHES", "BACKOFF", "SIZE"))
+        self.trend = Trend(counts.daily, len(index.columns), *of_trend)
 
     def scores(self, videos, columns, mix):
         """Return float64 [n, columns] for histories [n, len] of videos and columns, padded at the end, by a Mix."""
@@ -413,25 +399,6 @@ class Memory:
         own = sum_by_number(users.columns, weights, len(self.column_clicks))
         own /= np.maximum(own.sum(axis=1, keepdims=True), 1e-12)
         return (1 - mix.habit_popularity) * own + mix.habit_popularity * self.recent_popularity(users.now)
-
-    def save(self, path):
-        """Write the memory as one .npz file."""
-        arrays = dict(video_clicks=self.video_clicks, column_clicks=self.column_clicks, video_column=self.video_column)
-        tables = {"by_video": self.by_video.pairs, "by_column": self.by_column.pairs, "daily": self.daily}
-        for name, pairs in tables.items():
-            arrays |= {f"{name}.{part}": numbers for part, numbers in pairs._asdict().items()}
-        np.savez(path, **arrays)
-
-    @classmethod
-    def load(cls, path, index, **trend):
-        """Return the Memory that save() wrote, grown to the Index of today, with a Trend of those constants."""
-        num_videos, num_numbers = FIRST_VIDEO + len(index.videos), 1 + len(index.columns)
-        sizes = {"video_clicks": num_videos, "column_clicks": num_numbers, "video_column": num_videos}
-        with np.load(path) as saved:
-            arrays = [np.pad(saved[name], (0, size - len(saved[name]))) for name, size in sizes.items()]
-            tables = ("by_video", "by_column", "daily")
-            pairs = (Pairs(*(saved[f"{table}.{part}"] for part in Pairs._fields)) for table in tables)
-            return cls(*arrays, *pairs, **trend)
 
 
 def recency(in_column, decay):

@@ -32,8 +32,8 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from get_dataset import (
-    CountTable, add_candidates, add_counts, check_same, cluster_worker, column_table, count_windows, held_out, load_manifest,
-    make_dataset, shelves_table, tensorflow_errors_named,
+    Counts, CountTable, add_candidates, add_counts, check_same, cluster_worker, column_table, count_windows, held_out,
+    load_manifest, make_dataset, shelves_table, tensorflow_errors_named,
 )  # fmt: skip
 from get_indexing import (
     DATA_DIR, FIRST_VIDEO, WORK_DIR,
@@ -98,7 +98,7 @@ def train(work_dir=WORK_DIR, record_constants=None, loss=LOSS, arguments=None, *
         counts, held_out_counts = (count_windows(manifest, splits, work_dir) for splits in (["train"], ["val", "test"]))
         every_click = add_counts(counts, held_out_counts)
         counts = counts._replace(daily=every_click.daily)  # as served: no moment sees its own day or a later one
-        scorer = make_scorer(strategy, Memory.of_counts(counts, index), index, run["shape"])
+        scorer = make_scorer(strategy, Memory(counts, index), index, run["shape"])
         why_cold = why_cold or other_shape(standing.saved["arguments"], scorer.model.arguments)
         start = f"nothing: {why_cold}" if why_cold else f"the weights of the model of {standing.saved['date']}"
         if not why_cold:
@@ -382,8 +382,7 @@ def choose_and_publish(scorer, standing, counts, every_click, run, manifest, ind
         "validation": {row: means(metrics_of(of_row, num_columns)) for row, of_row in of_validation.items()},
         "mix": chosen._asdict(),
     }
-    memory = Memory.of_counts(every_click, index)
-    publish(Path(work_dir, "model"), scorer.model, memory, index, run, table, ranks, test)
+    publish(Path(work_dir, "model"), scorer.model, every_click, index, run, table, ranks, test)
     lines = table_lines(table, chosen)
     print(*lines, sep="\n")
     log(logs, 0, {"test users": "".join(f"    {line}\n" for line in lines)})  # indented: code, in Markdown
@@ -437,8 +436,8 @@ def all_rankings(scorer, counts, chosen, use_memory, standing, index):
     chain = CountTable(counts.follows, num_numbers, num_numbers)
     nudge = 1e-6 * scorer.of_current(memory.popularity[None])  # of columns equal otherwise, the popular one first
     if standing:  # counted in the training records, as the new one
-        stood = Memory.of_counts(counts, index, **standing.memory.trend_constants)
-        stood = Scorer(standing.model, stood, index, standing.saved["constants"]["ITEM_MAX_LEN"])
+        constants = standing.saved["constants"]
+        stood = Scorer(standing.model, Memory(counts, index, constants), index, constants["ITEM_MAX_LEN"])
     plain = chosen._replace(memory_weight=0.0, habit_weight=0.0, clicked_factor=1.0)
     rows = {"towers": plain}
     if use_memory:
@@ -546,7 +545,7 @@ class Standing(NamedTuple):
     """A published model."""
 
     model: keras.Model
-    memory: Memory
+    counts: Counts
     mix: Mix
     saved: dict  # what model.json says
 
@@ -570,9 +569,8 @@ def load_model(work_dir=WORK_DIR, index=None):
         shelves = shelves_table(index, saved["constants"]["VIDEO_COLUMNS"], saved["arguments"]["num_columns"])
         model = build_model(**saved["arguments"], shelves=shelves)
         model.load_weights(weights)
-    trend = {name: saved["constants"][f"TREND_{name.upper()}"] for name in ("reaches", "backoff", "size")}
     with damage_named(memory):
-        return Standing(model, Memory.load(memory, index, **trend), Mix(**saved["mix"]), saved)
+        return Standing(model, Counts.load(memory), Mix(**saved["mix"]), saved)
 
 
 @contextlib.contextmanager
@@ -629,11 +627,11 @@ def grow(old, new):
         variable.assign(rows)
 
 
-def publish(folder, model, memory, index, run, table, ranks, users):
-    """Write weights, memory and tables under a new id; then model.json, whose rename publishes all."""
+def publish(folder, model, counts, index, run, table, ranks, users):
+    """Write weights, counts and tables under a new id; then model.json, whose rename publishes all."""
     identity = uuid.uuid4().hex[:16]
     weights, memory_file = (folder / f"{identity}.{kind}" for kind in ("weights.h5", "memory.npz"))
-    for path, save in ((weights, model.save_weights), (memory_file, memory.save)):
+    for path, save in ((weights, model.save_weights), (memory_file, counts.save)):
         with replacing(path) as temporary:
             save(temporary)
     files = dict(weights=weights, memory=memory_file)

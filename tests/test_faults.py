@@ -292,7 +292,7 @@ def test_a_score_that_is_not_finite_is_never_written(done, monkeypatch):
     before, (path,) = standing(done, "infer"), Path("data/work/model").glob("*.memory.npz")
     with np.load(path) as saved:
         arrays = dict(saved)
-    np.savez(path, **arrays | {"by_video.values": np.full_like(arrays["by_video.values"], np.nan)})
+    np.savez(path, **arrays | {"near.values": np.full_like(arrays["near.values"], np.nan)})
     model = Path("data/work/model/model.json")
     memory = {"file": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
     mix = {"memory_weight": 0.5, "habit_weight": 0.1}

@@ -273,7 +273,7 @@ def test_a_column_not_clicked_in_the_training_records_is_no_candidate(tmp_path, 
     data["users"] = [(uid, [*clicks, *["t0a-1_held"] * (split == "test")]) for uid, clicks, _, split, *_ in cut]
     manifest, index = chain(tmp_path, data)
     assert manifest["held_out_share"] > 0.1 and 14 in held_out(manifest, "test", tmp_path)["target_column"]
-    memory = Memory.of_counts(count_windows(manifest, ["train"], tmp_path, 1), index)
+    memory = Memory(count_windows(manifest, ["train"], tmp_path, 1), index)
     batches = list(epoch_batches(manifest, index, tmp_path, memory, 1, 1).as_numpy_iterator())
     assert len(batches) > 20 and all(len(batch["item_log_prob"]) == number for batch in batches)
     seen = set(np.concatenate([batch["item_column"] for batch in batches]).tolist())
@@ -364,10 +364,11 @@ def test_what_overlapping_windows_count_is_what_the_histories_hold_once_however_
     assert as_sums(counts) == list(map(pytest.approx, expected))
 
 
-def test_a_bounded_table_keeps_totals_exact_and_the_strongest_columns(counted, monkeypatch):
+@pytest.mark.parametrize("bounds", [dict(MAX_WIDTH=2, MAX_PAIRS=50), dict(MEMORY_WIDTH=2)])
+def test_a_bounded_table_keeps_totals_exact_and_the_strongest_columns(counted, monkeypatch, bounds):
     manifest, _, folder, _, trained_on = counted
-    monkeypatch.setattr(script, "MAX_WIDTH", 2)
-    monkeypatch.setattr(script, "MAX_PAIRS", 50)
+    for name, value in bounds.items():
+        monkeypatch.setattr(script, name, value)
     clicks, near, *others = as_sums(count_windows(manifest, ["train"], folder, 1))
     expected = brute_counts(trained_on)
     assert [clicks, *others] == [expected[0], *expected[2:]] and len(near) < len(expected[1])

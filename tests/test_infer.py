@@ -252,7 +252,7 @@ def test_the_ranks_in_test_csv_are_those_that_serving_gives_with_what_the_traini
     work, users, order = trained / "work", dict(REAL["users"]), list(REAL["columns"])
     (manifest, index), ranker = load_manifest(work), Ranker(work)
     counts, of_all = (count_windows(manifest, splits, work, 1) for splits in (["train"], ["train", "val", "test"]))
-    memory = Memory.of_counts(counts._replace(daily=of_all.daily), index)
+    memory = Memory(counts._replace(daily=of_all.daily), index)
     ranker.scorer = Scorer(ranker.scorer.model, memory, index)
     with open(work / "model/test.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))

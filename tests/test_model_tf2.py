@@ -388,7 +388,7 @@ def test_dropout_goes_by_the_clicks_per_clicked_video_unless_it_is_set(world, mo
     counts, known = counts._replace(clicks=pairs_of(9 * clicks)), 9 * clicks[2:].sum(axis=1)
     for new in (0, 5000):
         more = Index(index.videos | {f"new{number}": number for number in range(22, 22 + new)}, index.columns)
-        scorer = make_scorer(tf.distribute.get_strategy(), Memory.of_counts(counts, more), more, {"emb_dim": DIM})
+        scorer = make_scorer(tf.distribute.get_strategy(), Memory(counts, more), more, {"emb_dim": DIM})
         assert scorer.model.arguments["dropout"] == round(((known > 0).sum() / known.sum()) ** 0.5, 2) < 0.2
     assert model_tf2.dropout_for(np.array([0, 49, 1, 0])) == 0.2
     assert model_tf2.dropout_for(np.array([1600])) == 0.1
@@ -486,7 +486,7 @@ def world():
 
 @pytest.fixture(scope="module")
 def memory(world):
-    return Memory.of_counts(world[1], world[0])
+    return Memory(world[1], world[0])
 
 
 @pytest.fixture
@@ -500,43 +500,39 @@ def histories_seen():
     return videos, columns
 
 
-@pytest.mark.parametrize("widths", [(6, 6), (2, 3)])
 @pytest.mark.parametrize("constants", [{}, dict(video_decay=0.5, video_backoff=3.0, column_backoff=7.0,
                                                 popularity_discount=0.0)])  # fmt: skip
-def test_memory_scores_follow_the_formula(world, histories_seen, constants, widths, monkeypatch):
-    """Also where a row has room for few columns: the strongest stay, and the totals count all."""
-    monkeypatch.setattr(model_tf2, "MEMORY_WIDTH", widths[0])
-    monkeypatch.setattr(model_tf2, "COLUMN_WIDTH", widths[1])
-    index, counts, _, of_videos, homes = world
-    memory, by, of_columns = Memory.of_counts(counts, index), BY._replace(**constants), np.zeros([7, 7])
+def test_memory_scores_follow_the_formula(world, memory, histories_seen, constants):
+    """The totals count what was cut, too."""
+    _, _, _, of_videos, homes = world
+    by, of_columns = BY._replace(**constants), np.zeros([7, 7])
     np.add.at(of_columns, homes, of_videos)
     of_columns[0], popularity = 0, memory.popularity
-    tables = zip((of_videos[:, 1:], of_columns[:, 1:]), widths, strict=True)
-    kept, backed = (np.where(of >= np.sort(of)[:, [-width]], of, 0) for of, width in tables)
-    backed += by.column_backoff * popularity
+    backed = of_columns[:, 1:] + by.column_backoff * popularity
     backed /= of_columns.sum(axis=1)[:, None] + by.column_backoff
     expected = np.zeros([6, 6])
     for row, history in enumerate(zip(*histories_seen, strict=True)):
         clicks = [(video, column) for video, column in zip(*history, strict=True) if video]
         for age, (video, column) in enumerate(reversed(clicks[-by.memory_clicks :])):
             home = homes[video] or column
-            near = kept[video] + by.video_backoff * (backed[home] if home else popularity)
+            near = of_videos[video, 1:] + by.video_backoff * (backed[home] if home else popularity)
             near /= of_videos[video].sum() + by.video_backoff
             expected[row] += by.video_decay**age * (near - by.popularity_discount * popularity)
     assert close(memory.scores(*histories_seen, by), expected, 1e-9)
     assert not expected[5].any() and expected[:5].any(axis=1).all()
 
 
-def of_today(memory, folder):
-    """(The Memory as saved and loaded, today's Index): column 2 is retired, columns 7 and 8 are newer, and so is video 22."""
+def of_today(counts, folder):
+    """(The Memory of Counts as saved and loaded, today's Index): column 2 is retired, 7 and 8 are newer, and so is video 22."""
     index = Index({f"v{number}": number for number in range(2, 23)}, TODAY)
-    memory.save(folder / "kept.memory.npz")
-    return Memory.load(folder / "kept.memory.npz", index, reaches=TREND_REACHES), index
+    counts.save(folder / "kept.memory.npz")
+    return Memory(Counts.load(folder / "kept.memory.npz"), index), index
 
 
-def test_a_saved_memory_scores_the_same_and_what_is_newer_is_unknown_to_it(memory, histories_seen, tmp_path):
-    (loaded, _), users = of_today(memory, tmp_path), seen(histories_seen[1], now=noon(3))
-    assert np.array_equal(loaded.scores(*histories_seen, BY)[:, :6], memory.scores(*histories_seen, BY))
+def test_a_memory_of_saved_counts_is_the_same_and_newer_numbers_are_unknown(world, memory, histories_seen, tmp_path):
+    (loaded, _), users = of_today(world[1], tmp_path), seen(histories_seen[1], now=noon(3))
+    same = Memory(Counts.load(tmp_path / "kept.memory.npz"), world[0])
+    assert np.array_equal(same.scores(*histories_seen, BY), memory.scores(*histories_seen, BY))
     assert close(loaded.habit(users, BY)[:, :6], memory.habit(users, BY), 1e-9)
     assert np.array_equal(loaded.video_clicks[:-1], memory.video_clicks)
     videos, columns = (array.copy() for array in histories_seen)
@@ -555,7 +551,8 @@ def seen(columns, times=0, now=0):
 
 def timed_memory(daily):
     """A Memory of clicks [days, columns + 1] that all have a time."""
-    return Memory(np.zeros(2), daily.sum(axis=0), np.zeros(2, int), NO_PAIRS, NO_PAIRS, pairs_of(daily, FIRST_DAY))
+    counts = Counts(pairs_of(daily.sum(axis=0)[None]), NO_PAIRS, NO_PAIRS, pairs_of(daily, FIRST_DAY))
+    return Memory(counts, Index({}, {f"c{number}": [] for number in range(1, daily.shape[1])}))
 
 
 def test_habit_is_the_users_own_columns_late_ones_weighing_more_and_a_share_of_popularity():
@@ -663,10 +660,10 @@ CURRENT = [1, 3, 4, 6, 7, 8]  # 2 is retired today, 5 was before; 6 was clicked 
 
 
 @pytest.fixture
-def scorer(memory, monkeypatch, tmp_path):
+def scorer(world, monkeypatch, tmp_path):
     """Of a model and a memory older than today's index."""
     monkeypatch.setattr(model_tf2, "COLUMNS_AT_ONCE", 4)
-    return Scorer(shaken(num_videos=20), *of_today(memory, tmp_path), item_max_len=3)
+    return Scorer(shaken(num_videos=20), *of_today(world[1], tmp_path), item_max_len=3)
 
 
 @pytest.fixture

@@ -179,8 +179,8 @@ def test_constants_that_only_concern_running_redo_nothing(plain, tmp_path, monke
 def test_constants_edited_after_training_do_not_change_the_ranking_of_another_click_folder(done, tmp_path):
     folder = shutil.copytree(done[0], tmp_path / "folder")
     edit(folder, "get_tfrecord", USER_MAX_LEN=20)
-    edit(folder, "get_dataset", ITEM_MAX_LEN=2, BATCH_POSITIONS=64)
-    edit(folder, "model_tf2", EMB_DIM=8, USER_BLOCKS=2, VIDEO_DECAY=0.1, MEMORY_CLICKS=2, MEMORY_WIDTH=2)
+    edit(folder, "get_dataset", ITEM_MAX_LEN=2, BATCH_POSITIONS=64, MEMORY_WIDTH=2)
+    edit(folder, "model_tf2", EMB_DIM=8, USER_BLOCKS=2, VIDEO_DECAY=0.1, MEMORY_CLICKS=2)
     edit(folder, "model_tf2", HABIT_DECAY=0.1, TREND_REACHES=(0.5,), TREND_BACKOFF=1.0)
     edit(folder, "train", EPOCHS=1, MEMORY=False, HABIT_POPULARITIES=(0.3,))
     edit(folder, "infer", CLICKS_DIR="others/click_seq", RANKING_DIR="data/others")

@@ -120,7 +120,7 @@ def ready_to_train(folder, users):
         cost_of(chain, script)
     work_dir = chain / "data/work"
     manifest, index = load_manifest(work_dir)
-    memory = Memory.of_counts(count_windows(manifest, ["train"], work_dir, num_workers=1), index)
+    memory = Memory(count_windows(manifest, ["train"], work_dir, num_workers=1), index)
     return manifest, index, work_dir, make_scorer(tf.distribute.get_strategy(), memory, index, {})
 
 
