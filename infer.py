@@ -238,8 +238,7 @@ class Ranker:
         self.user_max_len = saved["records"]["constants"]["USER_MAX_LEN"]
         if not self.encoder.current:
             raise InputError("no column holds a video: nothing to rank; run get_indexing.py on today's columns")
-        memory = Memory(counts, self.index, saved["constants"])
-        self.scorer = Scorer(model, memory, self.index, saved["constants"]["ITEM_MAX_LEN"])
+        self.scorer = Scorer(model, Memory(counts, self.index, saved["constants"]), self.index)
         self.cids = self.scorer.cids
         self.at_once = max(1, min(BATCH_USERS, SCORES_AT_ONCE // len(self.cids)))  # users
 

@@ -37,7 +37,6 @@ VIDEO_DECAY: float = 0.7  # memory: weight of a user's click against the next la
 VIDEO_BACKOFF: float = 40.0  # memory: counts that a video's column stands for
 COLUMN_BACKOFF: float = 50.0  # memory: counts that popularity stands for
 POPULARITY_DISCOUNT: float = 0.3  # memory: of popularity, taken off what is near each click
-MEMORY_CLICKS: int = 30  # memory: last clicks of a user that it reads
 HABIT_DECAY: float = 0.95  # habit: weight of a user's column click against the next later one
 TEMPERATURE: float = 1.5  # of the towers' softmax in the mix
 COLUMNS_AT_ONCE: int = 8192  # columns whose vectors are computed at once
@@ -345,8 +344,8 @@ class Memory:
     """
 
     def __init__(self, counts, index, constants=None):
-        """Of Counts, for the Index of today, by a model's constants {name: value}; None: those above."""
-        constants = constants or constants_of(__name__)
+        """Of Counts, for the Index of today, by a model's constants {name: value}; None: those of today."""
+        self.constants = constants or constants_of("get_dataset", __name__)
         num_videos, num_numbers = FIRST_VIDEO + len(index.videos), 1 + len(index.columns)
         videos, columns, clicks = counts.clicks
         self.video_clicks = np.bincount(videos, clicks, num_videos)
@@ -365,20 +364,21 @@ class Memory:
         by_column = sum_pairs(*(part[column_of > 0] for part in counts.near._replace(rows=column_of)))
         self.by_video = CountTable(counts.near, num_videos, num_numbers)
         self.by_column = CountTable(by_column, num_numbers, num_numbers)
-        of_trend = (constants[f"TREND_{name}"] for name in ("REACHES", "BACKOFF", "SIZE"))
+        of_trend = (self.constants[f"TREND_{name}"] for name in ("REACHES", "BACKOFF", "SIZE"))
         self.trend = Trend(counts.daily, len(index.columns), *of_trend)
 
-    def scores(self, videos, columns, mix):
-        """Return float64 [n, columns] for histories [n, len] of videos and columns, padded at the end, by a Mix."""
+    def scores(self, videos, columns):
+        """Return float64 [n, columns] for histories [n, len] of videos and columns, padded at the end."""
+        by = self.constants
         ages = np.count_nonzero(videos, axis=1)[:, None] - 1 - np.arange(videos.shape[1])  # below 0: padding
-        weights = np.where((ages >= 0) & (ages < mix.memory_clicks), mix.video_decay ** np.abs(ages), 0)
-        per_count = weights / (self.by_video.totals[videos] + mix.video_backoff)
+        weights = np.where(ages >= 0, by["VIDEO_DECAY"] ** np.abs(ages), 0)
+        per_count = weights / (self.by_video.totals[videos] + by["VIDEO_BACKOFF"])
         scores = self.by_video.weighted_rows(videos, per_count)
         column = np.where(self.video_column[videos] > 0, self.video_column[videos], columns)
-        per_count *= mix.video_backoff / (self.by_column.totals[column] + mix.column_backoff)
+        per_count *= by["VIDEO_BACKOFF"] / (self.by_column.totals[column] + by["COLUMN_BACKOFF"])
         scores += self.by_column.weighted_rows(column, per_count)
-        popular = (mix.column_backoff * per_count - mix.popularity_discount * weights).sum(axis=1, keepdims=True)
-        return scores + popular * self.popularity
+        popular = by["COLUMN_BACKOFF"] * per_count - by["POPULARITY_DISCOUNT"] * weights
+        return scores + popular.sum(axis=1, keepdims=True) * self.popularity
 
     def recent_popularity(self, now):
         """Return the share of each column in the clicks of the days before the moments [n], [n, columns]; of all where unknown."""
@@ -391,7 +391,7 @@ class Memory:
 
         Late clicks weigh more and, with habit_hours, those at an hour of the day near that of the clock.
         """
-        weights = recency(users.columns > 0, mix.habit_decay)
+        weights = recency(users.columns > 0, self.constants["HABIT_DECAY"])
         if mix.habit_hours:
             later = (users.clock[:, None] - users.times) / 3600 % 24
             near = np.exp(-np.minimum(later, 24 - later) / mix.habit_hours)
@@ -418,20 +418,13 @@ def sum_by_number(columns, values, num_numbers):
 
 
 class Mix(NamedTuple):
-    """How towers, memory and habit are put together: the first five are chosen on validation, the others constants."""
+    """How towers, memory and habit are put together, as chosen on validation."""
 
     memory_weight: float
     habit_weight: float  # the towers have the rest
     clicked_factor: float  # for columns that the user clicked before
     habit_popularity: float  # share of recent popularity in habit
     habit_hours: float = 0.0  # so many hours of the day from the clock a click counts 1/e in habit; 0: at any hour 1
-    temperature: float = TEMPERATURE
-    video_decay: float = VIDEO_DECAY
-    video_backoff: float = VIDEO_BACKOFF
-    column_backoff: float = COLUMN_BACKOFF
-    popularity_discount: float = POPULARITY_DISCOUNT
-    memory_clicks: int = MEMORY_CLICKS
-    habit_decay: float = HABIT_DECAY
 
     def weights(self):
         """Return the weights of towers, memory and habit."""
@@ -463,12 +456,12 @@ class Users(NamedTuple):
 class Scorer:
     """Scores the current columns for Users: the one way, for validation, for the test and for the rankings."""
 
-    def __init__(self, model, memory, index, item_max_len=ITEM_MAX_LEN):
+    def __init__(self, model, memory, index):
         self.model, self.memory = model, memory
         self.numbers = np.array([n for n, videos in enumerate(index.columns.values(), start=1) if videos], np.int32)
         self.cids = [cid for cid, videos in index.columns.items() if videos]  # of the current columns, as are all below
         self.clicks = memory.column_clicks[self.numbers]
-        self.column_videos = column_table(index, memory.video_clicks, item_max_len)[self.numbers]
+        self.column_videos = column_table(index, memory.video_clicks, memory.constants["ITEM_MAX_LEN"])[self.numbers]
         self.unclicked = np.flatnonzero(self.clicks == 0)
         columns = memory.video_column[self.column_videos[self.unclicked]]  # those that its videos were clicked in most
         self.relatives = np.where(memory.column_clicks[columns] > 0, columns, 0)
@@ -507,11 +500,11 @@ class Scorer:
 
         The Mixes differ in habit alone. For a user without any known click all parts are popularity.
         """
-        logits = self.towers(users)
-        logits = np.subtract(logits, logits.max(axis=1, keepdims=True), dtype=float) / mixes[0].temperature
+        logits = self.towers(users).astype(float)
+        logits = (logits - logits.max(axis=1, keepdims=True)) / self.memory.constants["TEMPERATURE"]
         towers = np.exp(np.maximum(logits, -700))  # above 0, so every score is finite
         towers /= towers.sum(axis=1, keepdims=True)
-        counted = [self.memory.scores(users.videos, users.columns, mixes[0])]
+        counted = [self.memory.scores(users.videos, users.columns)]
         counted += [self.memory.habit(users, mix) for mix in mixes]
         parts, unknown = np.array([towers, *(self.share_out(scores, towers) for scores in counted)]), ~users.is_known()
         if unknown.any():

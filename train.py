@@ -436,8 +436,7 @@ def all_rankings(scorer, counts, chosen, use_memory, standing, index):
     chain = CountTable(counts.follows, num_numbers, num_numbers)
     nudge = 1e-6 * scorer.of_current(memory.popularity[None])  # of columns equal otherwise, the popular one first
     if standing:  # counted in the training records, as the new one
-        constants = standing.saved["constants"]
-        stood = Scorer(standing.model, Memory(counts, index, constants), index, constants["ITEM_MAX_LEN"])
+        stood = Scorer(standing.model, Memory(counts, index, standing.saved["constants"]), index)
     plain = chosen._replace(memory_weight=0.0, habit_weight=0.0, clicked_factor=1.0)
     rows = {"towers": plain}
     if use_memory:

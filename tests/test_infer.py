@@ -209,7 +209,7 @@ def test_no_weight_pushes_a_column_down_that_is_newer_than_the_model(own, memory
     edit_model(own, memory_weight=memory, habit_weight=habit, clicked_factor=1.0)
     ranker = Ranker(own / "work")
     users = ranker.padded([ranker.encode(clicks) for clicks in (["t0a-1", "t0b-2"], ["t1c-1_t1c", "t2b-2_t2b"])])
-    logits = ranker.scorer.towers(users).astype(float) / ranker.mix.temperature
+    logits = ranker.scorer.towers(users).astype(float) / ranker.scorer.memory.constants["TEMPERATURE"]
     towers, ranked = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True), np.exp(ranker.scores(users))
     assert ranked[:, 13] == pytest.approx(towers[:, 13], rel=1e-5)
     of_towers = (1 - memory - habit) * (towers[:, 12] - towers[:, 0])

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import model_tf2
 from get_dataset import DAY, NO_PAIRS, Counts, Pairs
-from get_indexing import FIRST_VIDEO, PAD, UNKNOWN, Index, InputError
+from get_indexing import FIRST_VIDEO, PAD, UNKNOWN, Index, InputError, constants_of
 from model_tf2 import (
     NUM_GAPS, TREND_BACKOFF, TREND_REACHES,
     Memory, Mix, Scorer, Trend, Users, build_model, training_loss,
@@ -460,7 +460,8 @@ def test_the_table_of_trends_is_bounded_however_many_days_there_are_and_all_days
 
 # ---------------------------------------------------------------- the memory, and habit
 
-BY = Mix(0.5, 0.2, 1.0, 0.1, memory_clicks=9)
+BY = Mix(0.5, 0.2, 1.0, 0.1)
+CONSTANTS = constants_of("get_dataset", "model_tf2")
 SHELVES = {f"c{i}": [*range(2 + 4 * i, 6 + 4 * i), 2, 20] for i in range(4)} | {"gone": [], "never": [19, 8]}
 TODAY = SHELVES | {"c1": [], "late": [22, 2, 3], "later": [21]}
 
@@ -500,25 +501,25 @@ def histories_seen():
     return videos, columns
 
 
-@pytest.mark.parametrize("constants", [{}, dict(video_decay=0.5, video_backoff=3.0, column_backoff=7.0,
-                                                popularity_discount=0.0)])  # fmt: skip
-def test_memory_scores_follow_the_formula(world, memory, histories_seen, constants):
+@pytest.mark.parametrize("constants", [{}, dict(VIDEO_DECAY=0.5, VIDEO_BACKOFF=3.0, COLUMN_BACKOFF=7.0,
+                                                POPULARITY_DISCOUNT=0.0)])  # fmt: skip
+def test_memory_scores_follow_the_formula(world, histories_seen, constants):
     """The totals count what was cut, too."""
-    _, _, _, of_videos, homes = world
-    by, of_columns = BY._replace(**constants), np.zeros([7, 7])
+    index, counts, _, of_videos, homes = world
+    memory, of_columns = Memory(counts, index, CONSTANTS | constants), np.zeros([7, 7])
     np.add.at(of_columns, homes, of_videos)
-    of_columns[0], popularity = 0, memory.popularity
-    backed = of_columns[:, 1:] + by.column_backoff * popularity
-    backed /= of_columns.sum(axis=1)[:, None] + by.column_backoff
+    of_columns[0], popularity, by = 0, memory.popularity, memory.constants
+    backed = of_columns[:, 1:] + by["COLUMN_BACKOFF"] * popularity
+    backed /= of_columns.sum(axis=1)[:, None] + by["COLUMN_BACKOFF"]
     expected = np.zeros([6, 6])
     for row, history in enumerate(zip(*histories_seen, strict=True)):
         clicks = [(video, column) for video, column in zip(*history, strict=True) if video]
-        for age, (video, column) in enumerate(reversed(clicks[-by.memory_clicks :])):
+        for age, (video, column) in enumerate(reversed(clicks)):
             home = homes[video] or column
-            near = of_videos[video, 1:] + by.video_backoff * (backed[home] if home else popularity)
-            near /= of_videos[video].sum() + by.video_backoff
-            expected[row] += by.video_decay**age * (near - by.popularity_discount * popularity)
-    assert close(memory.scores(*histories_seen, by), expected, 1e-9)
+            near = of_videos[video, 1:] + by["VIDEO_BACKOFF"] * (backed[home] if home else popularity)
+            near /= of_videos[video].sum() + by["VIDEO_BACKOFF"]
+            expected[row] += by["VIDEO_DECAY"] ** age * (near - by["POPULARITY_DISCOUNT"] * popularity)
+    assert close(memory.scores(*histories_seen), expected, 1e-9)
     assert not expected[5].any() and expected[:5].any(axis=1).all()
 
 
@@ -526,20 +527,19 @@ def of_today(counts, folder):
     """(The Memory of Counts as saved and loaded, today's Index): column 2 is retired, 7 and 8 are newer, and so is video 22."""
     index = Index({f"v{number}": number for number in range(2, 23)}, TODAY)
     counts.save(folder / "kept.memory.npz")
-    return Memory(Counts.load(folder / "kept.memory.npz"), index), index
+    return Memory(Counts.load(folder / "kept.memory.npz"), index, CONSTANTS | {"ITEM_MAX_LEN": 3}), index
 
 
 def test_a_memory_of_saved_counts_is_the_same_and_newer_numbers_are_unknown(world, memory, histories_seen, tmp_path):
     (loaded, _), users = of_today(world[1], tmp_path), seen(histories_seen[1], now=noon(3))
     same = Memory(Counts.load(tmp_path / "kept.memory.npz"), world[0])
-    assert np.array_equal(same.scores(*histories_seen, BY), memory.scores(*histories_seen, BY))
+    assert np.array_equal(same.scores(*histories_seen), memory.scores(*histories_seen))
     assert close(loaded.habit(users, BY)[:, :6], memory.habit(users, BY), 1e-9)
-    assert np.array_equal(loaded.video_clicks[:-1], memory.video_clicks)
     videos, columns = (array.copy() for array in histories_seen)
     unknown, none = videos.copy(), columns.copy()
     videos[:3, :2], unknown[:3, :2], columns[:3, :2], none[:3, :2] = 22, UNKNOWN, [7, 8], 0
-    scores = loaded.scores(videos, columns, BY)
-    assert np.array_equal(scores, loaded.scores(unknown, none, BY)) and not scores[:, 6:].any()
+    scores = loaded.scores(videos, columns)
+    assert np.array_equal(scores, loaded.scores(unknown, none)) and not scores[:, 6:].any()
 
 
 def seen(columns, times=0, now=0):
@@ -549,28 +549,29 @@ def seen(columns, times=0, now=0):
     return Users(nothing, columns, nothing + times, now, now)
 
 
-def timed_memory(daily):
+def timed_memory(daily, **constants):
     """A Memory of clicks [days, columns + 1] that all have a time."""
     counts = Counts(pairs_of(daily.sum(axis=0)[None]), NO_PAIRS, NO_PAIRS, pairs_of(daily, FIRST_DAY))
-    return Memory(counts, Index({}, {f"c{number}": [] for number in range(1, daily.shape[1])}))
+    columns = {f"c{number}": [] for number in range(1, daily.shape[1])}
+    return Memory(counts, Index({}, columns), CONSTANTS | constants)
 
 
 def test_habit_is_the_users_own_columns_late_ones_weighing_more_and_a_share_of_popularity():
     """Of four columns, whose popularity is 1/8, 1/4, 5/8 and 0; no click in any of them: the share of popularity alone."""
-    memory = timed_memory(np.array([[0, 1, 2, 5, 0]]))
+    memory = timed_memory(np.array([[0, 1, 2, 5, 0]]), HABIT_DECAY=0.5)
     columns = np.array([[1, 0, 2, 1, 0, 0], [0, 0, 0, 0, 0, 0], [4, 0, 0, 0, 0, 0]])
-    habit = memory.habit(seen(columns), BY._replace(habit_decay=0.5, habit_popularity=0.2))
+    habit = memory.habit(seen(columns), BY._replace(habit_popularity=0.2))
     own = np.array([[1.25 / 1.75, 0.5 / 1.75, 0, 0], [0, 0, 0, 0], [0, 0, 0, 1]])
     assert close(habit, 0.8 * own + 0.2 * np.array([1 / 8, 1 / 4, 5 / 8, 0]), 1e-12)
 
 
 def test_habit_with_hours_counts_clicks_near_the_hour_of_the_clock_more_on_whatever_day_and_without_clock_all():
     """The clock is 1 at night. Clicks were made then, at 23, at 13, and at a time that is not known."""
-    memory, columns = timed_memory(np.array([[0, 1, 2, 5, 0]])), np.array([[1, 2, 3, 4]] * 3)
+    memory, columns = timed_memory(np.array([[0, 1, 2, 5, 0]]), HABIT_DECAY=1.0), np.array([[1, 2, 3, 4]] * 3)
     times = np.array([noon(1) + 13 * 3600, noon(2) + 11 * 3600, noon(3) + 3600, 0])
     users = seen(columns, times, noon(4) + 13 * 3600)
     users = users._replace(clock=np.array([users.now[0], 0, users.now[0]]), columns=columns * [[1], [1], [0]])
-    by = BY._replace(habit_decay=1.0, habit_popularity=0.0, habit_hours=2.0)
+    by = BY._replace(habit_popularity=0.0, habit_hours=2.0)
     near = np.exp([0, -1, -6, 0])
     assert close(memory.habit(users, by), [near / near.sum(), [0.25] * 4, [0] * 4], 1e-9)
     assert close(memory.habit(users, by._replace(habit_hours=0.0)), [[0.25] * 4, [0.25] * 4, [0] * 4], 1e-9)
@@ -611,6 +612,7 @@ def parts_of(logits, remembered, habit, clicks, videos=2, relatives=()):
     scorer.is_counted = np.array([number > 0 or place in relatives for place, number in enumerate(clicks)], float)
     scorer.towers = lambda users: logits
     scorer.memory = SimpleNamespace(
+        constants=CONSTANTS,
         scores=lambda *of: remembered,
         habit=lambda *of: habit,
         recent_popularity=lambda now: np.array([clicks]) / max(sum(clicks), 1),
@@ -663,7 +665,7 @@ CURRENT = [1, 3, 4, 6, 7, 8]  # 2 is retired today, 5 was before; 6 was clicked 
 def scorer(world, monkeypatch, tmp_path):
     """Of a model and a memory older than today's index."""
     monkeypatch.setattr(model_tf2, "COLUMNS_AT_ONCE", 4)
-    return Scorer(shaken(num_videos=20), *of_today(world[1], tmp_path), item_max_len=3)
+    return Scorer(shaken(num_videos=20), *of_today(world[1], tmp_path))
 
 
 @pytest.fixture
@@ -707,7 +709,7 @@ def test_probabilities_are_the_mix_of_towers_memory_and_habit_and_padding_change
     clicks = memory.column_clicks[CURRENT]
     clicked = np.array([[column in row for column in CURRENT] for row in seen_today.columns])
     assert np.array_equal(scorer.clicked(seen_today.columns), clicked)
-    counted = memory.scores(*seen_today[:2], mix), memory.habit(seen_today, mix)
+    counted = memory.scores(*seen_today[:2]), memory.habit(seen_today, mix)
     relatives = {3: most[[19, 8]], 4: most[[2, 3]]}  # of columns without clicks, as places in CURRENT
 
     def of_current(scores):
