@@ -535,6 +535,7 @@ def test_a_memory_of_saved_counts_is_the_same_and_newer_numbers_are_unknown(worl
     same = Memory(Counts.load(tmp_path / "kept.memory.npz"), world[0])
     assert np.array_equal(same.scores(*histories_seen), memory.scores(*histories_seen))
     assert close(loaded.habit(users, BY)[:, :6], memory.habit(users, BY), 1e-9)
+    assert np.array_equal(loaded.video_clicks[:-1], memory.video_clicks)
     videos, columns = (array.copy() for array in histories_seen)
     unknown, none = videos.copy(), columns.copy()
     videos[:3, :2], unknown[:3, :2], columns[:3, :2], none[:3, :2] = 22, UNKNOWN, [7, 8], 0
@@ -552,8 +553,7 @@ def seen(columns, times=0, now=0):
 def timed_memory(daily, **constants):
     """A Memory of clicks [days, columns + 1] that all have a time."""
     counts = Counts(pairs_of(daily.sum(axis=0)[None]), NO_PAIRS, NO_PAIRS, pairs_of(daily, FIRST_DAY))
-    columns = {f"c{number}": [] for number in range(1, daily.shape[1])}
-    return Memory(counts, Index({}, columns), CONSTANTS | constants)
+    return Memory(counts, Index({}, {number: [] for number in range(1, daily.shape[1])}), CONSTANTS | constants)
 
 
 def test_habit_is_the_users_own_columns_late_ones_weighing_more_and_a_share_of_popularity():

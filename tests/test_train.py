@@ -342,16 +342,16 @@ def test_the_chosen_mix_is_the_best_on_validation_with_those_a_step_of_a_weight_
 
 @pytest.mark.parametrize(("first", "last", "taken"), [(0, 0, False), (18, 20, False), (20, 18, True)])
 def test_a_factor_for_clicked_columns_is_taken_where_the_towers_alone_are_better(monkeypatch, first, last, taken):
-    """It ranks the target of some users first and of others 11th, where all else ranks them third."""
-    ranks, columns, towers = {mix: np.full(400, 3) for mix in ALL_MIXES}, np.arange(20), Mix(0.0, 0.0, 0.001, 0.1)
-    ranks[towers][: first + last] = [1] * first + [11] * last
+    """It ranks some users' target first and others' 11th, where all else ranks it third, and the best mix one user's second."""
+    ranks, best, columns = {mix: np.full(400, 3) for mix in ALL_MIXES}, Mix(0.0, 0.8, 1.0, 0.6), np.arange(20)
+    ranks[Mix(0.0, 0.0, 0.001, 0.1)][: first + last], ranks[best][-1] = [1] * first + [11] * last, 2
     scorer = types.SimpleNamespace(
         numbers=columns, clicked=lambda _: columns < 0, parts=lambda _, *kinds: np.ones([2 + len(kinds), 1, 20])
     )
     block = types.SimpleNamespace(columns=None)
     monkeypatch.setattr(train_module, "ranks_of", lambda *given: {mix: ranks[mix] for mix, _ in given[-1](block)})
     chosen = train_module.choose_mix({"now": np.zeros(400)}, scorer, toolbox.constants_of("train"))
-    assert chosen.clicked_factor == (0.001 if taken else 1.0)
+    assert chosen.clicked_factor == 0.001 if taken else chosen == best
 
 
 # ---------------------------------------------------------------- a whole run
@@ -546,24 +546,24 @@ def test_a_day_is_known_by_the_days_before_it_and_by_neither_itself_nor_those_af
     """On each pair of days all clicks of all users are in one column, drawn at random.
 
     A last visit on the second day of a pair can be told by the first day. One on the first day could be told by that day, or
-    by the day after, alone: that is the leak, which would be perfect. Towers, which also learn users by heart, tell some of it.
+    by the day after, alone: that is the leak, which would be perfect. The rate lets the trend be learned in a few steps.
     """
     rng, cids, users = np.random.default_rng(33), [f"c{n}" for n in range(20)], []
     of_pair = rng.choice(cids, 30)
     for n in range(160):
         last = 2 * rng.integers(15, 30) + n % 2
-        days = np.repeat([*np.sort(rng.choice(2 * (last // 2), 4, replace=False)), last], 3)
-        times = [int(86_400 * (20_000 + day) + 3000 * (n % 20) + at % 3) for at, day in enumerate(days)]
+        days = np.array([*np.sort(rng.choice(2 * (last // 2), 8, replace=False)), last])
+        times = [int(86_400 * (20_000 + day) + 3000 * (n % 20)) for day in days]
         clicks = [f"{cid}-{rng.integers(4)}_{cid}" for cid in of_pair[days // 2]]
         users.append((f"user{n}", clicks, times))
     raw = _raw(tmp_path / "raw", columns={cid: [f"{cid}-{v}" for v in range(4)] for cid in cids}, users=users)
-    train_and_listen(make_records(raw, tmp_path / "work"), **TINY | {"EPOCHS": 6})
+    train_and_listen(make_records(raw, tmp_path / "work"), **TINY | {"EPOCHS": 6, "LEARNING_RATE": 0.02})
     by_user = ranks_in(tmp_path / "work")
     assert len(by_user) > 30 and "within a week" in saved_in(tmp_path / "work")["slices"]
     for row in ("popularity", "towers", "mix"):
         told = [[gain(ranks[row]) for uid, ranks in by_user.items() if int(uid[4:]) % 2 == day] for day in (0, 1)]
         assert np.mean(told[0]) < 0.4, row  # 0.23 is chance among 20 columns
-        assert np.mean(told[1]) > (np.mean(told[0]) + 0.1 if row == "towers" else 0.8), row
+        assert np.mean(told[1]) > 0.8, row
 
 
 def test_the_days_before_a_moment_count_with_all_their_clicks_those_held_out_too(tmp_path):
